@@ -1,0 +1,40 @@
+# Every target does its own set-up: a virtual environment in .venv, installed once.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: help demo test check lint bench clean
+help:            ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+$(VENV)/.base: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.base            ## serve and simulate one workload under two policies, side by side
+	$(BIN)/diptych demo
+
+test: $(VENV)/.dev             ## every check and every test
+	$(MAKE) lint
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev            ## the fast tier, under two minutes
+	$(MAKE) lint
+	$(BIN)/python -m pytest -m "not slow" -x
+
+lint: $(VENV)/.dev             ## style, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.base           ## the benchmarks that need no GPU
+	$(BIN)/python -m benchmarks.plan_time
+
+clean:           ## remove the environment and every generated file
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

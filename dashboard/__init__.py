@@ -1,0 +1,1 @@
+"""The Streamlit dashboard: the two panels side by side."""

@@ -1,0 +1,1 @@
+"""Workloads, run records, metrics, comparison, plots, and the command line."""

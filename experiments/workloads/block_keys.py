@@ -1,0 +1,72 @@
+"""Keys of prefix blocks for when there are no real tokens, as in the simulator."""
+
+from __future__ import annotations
+
+from hashlib import blake2b, shake_128
+
+from experiments.workloads.request import Workload
+
+KEY_BYTES = 16
+
+
+def block_keys(workload: Workload, block_size: int) -> list[list[bytes]]:
+    """For each request, one 16-byte key for each full block of `block_size` prompt tokens.
+
+    Key i stands for the content of block i AND everything before it: two requests have the same key i if and
+    only if their prompts agree, as far as `hash_ids` tell, up to the end of block i. Any `block_size` works,
+    whether it divides `hash_block` or not. Blocks that reach past a request's hash_ids, and all blocks of a
+    workload without them, have keys of their own (by request number).
+
+    Raises:
+        ValueError: block_size below 1.
+    """
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be at least 1 token")
+    prompts = workload.prompt_tokens.tolist()
+    if workload.hash_ids is None:
+        return [_own_keys(request, tokens // block_size) for request, tokens in enumerate(prompts)]
+    chains = _Chains(workload.hash_block, block_size)
+    keys: list[list[bytes]] = []
+    for request, (tokens, ids) in enumerate(zip(prompts, workload.hash_ids, strict=True)):
+        full = tokens // block_size
+        shared = chains.keys(ids)[:full]
+        keys.append(shared if len(shared) == full else shared + _own_keys(request, full)[len(shared) :])
+    return keys
+
+
+def _own_keys(request: int, blocks: int) -> list[bytes]:
+    return _split(shake_128(b"own%d" % request).digest(KEY_BYTES * blocks))
+
+
+def _split(joined: bytes) -> list[bytes]:
+    return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]
+
+
+class _Chains:
+    """Keys by chain of hash ids. What two requests share is worked out and stored once."""
+
+    def __init__(self, hash_block: int, block_size: int) -> None:
+        self.hash_block, self.block_size = hash_block, block_size
+        self._links: dict[tuple[bytes, int], tuple[bytes, list[bytes]]] = {}
+
+    def keys(self, ids: tuple[int, ...]) -> list[bytes]:
+        """Keys of the full blocks that end within `len(ids)` hash blocks."""
+        chain = b""
+        keys: list[bytes] = []
+        for position, block in enumerate(ids):
+            link = self._links.get((chain, block))
+            if link is None:
+                link = self._links[chain, block] = self._link(chain, block, position)
+            chain, ending_here = link
+            keys += ending_here
+        return keys
+
+    def _link(self, chain: bytes, block: int, position: int) -> tuple[bytes, list[bytes]]:
+        """The chain after one more hash block, and the keys of the blocks that end inside it.
+
+        A block that ends here depends on this hash block and on all before it: on the chain.
+        """
+        longer = blake2b(chain + b"%d" % block, digest_size=KEY_BYTES).digest()
+        ended = position * self.hash_block // self.block_size
+        ends = (position + 1) * self.hash_block // self.block_size
+        return longer, _split(shake_128(longer).digest(KEY_BYTES * (ends - ended)))

@@ -1,0 +1,1 @@
+"""Workloads without data: arrival processes, length distributions and named combinations of them."""

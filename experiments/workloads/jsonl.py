@@ -1,0 +1,156 @@
+"""Our own workload file: one JSON object a line, gzipped if the name ends in `.gz`.
+
+The first line is a header, `{"diptych_workload": 1, "name": ..., "hash_block": ..., "provenance": {...}}`;
+a file written by hand may leave it out (then `name` is the file's and `hash_block` 16). Every other line is
+a request:
+
+    {"arrival_ns": 0, "prompt_tokens": 120, "output_tokens": 40, "max_tokens": 512,
+     "tenant": "a", "session": 3, "turn": 0, "priority": 1,
+     "declared_output": 50, "hash_ids": [0, 7], "text": "..."}
+
+`arrival_ns` (nanoseconds since the run began), `prompt_tokens` and `output_tokens` (the true length, hidden
+from policies) are required. `max_tokens` is the client's cap; without it on any line, all get the largest
+output. The rest is optional, but a field is on every line or on none. Lines may come in any order of
+arrival. Blank lines are skipped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.workloads.errors import TraceError
+from experiments.workloads.lines import json_lines
+from experiments.workloads.request import Workload
+
+VERSION = 1
+REQUIRED = ("arrival_ns", "prompt_tokens", "output_tokens")
+_INTEGERS = (*REQUIRED, "max_tokens", "session", "turn", "priority", "declared_output")
+_POSITIVE = ("prompt_tokens", "output_tokens", "max_tokens", "declared_output")
+_INT64 = ("arrival_ns", "session")
+_OPTIONAL = ("max_tokens", "tenant", "session", "turn", "priority", "declared_output", "hash_ids", "text")
+_DEFAULT_BLOCK = 16
+
+
+def write_jsonl(workload: Workload, path: str | Path) -> None:
+    """Write `workload`; `read_jsonl` gives an equal one back."""
+    path = Path(path)
+    columns = {
+        "text" if name == "texts" else name: _as_list(workload, name) for name in _column_names(workload)
+    }
+    header = {
+        "diptych_workload": VERSION,
+        "name": workload.name,
+        "hash_block": workload.hash_block,
+        "provenance": workload.provenance,
+    }
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(header, allow_nan=False) + "\n")
+        for values in zip(*columns.values(), strict=True):
+            file.write(json.dumps(dict(zip(columns, values, strict=True)), allow_nan=False) + "\n")
+
+
+def _column_names(workload: Workload) -> list[str]:
+    names = [*REQUIRED, *("texts" if name == "text" else name for name in _OPTIONAL)]
+    return [name for name in names if getattr(workload, name) is not None]
+
+
+def _as_list(workload: Workload, name: str) -> list[Any]:
+    values = getattr(workload, name)
+    return values if isinstance(values, list) else values.tolist()
+
+
+def read_jsonl(path: str | Path) -> Workload:
+    """Read a file of this format.
+
+    Raises:
+        TraceError: a line that is not in the format.
+    """
+    path = Path(path)
+    header: dict[str, Any] = {}
+    fields: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for line, row in json_lines(path, float):
+        if "diptych_workload" in row:
+            if rows or header:
+                raise TraceError(path, line, "a second header; only the first line may be one")
+            header = _checked_header(path, line, row)
+            continue
+        if not rows:
+            fields = [*REQUIRED, *(name for name in _OPTIONAL if name in row)]
+        rows.append(_checked_row(path, line, row, fields))
+        _check_blocks(path, line, row, header.get("hash_block", _DEFAULT_BLOCK))
+    if not rows and not header:
+        raise TraceError(path, None, "is empty; expected one JSON object a line")
+    return _build(path, header, fields or list(REQUIRED), rows)
+
+
+def _checked_header(path: Path, line: int, row: dict[str, Any]) -> dict[str, Any]:
+    if row["diptych_workload"] != VERSION:
+        raise TraceError(
+            path, line, f"version {row['diptych_workload']!r}; this reader knows version {VERSION}"
+        )
+    wanted = {"name": str, "hash_block": int, "provenance": dict}
+    for name, kind in wanted.items():
+        if name in row and not isinstance(row[name], kind):
+            raise TraceError(path, line, f"{name} is {row[name]!r}; expected {kind.__name__}")
+    unknown = sorted(set(row) - set(wanted) - {"diptych_workload"})
+    if unknown:
+        raise TraceError(path, line, f"unknown header field {unknown[0]!r}; expected {', '.join(wanted)}")
+    return row
+
+
+def _checked_row(path: Path, line: int, row: dict[str, Any], fields: list[str]) -> dict[str, Any]:
+    if set(row) != set(fields):
+        missing, extra = sorted(set(fields) - set(row)), sorted(set(row) - set(fields))
+        what = f"no field {missing[0]!r}" if missing else f"a field {extra[0]!r} that the first line has not"
+        raise TraceError(path, line, f"{what}; expected {', '.join(fields)} on every line")
+    for name in fields:
+        value = row[name]
+        if name in _INTEGERS:
+            low, high = _limits(name)
+            if type(value) is not int or not low <= value <= high:
+                expected = f"expected a whole number from {low} to {high}"
+                raise TraceError(path, line, f"{name} is {value!r:.40}; {expected}")
+        elif name == "hash_ids":
+            if not isinstance(value, list) or any(type(block) is not int for block in value):
+                raise TraceError(path, line, f"hash_ids is {value!r:.60}; expected a list of whole numbers")
+        elif not isinstance(value, str):
+            raise TraceError(path, line, f"{name} is {value!r}; expected a string")
+    if "max_tokens" in row and row["max_tokens"] < row["output_tokens"]:
+        raise TraceError(path, line, f"max_tokens {row['max_tokens']} is below output_tokens; expected a cap")
+    return row
+
+
+def _limits(name: str) -> tuple[int, int]:
+    high = 2**63 - 1 if name in _INT64 else 2**31 - 1
+    return (1 if name in _POSITIVE else 0 if name == "arrival_ns" else -high - 1), high
+
+
+def _check_blocks(path: Path, line: int, row: dict[str, Any], hash_block: int) -> None:
+    if "hash_ids" not in row:
+        return
+    if hash_block < 1:
+        raise TraceError(
+            path, line, f"hash_ids, but the header's hash_block is {hash_block}; expected 1 or more"
+        )
+    room = -(-row["prompt_tokens"] // hash_block)
+    if len(row["hash_ids"]) > room:
+        found = f"{len(row['hash_ids'])} hash_ids for {row['prompt_tokens']} tokens"
+        raise TraceError(path, line, f"{found}; expected at most {room} (one each {hash_block} tokens)")
+
+
+def _build(path: Path, header: dict[str, Any], fields: list[str], rows: list[dict[str, Any]]) -> Workload:
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in fields}
+    if "text" in columns:
+        columns["texts"] = columns.pop("text")
+    default_block = _DEFAULT_BLOCK if "hash_ids" in columns else 0
+    return Workload.build(
+        **columns,
+        name=header.get("name", path.name.split(".")[0]),
+        hash_block=header.get("hash_block", default_block),
+        provenance=header.get("provenance", {"source": path.name}),
+    )

@@ -1,0 +1,183 @@
+"""A workload as a specification: which trace or generator, how much of it, and how it is changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from experiments.workloads.generators import named
+from experiments.workloads.generators.prefix_chat import prefix_chat
+from experiments.workloads.generators.processes import Process, Size, draw_times
+from experiments.workloads.loaders import load
+from experiments.workloads.request import Workload
+
+GENERATORS = ("chat", "code", "prefix-chat", "multi-tenant", "reasoning", "fixed", "uniform")
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class WorkloadSpec(BaseModel):
+    """What to run. Unknown fields, NaN, infinities and numbers out of range are refused by name.
+
+    Attributes:
+        name: a generator (see `generators.named`) or the path of a trace file.
+        format: of the trace file; "auto" finds it. See `loaders.FORMATS`.
+        block_size: tokens of a prefix block of the trace, when the data should not decide.
+        n: requests. With a trace: the first n.
+        duration_s: seconds of arrivals. With both, whichever ends first.
+        rate: mean req/s. A generator sends more users; a trace with its recorded arrivals is replayed
+            faster or slower as a whole; a trace without arrivals becomes Poisson.
+        arrivals: "default" keeps the generator's process or the trace's times; else new times of a process.
+        cv: coefficient of variation of the gaps, for `arrivals: gamma`.
+        seed: of everything random.
+        time_scale: multiplies arrival times, after everything else about arrivals.
+        length_scale: multiplies lengths (prefix blocks with them).
+        max_input, max_output: cut longer prompts and outputs.
+        max_model_len: cut what does not fit the context, by the rule of `Workload.clip`.
+        cap: max_tokens of the requests, see `Workload.with_cap`.
+        tenants: a number of tenants with equal shares, or name -> weight; assigned at random.
+        declared_sigma: give policies a length hint with this lognormal error (0: exact).
+        prompt_tokens, output_tokens: for `fixed` (512 and 128).
+        low, high: for `uniform` (100 and 1024).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    format: str = "auto"
+    block_size: Count | None = None
+    n: Count | None = None
+    duration_s: Positive | None = None
+    rate: Positive | None = None
+    arrivals: Process | Literal["default"] = "default"
+    cv: Positive | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    time_scale: Positive = 1.0
+    length_scale: Positive = 1.0
+    max_input: Count | None = None
+    max_output: Count | None = None
+    max_model_len: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = None
+    cap: Count | Literal["largest", "exact"] = "largest"
+    tenants: Count | Annotated[dict[str, Positive], Field(min_length=1)] | None = None
+    declared_sigma: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    prompt_tokens: Count | None = None
+    output_tokens: Count | None = None
+    low: Count | None = None
+    high: Count | None = None
+
+    @model_validator(mode="after")
+    def _fields_that_apply(self) -> WorkloadSpec:
+        only = {
+            "fixed": ("prompt_tokens", "output_tokens"),
+            "uniform": ("low", "high"),
+        }
+        for generator, fields in only.items():
+            for field in fields:
+                if self.name != generator and getattr(self, field) is not None:
+                    raise ValueError(f"{field} is only for the workload {generator!r}, not {self.name!r}")
+        if self.cv is not None and self.arrivals != "gamma":
+            raise ValueError("cv is only for arrivals 'gamma'; set arrivals: gamma")
+        if self.arrivals == "gamma" and self.cv is None:
+            raise ValueError("arrivals 'gamma' need cv (1 is Poisson)")
+        if self.arrivals == "at-once" and self.rate is not None:
+            raise ValueError("rate has no meaning with arrivals 'at-once'; leave one out")
+        if self.name == "uniform" and (self.low or 100) > (self.high or 1024):
+            raise ValueError(f"low {self.low or 100} is above high {self.high or 1024}")
+        if self.is_generator and self.n is None and self.duration_s is None:
+            raise ValueError(f"give n (requests) or duration_s (seconds) for the generator {self.name!r}")
+        if self.is_generator and (self.format != "auto" or self.block_size is not None):
+            raise ValueError(f"format and block_size are for trace files; {self.name!r} is a generator")
+        if self.name == "prefix-chat" and self.arrivals != "default":
+            raise ValueError("prefix-chat has arrivals of its own, by session; leave arrivals out")
+        return self
+
+    @property
+    def is_generator(self) -> bool:
+        """Is `name` a generator rather than a file?"""
+        return self.name in GENERATORS
+
+
+def make_workload(spec: WorkloadSpec) -> Workload:
+    """The workload that `spec` describes: the same for the same spec and file, always.
+
+    Raises:
+        TraceError: the trace file cannot be used.
+        ValueError: the parts do not fit together, in one line.
+    """
+    workload = _generate(spec) if spec.is_generator else _from_trace(spec)
+    if spec.length_scale != 1.0:
+        workload = workload.scale_lengths(spec.length_scale)
+    if spec.max_input is not None:
+        workload = workload.cut_prompts(spec.max_input)
+    if spec.max_output is not None:
+        workload = workload.cut_outputs(spec.max_output)
+    if spec.time_scale != 1.0:
+        workload = workload.scale_time(spec.time_scale)
+    if spec.tenants is not None:
+        workload = _with_tenants(workload, spec.tenants, spec.seed)
+    workload = workload.with_cap(spec.cap)
+    if spec.max_model_len is not None:
+        workload = workload.clip(spec.max_model_len)  # after the cap: it lowers caps to what fits
+    if spec.declared_sigma is not None:
+        workload = workload.with_declared_output(spec.declared_sigma, spec.seed)
+    return workload
+
+
+def _generate(spec: WorkloadSpec) -> Workload:
+    size = Size(spec.n, spec.duration_s, spec.rate, spec.seed)
+    process: Process | None = None if spec.arrivals == "default" else spec.arrivals
+    if spec.name == "prefix-chat":
+        made = prefix_chat(size)
+    elif spec.name == "fixed":
+        made = named.fixed(size, spec.prompt_tokens or 512, spec.output_tokens or 128, process, spec.cv)
+    elif spec.name == "uniform":
+        made = named.uniform(size, spec.low or 100, spec.high or 1024, process, spec.cv)
+    elif spec.name == "reasoning":
+        made = named.reasoning(size, process, spec.cv)
+    else:
+        makers = {"chat": named.chat, "code": named.code, "multi-tenant": named.multi_tenant}
+        make = makers[spec.name]
+        made = make(size) if process is None else make(size, process, spec.cv)
+    fields = {"n", "duration_s", "rate", "arrivals", "cv", "prompt_tokens", "output_tokens", "low", "high"}
+    parameters = spec.model_dump(include=fields, exclude_none=True)
+    source = {"source": f"generator:{spec.name}", "seed": spec.seed, "parameters": parameters, "steps": []}
+    return made.replace(provenance=source)
+
+
+def _from_trace(spec: WorkloadSpec) -> Workload:
+    workload = load(Path(spec.name), spec.format, block_size=spec.block_size)
+    if spec.n is not None:
+        workload = workload.slice(spec.n)
+    workload = _retimed(workload, spec)
+    if spec.duration_s is not None:
+        within = int((workload.arrival_ns < spec.duration_s * 1e9).sum())
+        if not within:
+            raise ValueError(f"{spec.name}: no request arrives within {spec.duration_s} s; ask for longer")
+        workload = workload.slice(within)
+    return workload
+
+
+def _retimed(workload: Workload, spec: WorkloadSpec) -> Workload:
+    """The trace at the arrivals that `spec` asks for."""
+    timed = workload.span_s > 0
+    process = spec.arrivals
+    if process == "default":
+        if spec.rate is None:
+            return workload
+        if timed:
+            return workload.scale_rate(spec.rate)
+        process = "poisson"
+    rate = spec.rate
+    if rate is None and timed and process != "at-once":
+        rate = workload.rate  # new gaps at the trace's own pace
+    times = draw_times(process, Size(len(workload), None, rate, spec.seed), spec.cv)
+    parameters = {"process": process, "rate": rate, "cv": spec.cv, "seed": spec.seed}
+    return workload.with_arrivals(times, "new_arrivals", **parameters)
+
+
+def _with_tenants(workload: Workload, tenants: int | dict[str, float], seed: int) -> Workload:
+    shares = {f"tenant-{k}": 1.0 for k in range(tenants)} if isinstance(tenants, int) else tenants
+    return named.assign_tenants(workload, shares, seed).note("tenants", shares=shares, seed=seed)

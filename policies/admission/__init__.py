@@ -1,0 +1,1 @@
+"""Rules for promising memory to a waiting request."""

@@ -1,0 +1,160 @@
+"""The paged KV cache's books: which blocks are free, held, or idle with content that may be hit again.
+
+A block is in one of three places: on the free stack, held by one request or more, or idle (registered in the prefix
+index, held by nobody, in the hands of the eviction policy). Only registered blocks can be shared, so only they need
+a reference count. Keys are hash chains, so evicting a block in the middle of a chain is safe: what stood behind it
+is not found until somebody computes the gap again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from policies.contract import Eviction
+
+
+@dataclass(slots=True, eq=False)
+class CachedBlock:
+    """A registered block, as an eviction policy sees it."""
+
+    id: int
+    key: bytes
+    depth: int  # index within its chain: 0 is a prompt's first block
+    references: int = 1
+    hits: int = 0
+    last_used_ns: int = 0
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` tokens. With `eviction=None` nothing is cached."""
+
+    def __init__(self, num_blocks: int, block_size: int, eviction: Eviction | None) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.eviction = eviction
+        self.num_idle = 0
+        self.num_evicted = 0
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._index: dict[bytes, CachedBlock] = {}
+        self._registered: dict[int, CachedBlock] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that an allocation can have: the free ones and the idle ones."""
+        return len(self._free) + self.num_idle
+
+    def allocate(self, count: int, now: int) -> list[int]:
+        """`count` blocks, evicting idle ones when the free ones run out. The caller has checked `num_free`."""
+        free = self._free
+        if count > len(free):
+            for _ in range(count - len(free)):
+                free.append(self._evict(now))
+        taken = free[-count:]
+        del free[-count:]
+        taken.reverse()
+        return taken
+
+    def _evict(self, now: int) -> int:
+        assert self.eviction is not None  # without a cache there is no idle block to need
+        victim = self.eviction.pop_victim(now)
+        del self._index[victim.key]
+        del self._registered[victim.id]
+        self.num_idle -= 1
+        self.num_evicted += 1
+        return victim.id
+
+    def lookup(self, keys: Sequence[bytes]) -> list[CachedBlock]:
+        """The longest run of registered blocks at the head of the chain `keys`. Changes nothing."""
+        found = []
+        index = self._index
+        for key in keys:
+            block = index.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def claim(self, blocks: Sequence[CachedBlock], now: int) -> None:
+        """Take a reference to each of these registered blocks: a prefix hit."""
+        assert self.eviction is not None
+        for block in blocks:
+            if block.references == 0:
+                self.num_idle -= 1
+            block.references += 1
+            block.hits += 1
+            block.last_used_ns = now
+            self.eviction.on_hit(block, now)
+
+    def register(self, block_id: int, key: bytes, depth: int, now: int) -> bool:
+        """Enter a held, full block in the prefix index. False where the key has a block already."""
+        if key in self._index:
+            return False
+        block = CachedBlock(block_id, key, depth, last_used_ns=now)
+        self._index[key] = block
+        self._registered[block_id] = block
+        return True
+
+    def release(self, block_ids: Sequence[int], now: int) -> None:
+        """Give up one reference to each block, tail first, so that a chain's end is evicted before its head."""
+        registered = self._registered
+        if not registered:
+            self._free.extend(reversed(block_ids))
+            return
+        for block_id in reversed(block_ids):
+            block = registered.get(block_id)
+            if block is None:
+                self._free.append(block_id)
+                continue
+            block.references -= 1
+            if block.references == 0:
+                assert self.eviction is not None
+                block.last_used_ns = now
+                self.num_idle += 1
+                self.eviction.on_idle(block, now)
+
+    def num_freed_by(self, block_ids: Sequence[int], already: dict[int, int]) -> int:
+        """How many blocks would become allocatable if these references were given up too.
+
+        `already` counts references to shared blocks that the same plan gives up; it is updated.
+        """
+        registered = self._registered
+        if not registered:
+            return len(block_ids)
+        freed = 0
+        for block_id in block_ids:
+            block = registered.get(block_id)
+            if block is not None and block.references > 1:
+                already[block_id] = already.get(block_id, 0) + 1
+                if already[block_id] < block.references:
+                    continue
+            freed += 1
+        return freed
+
+    def flush(self) -> int:
+        """Forget all idle content (a prefix-cache reset). Returns how many blocks that frees."""
+        count = self.num_idle
+        for _ in range(count):
+            self._free.append(self._evict(0))
+        return count
+
+    def check(self, held: Sequence[Sequence[int]]) -> None:
+        """Raise AssertionError unless every block is in exactly one place and every reference is counted.
+
+        `held`: the block tables of all requests that hold any.
+        """
+        references: dict[int, int] = {}
+        for table in held:
+            for block_id in table:
+                references[block_id] = references.get(block_id, 0) + 1
+        idle = 0
+        for block_id, block in self._registered.items():
+            assert references.get(block_id, 0) == block.references, f"block {block_id}: wrong reference count"
+            idle += block.references == 0
+        assert idle == self.num_idle, "the count of idle blocks is wrong"
+        shared = [b for b, count in references.items() if count > 1 and b not in self._registered]
+        assert not shared, f"unregistered blocks held twice: {shared}"
+        assert len(set(self._free)) == len(self._free), "a block is on the free stack twice"
+        assert not references.keys() & set(self._free), "a held block is on the free stack"
+        total = len(self._free) + idle + len(references)
+        assert total == self.num_blocks, f"blocks not conserved: {total} of {self.num_blocks}"

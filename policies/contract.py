@@ -1,0 +1,238 @@
+"""The contract: the five roles of a policy stack, and what they see.
+
+Rules (they make one object serve both panels):
+
+1. Time is an argument, in integer nanoseconds since the run began. A policy never reads a clock.
+2. Randomness comes from `policies.random_stream`, keyed by (seed, policy, request).
+3. Every order is total: ties end in `Request.key`. No iteration over a set decides anything.
+4. `plan` may move queues but charges nobody; accounting happens in `on_report`, from what really ran.
+5. A policy sees a read-only view and never a request's true output length. One that must gets an oracle by name and
+   says `clairvoyant = True`.
+6. The control plane validates a plan; what it cannot do comes back as refused, with a reason.
+7. Queues are indexed and fed by events. Sorting a waiting list every step is a defect.
+8. A step costs what changed, not how many run: `Plan.decode_all` is one word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from policies.plan import Mode, Plan, Report
+from policies.request import Request
+from policies.shapes import StepShape
+
+if TYPE_CHECKING:
+    from policies.block_pool import CachedBlock
+    from policies.draft import Draft
+
+
+class CostModel(Protocol):
+    """What a step will cost, for policies that plan by it. Pure."""
+
+    def step_ns(self, shape: StepShape) -> int:
+        """Duration of a step of this shape, host and device, in nanoseconds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """The part of a waiting request's tokens whose KV blocks are on the device already."""
+
+    num_tokens: int = 0
+    blocks: tuple[CachedBlock, ...] = ()
+
+
+class View(Protocol):
+    """One replica, read-only, valid inside the call it is handed to."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks an allocation can have: free ones, and idle cached ones that would be evicted."""
+        ...
+
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+    @property
+    def running(self) -> Mapping[int, Request]:
+        """Running requests by id, in order of admission."""
+        ...
+
+    @property
+    def prefilling(self) -> Mapping[int, Request]:
+        """The running requests with more than one token to compute, in order of admission."""
+        ...
+
+    @property
+    def num_decoding(self) -> int:
+        """Running requests with exactly one token to compute: those that `Plan.decode_all` runs."""
+        ...
+
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def cost(self) -> CostModel | None: ...
+    def draft(self) -> Draft:
+        """An empty plan with the full budgets of this step, and the stack's admission and preemption."""
+        ...
+
+    def decoding(self) -> Iterator[Request]:
+        """The requests that `num_decoding` counts. Costs as many steps as there are."""
+        ...
+
+    def decodes_that_need_a_block(self) -> list[Request]:
+        """Those of them whose next token opens a block. Costs only as many steps as it returns."""
+        ...
+
+    def probe(self, request: Request) -> Hit:
+        """The prefix hit a waiting request would have now. No side effect on recency."""
+        ...
+
+    def settled(self, request: Request) -> bool:
+        """False while a step in flight still computes for a preempted request; it cannot be planned until then."""
+        ...
+
+    def num_freed_by(self, request: Request, already: dict[int, int]) -> int:
+        """Blocks that preempting it would make allocatable; `already` carries shared blocks between calls."""
+        ...
+
+
+@runtime_checkable
+class Scheduler(Protocol):
+    """Who runs in the next step, and how many tokens each. Owns the queue of waiting requests."""
+
+    def add(self, request: Request, now: int) -> None:
+        """A request waits: it has arrived, was preempted, or a plan for it was refused."""
+        ...
+
+    def remove(self, request: Request, now: int) -> None:
+        """A waiting request is gone (cancelled)."""
+        ...
+
+    def plan(self, view: View, now: int) -> Plan:
+        """The next step. A waiting request that is named in the plan leaves the queue."""
+        ...
+
+    def on_report(self, report: Report) -> None:
+        """What really ran. All charging happens here."""
+        ...
+
+
+@runtime_checkable
+class Queue(Protocol):
+    """The order of the waiting requests, inside a scheduler."""
+
+    def push(self, request: Request, now: int) -> None: ...
+    def peek(self, now: int) -> Request | None: ...
+    def pop(self, now: int) -> Request:
+        """Take what `peek` shows. Raises IndexError when empty."""
+        ...
+
+    def remove(self, request: Request) -> None: ...
+    def on_report(self, report: Report) -> None: ...
+
+
+@runtime_checkable
+class Admission(Protocol):
+    """Whether a waiting request's memory may be promised.
+
+    Asked only while something runs: a request alone on a replica is always let in, so that no rule can starve the
+    queue for ever.
+    """
+
+    def allows(self, request: Request, first_blocks: int, all_blocks: int, draft: Draft) -> bool:
+        """May it start? It takes `first_blocks` now, which `draft.blocks_left` has; `all_blocks` in the end for the
+        tokens it has today (prompt, and output before a preemption)."""
+        ...
+
+    def on_admit(self, request: Request) -> None:
+        """It runs now: commit what was promised."""
+        ...
+
+    def on_release(self, request: Request) -> None:
+        """It gave its memory back (it ended, or was preempted)."""
+        ...
+
+
+@runtime_checkable
+class Preemption(Protocol):
+    """Whom to take memory from, and how."""
+
+    def victim(self, view: View, draft: Draft, now: int) -> tuple[Request, Mode] | None:
+        """The next running request to preempt that `draft` does not preempt yet."""
+        ...
+
+
+@runtime_checkable
+class Eviction(Protocol):
+    """Which idle cached block goes next."""
+
+    def on_idle(self, block: CachedBlock, now: int) -> None:
+        """Nobody holds the block any more: it may be evicted from now on."""
+        ...
+
+    def on_hit(self, block: CachedBlock, now: int) -> None:
+        """A request takes the block (it may have been idle or not)."""
+        ...
+
+    def pop_victim(self, now: int) -> CachedBlock:
+        """Choose an idle block and forget it. Called only when there is one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes: its replica, and where they differ the one that decodes and the one with its KV."""
+
+    replica: int
+    decode_replica: int | None = None
+    kv_from: int | None = None
+
+
+class Replica(Protocol):
+    """One replica, as a router sees it. The figures may be stale; `inflight` is the router's own knowledge."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_outstanding_tokens(self) -> int:
+        """Prompt tokens still to compute, and one for each request that decodes."""
+        ...
+
+    @property
+    def num_free_blocks(self) -> int: ...
+    def match(self, keys: Sequence[bytes]) -> int:
+        """How many leading blocks of a chain it has cached."""
+        ...
+
+
+@runtime_checkable
+class Router(Protocol):
+    """Which replica gets a request."""
+
+    def route(self, request: Request, keys: Sequence[bytes], replicas: Sequence[Replica], now: int) -> Route | None:
+        """Where it goes, or None to refuse it. `replicas` holds only those that take requests, never none."""
+        ...
+
+    def on_end(self, request: Request, replica: int, now: int) -> None:
+        """A request it routed has ended."""
+        ...
+
+
+class Recorder(Protocol):
+    """Takes the run's records as they arise. Rows are tuples in the order of the columns in `policies.records`."""
+
+    def request(self, row: tuple[object, ...]) -> None: ...
+    def step(self, row: tuple[object, ...]) -> None: ...
+    def decision(self, row: tuple[object, ...]) -> None: ...

@@ -1,0 +1,180 @@
+"""A plan in the making: keeps the budgets while a scheduler hands out tokens, slots and blocks.
+
+Schedulers are free to build a `Plan` by hand; with a draft they read like their papers' pseudo-code. The draft only
+counts. What it promises, the control plane can enact, because it counts blocks the same way.
+"""
+
+from __future__ import annotations
+
+from policies.contract import Admission, Preemption, View
+from policies.plan import Mode, Plan
+from policies.request import Request, State
+
+NO_BLOCKS = "no blocks"
+TOKEN_BUDGET = "token budget"
+SLOTS = "slots"
+ADMISSION = "admission"
+IN_FLIGHT = "in flight"
+
+
+class Draft:
+    """One step's plan and what is left of the step's budgets."""
+
+    def __init__(self, view: View, admission: Admission, preemption: Preemption) -> None:
+        self.view = view
+        self.plan = Plan()
+        self.admission = admission
+        self.preemption = preemption
+        self.tokens_left = view.max_num_batched_tokens
+        self.num_tokens = 0  # planned so far
+        self.seqs_left = view.max_num_seqs - len(view.running)
+        self.blocks_left = view.num_free_blocks
+        self.admitted: list[Request] = []
+        self.preempted: dict[int, Request] = {}
+        self._given: dict[int, tuple[int, int]] = {}  # running request -> (tokens, blocks) planned for it
+        self._claimed: set[int] = set()  # idle cached blocks that an admission of this plan takes
+        self._released: dict[int, int] = {}  # shared block -> references given up
+
+    # Running requests
+
+    def run_everyone(self, max_chunk: int | None = None) -> bool:
+        """Give each decode its token and each partial prefill the rest of its tokens (at most `max_chunk`).
+
+        All or nothing: False, with nothing planned, where tokens or blocks do not suffice for all of them; then
+        somebody has to choose. Costs the number of prefills and of decodes that open a block.
+        """
+        prefilling = self.view.prefilling.values()
+        chunks = [(r, min(r.num_pending_tokens, max_chunk or r.num_pending_tokens)) for r in prefilling]
+        tokens = self.view.num_decoding + sum(n for _, n in chunks)
+        blocks = len(self.view.decodes_that_need_a_block()) + sum(self.blocks_needed(r, n) for r, n in chunks)
+        if tokens > self.tokens_left or blocks > self.blocks_left:
+            return False
+        self.plan.decode_all = self.view.num_decoding > 0
+        self.plan.chunks.extend(chunks)
+        self._spend(tokens, blocks)
+        return True
+
+    def run_decodes(self, now: int) -> None:
+        """Give each decode its token, preempting where blocks are missing; in order of admission as far as tokens go."""
+        decodes, blocks = self.view.num_decoding, len(self.view.decodes_that_need_a_block())
+        if decodes <= self.tokens_left and blocks <= self.blocks_left:
+            self.plan.decode_all = decodes > 0
+            self._spend(decodes, blocks)
+            return
+        for request in list(self.view.decoding()):
+            if request.id not in self.preempted and self.tokens_left and self.make_room(request, 1, now):
+                self.run(request, 1)
+
+    def run(self, request: Request, num_tokens: int) -> None:
+        """Give a running request tokens that the budgets are known to have (see `make_room`)."""
+        blocks = self.blocks_needed(request, num_tokens)
+        self._given[request.id] = (num_tokens, blocks)
+        self._spend(num_tokens, blocks)
+        if request.num_pending_tokens == 1:
+            self.plan.decodes.append(request)
+        else:
+            self.plan.chunks.append((request, num_tokens))
+
+    def make_room(self, request: Request, num_tokens: int, now: int) -> bool:
+        """Preempt until `num_tokens` more tokens of this running request fit. False if that took it itself."""
+        while self.blocks_needed(request, num_tokens) > self.blocks_left:
+            choice = self.preemption.victim(self.view, self, now)
+            if choice is None:
+                return False
+            self.preempt(*choice)
+            if choice[0] is request:
+                return False
+        return True
+
+    def preempt(self, request: Request, mode: Mode) -> None:
+        """Stop a running request; what this plan had given it goes back to the budgets."""
+        self.plan.preempt.append((request, mode))
+        self.preempted[request.id] = request
+        self.seqs_left += 1
+        if mode is not Mode.KEEP:
+            self.blocks_left += self.view.num_freed_by(request, self._released)
+        if request.id in self._given:
+            tokens, blocks = self._given.pop(request.id)
+            self._spend(-tokens, -blocks)
+            self.plan.decodes = [r for r in self.plan.decodes if r is not request]
+            self.plan.chunks = [(r, n) for r, n in self.plan.chunks if r is not request]
+
+    def blocks_needed(self, request: Request, num_tokens: int) -> int:
+        """New blocks for `num_tokens` more tokens of a request that holds its blocks."""
+        tokens = request.num_computed_tokens + num_tokens
+        return max(0, -(-tokens // self.view.block_size) - request.num_blocks)
+
+    def lift_pin(self, request: Request, now: int) -> None:
+        """Give back the blocks that an ended request still holds."""
+        self.plan.pin.append((request, now))
+        self.blocks_left += self.view.num_freed_by(request, self._released)
+
+    def _spend(self, tokens: int, blocks: int) -> None:
+        self.num_tokens += tokens
+        self.tokens_left -= tokens
+        self.blocks_left -= blocks
+
+    # Waiting requests
+
+    def admit(self, request: Request, *, max_chunk: int | None = None, whole: bool = False, hold: int = 0) -> bool:
+        """Start a waiting request with as many tokens as the budget has, or say in the record why not.
+
+        `max_chunk`: at most so many; `whole`: all of its tokens or none; `hold`: have blocks for at least so many
+        tokens of the sequence, not only for the chunk.
+        """
+        reason = self._admit(request, max_chunk, whole, hold)
+        if reason is not None:
+            self.plan.blocked.append((request, reason))
+        return reason is None
+
+    def _admit(self, request: Request, max_chunk: int | None, whole: bool, hold: int) -> str | None:
+        if self.seqs_left < 1:
+            return SLOTS
+        if self.tokens_left < 1:
+            return TOKEN_BUDGET
+        if not self.view.settled(request):
+            return IN_FLIGHT
+        paused = request.state is State.PAUSED
+        hit = None if paused else self.view.probe(request)
+        start = request.num_computed_tokens if hit is None else hit.num_tokens
+        tokens = min(request.num_tokens - start, self.tokens_left)
+        if whole and start + tokens < request.num_tokens:
+            return TOKEN_BUDGET
+        if max_chunk is not None:
+            tokens = min(tokens, max_chunk)
+
+        held = request.num_blocks if hit is None else len(hit.blocks)
+        idle = [] if hit is None else [b.id for b in hit.blocks if b.references == 0 and b.id not in self._claimed]
+        size = self.view.block_size
+        first = max(0, -(-max(start + tokens, hold) // size) - held) + len(idle)
+        everything = max(first, -(-request.num_tokens // size) - held + len(idle))
+        if first > self.blocks_left:
+            return NO_BLOCKS
+        alone = not self.admitted and len(self.view.running) == len(self.preempted)
+        if not alone and not self.admission.allows(request, first, everything, self):
+            return ADMISSION
+
+        self._spend(tokens, first)
+        self.seqs_left -= 1
+        self._claimed.update(idle)
+        self.admitted.append(request)
+        if paused:
+            self.plan.resume.append(request)
+        if paused and request.num_pending_tokens == 1:
+            if not self.plan.decode_all:  # which includes it, once it is resumed
+                self.plan.decodes.append(request)
+        else:
+            self.plan.chunks.append((request, tokens))
+        if hold > start + tokens:
+            self.plan.hold[request.id] = hold
+        return None
+
+    def finish(self) -> Plan:
+        """The plan. Single decodes that turn out to be everybody's are said in one word."""
+        plan = self.plan
+        if plan.decodes and not plan.resume:
+            gone = sum(1 for r in self.preempted.values() if r.num_pending_tokens == 1)
+            if len(plan.decodes) == self.view.num_decoding - gone:
+                plan.decodes = []
+                plan.decode_all = True
+        return plan

@@ -1,0 +1,331 @@
+"""Carrying out a plan: check each item, change the replica's state, say what a panel has to run.
+
+The order is fixed: pins, drops, preemptions, resumptions, prefix hits of all admissions (before anything is allocated,
+so that no allocation of the plan evicts what another item of it hits), decodes, chunks. An item that cannot be done is
+refused with a reason and leaves no trace; nothing is edited silently.
+"""
+
+from __future__ import annotations
+
+from policies.contract import Hit
+from policies.draft import NO_BLOCKS, SLOTS, TOKEN_BUDGET
+from policies.plan import Chunk, Mode, Plan, Step
+from policies.replica_state import ReplicaState
+from policies.request import Request, State
+from policies.shapes import StepShape, padded_batch
+
+
+class Enactment:
+    """One plan on its way to a step. `back_to_queue`: requests that wait again, for the scheduler to take back."""
+
+    def __init__(self, state: ReplicaState, plan: Plan, index: int, now: int) -> None:
+        self.state = state
+        self.plan = plan
+        self.now = now
+        self.step = Step(index=index, plan_ns=now, wake_at=plan.wake_at)
+        self.back_to_queue: list[Request] = []
+        self._tokens_left = state.limits.max_num_batched_tokens
+        self._seen: set[int] = set()
+        self._hits: dict[int, Hit] = {}
+        self._contexts: list[int] = []
+
+    def run(self) -> Step:
+        """Enact the whole plan."""
+        self._pin()
+        self._drop()
+        self._preempt()
+        self._resume()
+        chunks = self._claim_hits(self._bundled(self.plan.chunks))
+        self._decode()
+        for request, num_tokens in chunks:
+            self._chunk(request, num_tokens)
+        self._register()
+        self.step.left = self.state.left_group
+        self.state.left_group = []
+        self._measure()
+        if self.step.runs:
+            self.state.last_launched = self.step.index
+        return self.step
+
+    def _refuse(self, request: Request, reason: str) -> None:
+        self.step.refused.append((request, reason))
+        hit = self._hits.pop(request.id, None)
+        if hit is not None and hit.blocks:
+            self.state.pool.release([block.id for block in hit.blocks], self.now)
+        if request.id in self.state.requests and request.state in (State.WAITING, State.PAUSED):
+            self.back_to_queue.append(request)
+
+    # What does not compute
+
+    def _pin(self) -> None:
+        state = self.state
+        for request, until in self.plan.pin:
+            if request.id in state.requests or request.id in state.pinned:
+                state.pins[request.id] = until
+        state.lift_pins(self.now)
+        for request, _ in self.plan.fetch:
+            self.step.refused.append((request, "no tier to fetch from"))
+
+    def _drop(self) -> None:
+        for request, reason in self.plan.drop:
+            if request.id not in self.state.requests:
+                self._refuse(request, "not a live request")
+                continue
+            self._seen.add(request.id)
+            self.step.dropped.append((request, reason))
+
+    def _preempt(self) -> None:
+        state = self.state
+        for request, mode in self.plan.preempt:
+            if request.id not in state.running:
+                self._refuse(request, "not running")
+            elif request.id in self._seen:
+                self._refuse(request, "planned twice")
+            elif mode is Mode.SWAP:
+                self._refuse(request, "no host memory tier to swap to")
+            else:
+                self._seen.add(request.id)
+                state.stop(request)
+                request.num_preemptions += 1
+                if mode is Mode.KEEP:
+                    request.state = State.PAUSED
+                    state.paused[request.id] = request
+                else:
+                    request.state = State.WAITING
+                    request._computed = 0
+                    state.free(request, self.now)
+                    state.stack.admission.on_release(request)
+                    state.waiting_tokens += request.num_pending_tokens
+                self.step.preempted.append((request, mode))
+                self.back_to_queue.append(request)
+
+    def _resume(self) -> None:
+        state = self.state
+        for request in self.plan.resume:
+            if request.id not in state.paused or request.id in self._seen:
+                self._refuse(request, "not paused")
+            elif len(state.running) >= state.limits.max_num_seqs:
+                self._refuse(request, SLOTS)
+            elif not state.settled(request):
+                self._refuse(request, "a step in flight still computes for it")
+            else:
+                del state.paused[request.id]
+                self._start(request)
+
+    def _start(self, request: Request) -> None:
+        request.state = State.RUNNING
+        self.state.running[request.id] = request
+        self.state.place(request)
+
+    # Admissions
+
+    def _bundled(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        """The chunks without the bundles that do not fit whole."""
+        if not self.plan.bundles:
+            return chunks
+        size = self.state.limits.block_size
+        slots = self.state.limits.max_num_seqs - len(self.state.running)
+        blocks, tokens = self.state.pool.num_free, self._tokens_left
+        refused: set[int] = set()
+        by_id = {request.id: (request, n) for request, n in chunks}
+        for bundle in self.plan.bundles:
+            members = [by_id[i] for i in sorted(bundle) if i in by_id]
+            new = sum(1 for r, _ in members if r.id not in self.state.running)
+            need = sum(max(0, -(-(r.num_computed_tokens + n) // size) - r.num_blocks) for r, n in members)
+            total = sum(n for _, n in members)
+            if len(members) < len(bundle) or new > slots or need > blocks or total > tokens:
+                refused |= bundle
+                for request, _ in members:
+                    self._refuse(request, "its bundle does not fit")
+            else:
+                slots, blocks, tokens = slots - new, blocks - need, tokens - total
+        return [(request, n) for request, n in chunks if request.id not in refused]
+
+    def _claim_hits(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        state = self.state
+        probed = []
+        for request, num_tokens in chunks:
+            reason = self._objection(request)
+            if reason is not None:
+                self._refuse(request, reason)
+                continue
+            self._seen.add(request.id)
+            probed.append((request, num_tokens))
+            if request.state is State.WAITING:
+                hit = state.probe(request)
+                self._hits[request.id] = hit
+        for hit in self._hits.values():
+            if hit.blocks:
+                state.pool.claim(hit.blocks, self.now)
+        return probed
+
+    def _objection(self, request: Request) -> str | None:
+        """Why a chunk of this request cannot even be tried."""
+        state = self.state
+        if request.id in self._seen:
+            return "planned twice"
+        if state.requests.get(request.id) is not request:
+            return "not a live request"
+        if request.state is State.PAUSED:
+            return "paused and not resumed"
+        if request.id in state.drained:
+            return "nothing left to compute"
+        if request.state is State.WAITING and not state.settled(request):
+            return "a step in flight still computes for it"
+        return None
+
+    # What computes
+
+    def _decode(self) -> None:
+        state, plan = self.state, self.plan
+        for request in plan.decodes:
+            if plan.decode_all:
+                self._refuse(request, "planned twice")
+            elif request.id not in state.running or request.num_pending_tokens != 1 or request.id in state.drained:
+                self._refuse(request, "not a decode")
+            elif request.id in self._seen:
+                self._refuse(request, "planned twice")
+            elif self._tokens_left < 1:
+                self._refuse(request, TOKEN_BUDGET)
+            elif not self._grow(request, request.num_computed_tokens + 1):
+                self._refuse(request, NO_BLOCKS)
+            else:
+                self._seen.add(request.id)
+                self._decode_one(request)
+        if plan.decode_all:
+            self._decode_group()
+
+    def _decode_one(self, request: Request) -> None:
+        state = self.state
+        if request._group is not None:
+            state.leave_group(request)
+        request._computed += 1
+        request._tokens += 1
+        request._token_steps.append(self.step.index)
+        request._busy_until = self.step.index
+        state.place(request)
+        self._tokens_left -= 1
+        self.step.decodes.append(request)
+        self._contexts.append(request._computed)
+        if state.limits.prefix_caching and request._computed % state.limits.block_size == 0:
+            self._fill(request)
+
+    def _decode_group(self) -> None:
+        state, step, group = self.state, self.step, self.state.group
+        if state.num_decoding > self._tokens_left:
+            for request in state.decoding():
+                self._refuse(request, TOKEN_BUDGET)
+            return
+        without_block: list[Request] = []
+        for request in state.decodes_that_need_a_block():
+            if not self._grow(request, request.num_computed_tokens + 1):
+                self._refuse(request, NO_BLOCKS)
+                without_block.append(request)
+        for request in without_block:
+            if request._group is not None:
+                state.leave_group(request)
+            state.loose.pop(request.id, None)  # it stands aside while the others advance
+        for request in state.loose.values():
+            group.join(request)
+            step.joined.append(request)
+        state.loose.clear()
+        step.num_decodes = len(group)
+        self._tokens_left -= len(group)
+        if group.members:
+            step.decode_all = True
+            capped = group.advance()
+            for request in capped:
+                request._busy_until = step.index
+                state.left_group.append(request)
+                state.place(request)
+                self._contexts.append(request._computed)
+            if state.limits.prefix_caching:
+                size = state.limits.block_size
+                for request in [*group.on_block_boundary(), *(r for r in capped if r._computed % size == 0)]:
+                    self._fill(request)
+        for request in without_block:
+            state.place(request)
+        step.decode_clock = group.clock
+
+    def _fill(self, request: Request) -> None:
+        depth = request.num_computed_tokens // self.state.limits.block_size - 1
+        self.step.filled.append((request, depth, request._blocks[depth]))
+
+    def _chunk(self, request: Request, num_tokens: int) -> None:
+        state = self.state
+        waiting = request.state is State.WAITING
+        start = self._hits[request.id].num_tokens if waiting else request.num_computed_tokens
+        left = request.num_tokens - start
+        if not 1 <= num_tokens <= left:
+            return self._refuse(request, f"{num_tokens} tokens asked for, {left} left")
+        if num_tokens > self._tokens_left:
+            return self._refuse(request, TOKEN_BUDGET)
+        if waiting and len(state.running) >= state.limits.max_num_seqs:
+            return self._refuse(request, SLOTS)
+        target = max(start + num_tokens, self.plan.hold.get(request.id, 0))
+        held = len(self._hits[request.id].blocks) if waiting else request.num_blocks
+        if -(-target // state.limits.block_size) - held > state.pool.num_free:
+            return self._refuse(request, NO_BLOCKS)
+        if waiting:
+            self._admit(request)
+        self._grow(request, target)
+        samples = start + num_tokens == request.num_tokens
+        request._computed = start + num_tokens
+        request._busy_until = self.step.index
+        if samples:
+            request._tokens += 1
+            request._token_steps.append(self.step.index)
+        state.place(request)
+        self._tokens_left -= num_tokens
+        self.step.chunks.append(Chunk(request, start, num_tokens, samples))
+        return None
+
+    def _admit(self, request: Request) -> None:
+        state, hit = self.state, self._hits.pop(request.id)
+        state.waiting_tokens -= request.num_pending_tokens
+        request._blocks = [block.id for block in hit.blocks]
+        request._computed = hit.num_tokens
+        request._num_registered = len(hit.blocks)
+        if request.first_scheduled_ns is None:
+            request.first_scheduled_ns = self.now
+            request.num_cached_tokens = hit.num_tokens
+        if hit.blocks:
+            self.step.grown.append(request)
+        self._start(request)
+        self.step.admitted.append(request)
+        state.stack.admission.on_admit(request)
+
+    def _grow(self, request: Request, num_tokens: int) -> bool:
+        """Blocks for `num_tokens` tokens; False, with nothing changed, if there are not enough."""
+        state = self.state
+        if -(-num_tokens // state.limits.block_size) - len(request._blocks) > state.pool.num_free:
+            return False
+        if state.grow(request, num_tokens, self.now) and (not self.step.grown or self.step.grown[-1] is not request):
+            self.step.grown.append(request)
+        return True
+
+    def _register(self) -> None:
+        """Prompt blocks are named as soon as the step that computes them is on its way: steps run in order."""
+        if self.state.limits.prefix_caching:
+            for chunk in self.step.chunks:
+                self.state.register_full_blocks(chunk.request, self.now)
+
+    def _measure(self) -> None:
+        step, group = self.step, self.state.group
+        in_group = step.decode_all
+        step.num_decodes = step.num_decodes if in_group else len(step.decodes)
+        ends = [chunk.start + chunk.num_tokens for chunk in step.chunks]
+        chunk_tokens = sum(chunk.num_tokens for chunk in step.chunks)
+        padded, graph = padded_batch(step.num_decodes, len(step.chunks), chunk_tokens, self.state.limits.capture_sizes)
+        step.shape = StepShape(
+            num_decodes=step.num_decodes,
+            decode_context=sum(self._contexts) + (group.context if in_group else 0),
+            max_context=max([0, *self._contexts, *ends, *([group.longest] if in_group else [])]),
+            num_chunks=len(step.chunks),
+            chunk_tokens=chunk_tokens,
+            chunk_pairs=sum(c.num_tokens * c.start + c.num_tokens * (c.num_tokens + 1) // 2 for c in step.chunks),
+            chunk_context=sum(ends),
+            num_samples=step.num_decodes + sum(chunk.samples for chunk in step.chunks),
+            padded_tokens=padded,
+            graph=graph,
+        )

@@ -1,0 +1,1 @@
+"""Rules for which idle cached block goes next."""

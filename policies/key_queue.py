@@ -1,0 +1,55 @@
+"""A queue for any order that a request's own key fixes while it waits."""
+
+from __future__ import annotations
+
+import heapq
+from abc import ABC, abstractmethod
+
+from policies.plan import Report
+from policies.request import Request
+
+
+class KeyQueue(ABC):
+    """Smallest key first, ties by (arrival, id). Push and pop O(log n), remove O(1) amortised.
+
+    A removed request leaves its entry in the heap behind, which is skipped when it comes up.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, int, Request]] = []
+        self._waiting: dict[int, Request] = {}
+
+    @abstractmethod
+    def rank(self, request: Request) -> float:
+        """The request's place in the order; lower goes first. Must not change while it waits."""
+
+    def push(self, request: Request, now: int) -> None:
+        if request.id not in self._waiting:
+            self._waiting[request.id] = request
+            heapq.heappush(self._heap, (self.rank(request), *request.key, request))
+
+    def peek(self, now: int) -> Request | None:
+        heap = self._heap
+        while heap:
+            request = heap[0][3]
+            if self._waiting.get(request.id) is request:
+                return request
+            heapq.heappop(heap)
+        return None
+
+    def pop(self, now: int) -> Request:
+        request = self.peek(now)
+        if request is None:
+            raise IndexError("the queue is empty")
+        heapq.heappop(self._heap)
+        del self._waiting[request.id]
+        return request
+
+    def remove(self, request: Request) -> None:
+        self._waiting.pop(request.id, None)
+        if len(self._heap) > 2 * len(self._waiting) + 64:
+            self._heap = [entry for entry in self._heap if entry[3].id in self._waiting]
+            heapq.heapify(self._heap)
+
+    def on_report(self, report: Report) -> None:
+        """What ran does not change the order."""

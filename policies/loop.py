@@ -1,0 +1,61 @@
+"""The order in which one replica plans, launches and reports: the same lines for both panels.
+
+`lag=0`: plan, run, report. `lag=1`: plan step N+1 while step N runs, so a report comes one step late. A panel drives the
+generator and does what it is told; the runtime with threads and a device, the simulator with a clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from policies.control_plane import ControlPlane
+from policies.plan import Report, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Hand the control plane what has arrived (`submit`, `cancel`), then answer with the time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Start this step. Steps run one after another, in this order."""
+
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """Wait for this step to end and answer with its report."""
+
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Nothing runs: wait until something arrives, or until `wake_at`."""
+
+    wake_at: int | None
+
+
+Action = Deliver | Launch | Collect | Idle
+
+
+def step_loop(plane: ControlPlane, lag: int) -> Generator[Action, int | Report | None, None]:
+    """Endless; the panel closes it. `Deliver` is answered with now (int), `Collect` with a Report."""
+    in_flight: deque[Step] = deque()
+    while True:
+        now = yield Deliver()
+        assert isinstance(now, int)
+        step = plane.plan(now)
+        if step.runs:
+            yield Launch(step)
+            in_flight.append(step)
+        if in_flight and (len(in_flight) > lag or not step.runs):
+            report = yield Collect(in_flight.popleft())
+            assert isinstance(report, Report)
+            plane.report(report)
+        elif not in_flight:
+            yield Idle(step.wake_at)

@@ -1,0 +1,109 @@
+"""What a policy answers (`Plan`), what a panel carries out (`Step`) and what it says afterwards (`Report`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from policies.request import Request, State
+from policies.shapes import StepShape
+
+FOREVER = (1 << 63) - 1
+"""As the time of a pin: until it is lifted."""
+
+
+class Mode(Enum):
+    """How memory is taken from a running request."""
+
+    RECOMPUTE = "recompute"  # its blocks are freed; prompt and output so far are computed again
+    SWAP = "swap"  # its blocks move to host memory
+    KEEP = "keep"  # it stops running and keeps its blocks
+
+
+@dataclass(slots=True)
+class Plan:
+    """A scheduler's answer for one step. Refer to requests by the objects themselves.
+
+    A waiting request named here has left the scheduler's queue. What the control plane refuses comes back: the
+    request is given to `Scheduler.add` again and the refusal stands in the step that the next report carries.
+    """
+
+    decode_all: bool = False
+    """Every running request that has exactly one token to compute gets it: the whole decode batch in one word."""
+    decodes: list[Request] = field(default_factory=list)
+    """Single decodes, where not all of them run. Not together with `decode_all`."""
+    chunks: list[tuple[Request, int]] = field(default_factory=list)
+    """(request, tokens): prefill chunks, first ones of waiting requests included, in order."""
+    hold: dict[int, int] = field(default_factory=dict)
+    """Request id -> tokens to have blocks for after this step, where that is more than the chunk needs."""
+    preempt: list[tuple[Request, Mode]] = field(default_factory=list)
+    resume: list[Request] = field(default_factory=list)
+    """Paused requests that run again from this step on."""
+    drop: list[tuple[Request, str]] = field(default_factory=list)
+    """(request, reason): requests that end here without (further) service."""
+    pin: list[tuple[Request, int]] = field(default_factory=list)
+    """(request, until_ns): keep its blocks after it ends; a time that has passed lifts the pin."""
+    fetch: list[tuple[Request, str]] = field(default_factory=list)
+    """(request, tier): bring cached blocks of a waiting request nearer."""
+    bundles: list[frozenset[int]] = field(default_factory=list)
+    """Groups of request ids inside `chunks` of which all run or none."""
+    wake_at: int | None = None
+    """Ask again at this time even if nothing happens."""
+    blocked: list[tuple[Request, str]] = field(default_factory=list)
+    """(request, reason): waiting requests that were looked at and passed over. For the record only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`num_tokens` tokens of a request from position `start` on; `samples` where they reach its last token."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Step:
+    """A plan as enacted: what a panel has to run. Counts and shapes are those after the plan's preemptions."""
+
+    index: int
+    plan_ns: int
+    chunks: list[Chunk] = field(default_factory=list)
+    decodes: list[Request] = field(default_factory=list)
+    """Single decodes. When `decode_all` is set the decode group runs and this is empty."""
+    decode_all: bool = False
+    num_decodes: int = 0
+    decode_clock: int = 0
+    """Steps, this one included, in which the whole decode group has run."""
+    joined: list[Request] = field(default_factory=list)
+    """Requests that decode with the group from this step on."""
+    left: list[Request] = field(default_factory=list)
+    """Requests that left the decode group since the last step, or that leave it after this one."""
+    admitted: list[Request] = field(default_factory=list)
+    grown: list[Request] = field(default_factory=list)
+    """Requests whose block table got longer (or is new) with this step."""
+    preempted: list[tuple[Request, Mode]] = field(default_factory=list)
+    dropped: list[tuple[Request, str]] = field(default_factory=list)
+    refused: list[tuple[Request, str]] = field(default_factory=list)
+    wake_at: int | None = None
+    shape: StepShape = field(default_factory=StepShape)
+    filled: list[tuple[Request, int, int]] = field(default_factory=list)
+    """(request, block index, block id): blocks that generated tokens fill in this step."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is anything to compute."""
+        return self.num_decodes > 0 or bool(self.chunks)
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of a step. Times are nanoseconds since the run began; `end_ns` is when the host knew."""
+
+    step: Step
+    launch_ns: int
+    end_ns: int
+    device_ns: int
+    finished: list[tuple[Request, State, int]] = field(default_factory=list)
+    """(request, `State.STOPPED` or `State.LENGTH`, output tokens): known from what was sampled."""

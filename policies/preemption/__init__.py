@@ -1,0 +1,1 @@
+"""Rules for taking memory from running requests."""

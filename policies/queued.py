@@ -1,0 +1,47 @@
+"""What schedulers with one queue of waiting requests have in common."""
+
+from __future__ import annotations
+
+from policies.contract import Queue
+from policies.draft import Draft
+from policies.plan import Report
+from policies.request import Request
+
+
+class QueuedScheduler:
+    """A scheduler's queue, fed by events, and admission from its head."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+
+    @property
+    def clairvoyant(self) -> bool:
+        return getattr(self.queue, "clairvoyant", False)
+
+    def add(self, request: Request, now: int) -> None:
+        self.queue.push(request, now)
+
+    def remove(self, request: Request, now: int) -> None:
+        self.queue.remove(request)
+
+    def on_report(self, report: Report) -> None:
+        self.queue.on_report(report)
+
+    def admit_from_queue(
+        self,
+        draft: Draft,
+        now: int,
+        *,
+        max_chunk: int | None = None,
+        whole: bool = False,
+        hold_all: bool = False,
+    ) -> None:
+        """Admit from the head of the queue up to the first request that does not fit: nobody overtakes it.
+
+        `whole`: no chunks, a prompt's tokens all in this step; `hold_all`: blocks for all of its tokens at once.
+        """
+        while (request := self.queue.peek(now)) is not None:
+            hold = request.num_tokens if hold_all else 0
+            if not draft.admit(request, max_chunk=max_chunk, whole=whole, hold=hold):
+                return
+            self.queue.pop(now)

@@ -1,0 +1,74 @@
+"""The columns of a run's records: one definition for the rows that the control plane emits and the files they end in.
+
+Times are integer nanoseconds since the run began.
+"""
+
+from __future__ import annotations
+
+REQUESTS: dict[str, str] = {
+    "request_id": "int64",
+    "arrival_ns": "int64",  # stamped on the way in
+    "before_step": "int64",  # handed to the control plane before the plan with this index
+    "tenant": "string",
+    "session": "int64?",
+    "priority": "int32",
+    "prompt_tokens": "int32",
+    "max_tokens": "int32",  # the client's cap, within the model's limit
+    "output_tokens": "int32",
+    "cached_tokens": "int32",  # prefix hit at the first admission
+    "preemptions": "int32",
+    "first_scheduled_ns": "int64?",
+    "first_token_ns": "int64?",
+    "finish_ns": "int64?",
+    "end_before_step": "int64?",  # for a cancelled request: cancelled before the plan with this index
+    "status": "string",  # stop, length, cancelled, dropped, refused, unfinished
+    "error": "string",
+    "declared_tokens": "float64?",  # the declared output length, where the client gave one
+    "token_steps": "list<int64>",  # steps that produced a token of it, where it did not run with the decode group
+    "decode_runs": "list<int64>",  # pairs (a, b): a token in each step with a < decode_clock <= b of the group
+    "block_keys": "list<binary>",  # hash chain of its full blocks, with prefix caching
+}
+"""requests.parquet, one row a request, when it ends. Tokens beyond `output_tokens` in the last run were discarded."""
+
+STEPS: dict[str, str] = {
+    "step": "int64",  # index of the call of plan(); calls that planned nothing have no tokens
+    "plan_ns": "int64",
+    "launch_ns": "int64",  # handed to the device
+    "end_ns": "int64",  # the host had the result
+    "device_ns": "int64",
+    "num_decodes": "int32",
+    "decode_context": "int64",
+    "max_context": "int32",
+    "num_chunks": "int32",
+    "chunk_tokens": "int32",
+    "chunk_pairs": "int64",
+    "chunk_context": "int64",
+    "num_samples": "int32",
+    "padded_tokens": "int32",
+    "graph": "bool",
+    "decode_clock": "int64",  # steps so far in which the decode group ran; 0 in a step where it did not
+    "num_admitted": "int32",
+    "num_preempted": "int32",
+    "num_finished": "int32",
+    "free_blocks": "int32",  # neither held nor cached
+    "idle_blocks": "int32",  # cached, held by nobody
+    "num_running": "int32",
+    "num_waiting": "int32",
+    "wake_ns": "int64?",
+}
+"""steps.parquet, one row a call of plan(). Sizes as in `policies.shapes.StepShape`; blocks and queues after the plan."""
+
+DECISIONS: dict[str, str] = {
+    "step": "int64",
+    "request_id": "int64",  # -1: the decode group
+    "kind": "string",
+    "tokens": "int64",
+    "reason": "string",
+}
+"""decisions.parquet, one row a decision.
+
+Kinds: `admit` (tokens: prefix hit), `chunk`, `decode` (one request, or the group with the number of its members),
+`join` and `leave` (the group), `preempt`, `drop`, `refused`, and `blocked` (a waiting request was looked at and passed
+over; written when the reason changes; whoever waits and has no row of its own is behind the blocked one). Together
+they say for each step which request ran with how many tokens.
+"""

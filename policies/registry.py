@@ -1,0 +1,209 @@
+"""Policies by name: built in, from an installed package, or from a file of the user's.
+
+A policy is written as `name`, or `name,knob=value,...`. The name is one of the built-in ones, one that an installed
+package offers in the entry-point group `diptych.policies` (as `role.name`), or `package.module:Class`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from policies.contract import Admission, Eviction, Preemption, Queue, Router, Scheduler
+
+ENTRY_POINT_GROUP = "diptych.policies"
+ROLES: dict[str, type] = {
+    "scheduler": Scheduler,
+    "queue": Queue,
+    "admission": Admission,
+    "preemption": Preemption,
+    "eviction": Eviction,
+    "router": Router,
+}
+_PACKAGES = {
+    "scheduler": "policies.schedulers",
+    "queue": "policies.queues",
+    "admission": "policies.admission",
+    "preemption": "policies.preemption",
+    "eviction": "policies.eviction",
+    "router": "policies.routers",
+}
+_REGISTERED: dict[str, dict[str, type]] = {role: {} for role in ROLES}
+
+Class = TypeVar("Class", bound=type)
+
+
+class PolicyError(ValueError):
+    """No such policy, or a knob it does not have; the message names what there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySpec:
+    """A policy by name, with its knobs."""
+
+    name: str
+    knobs: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str | Mapping[str, Any]) -> PolicySpec:
+        """From `name,knob=value,...` or `{"name": ..., knob: value, ...}`. Raises PolicyError."""
+        if isinstance(text, Mapping):
+            knobs = dict(text)
+            name = knobs.pop("name", None)
+            if not isinstance(name, str):
+                raise PolicyError(f"a policy needs a name, as in {{name: mixed}}; got {dict(text)}")
+            return cls(name, knobs)
+        name, *pairs = (part.strip() for part in text.split(","))
+        knobs = {}
+        for pair in pairs:
+            knob, equals, value = pair.partition("=")
+            if not equals or not knob:
+                raise PolicyError(f"cannot read {pair!r} in {text!r}; write name,knob=value")
+            knobs[knob.strip()] = value.strip()
+        return cls(name, knobs)
+
+    def __str__(self) -> str:
+        return ",".join([self.name, *(f"{knob}={value}" for knob, value in self.knobs.items())])
+
+
+def register(role: str, name: str) -> Callable[[Class], Class]:
+    """Class decorator: offer a policy under this name. The first line of its docstring is its description."""
+
+    def decorate(policy: Class) -> Class:
+        _REGISTERED[role][name] = policy
+        return policy
+
+    return decorate
+
+
+def names(role: str) -> list[str]:
+    """The names known for a role, installed plug-ins included, in alphabetical order."""
+    _load_built_in(role)
+    plugged = (ep.name.split(".", 1)[1] for ep in entry_points(group=ENTRY_POINT_GROUP) if _role_of(ep.name) == role)
+    return sorted({*_REGISTERED[role], *plugged})
+
+
+def find(role: str, name: str) -> type:
+    """The class behind a name. Raises PolicyError with the nearest name where there is none."""
+    _load_built_in(role)
+    if ":" in name:
+        found = _load_from_path(role, name)
+    elif name in _REGISTERED[role]:
+        found = _REGISTERED[role][name]
+    else:
+        plugged = [ep for ep in entry_points(group=ENTRY_POINT_GROUP) if ep.name == f"{role}.{name}"]
+        if not plugged:
+            raise PolicyError(_unknown(role, name))
+        try:
+            found = plugged[0].load()
+        except Exception as error:
+            raise PolicyError(f"the plug-in {plugged[0].value} for {role} {name!r} does not load: {error}") from error
+    missing = [m for m in _methods(ROLES[role]) if not callable(getattr(found, m, None))]
+    if missing:
+        raise PolicyError(f"{name} is no {role}: it lacks {', '.join(missing)}")
+    return found
+
+
+def knobs(policy: type) -> dict[str, inspect.Parameter]:
+    """The keyword arguments of a policy's constructor."""
+    parameters = inspect.signature(policy).parameters
+    return {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def make(role: str, spec: PolicySpec | str | Mapping[str, Any], **context: object) -> Any:
+    """A new policy object.
+
+    `context` holds what the surroundings can give (`queue`, `oracle`, `seed`, ...); a policy gets what its constructor
+    names. Raises PolicyError for an unknown name, an unknown knob or a value of the wrong kind.
+    """
+    if not isinstance(spec, PolicySpec):
+        spec = PolicySpec.parse(spec)
+    policy = find(role, spec.name)
+    accepted = knobs(policy)
+    hints = typing.get_type_hints(policy.__init__)
+    arguments = {name: value for name, value in context.items() if name in accepted}
+    for knob, value in spec.knobs.items():
+        if knob not in accepted or knob in arguments:
+            own = sorted(set(accepted) - set(context))
+            near = difflib.get_close_matches(knob, own, 1)
+            known = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(own) or 'none'}"
+            raise PolicyError(f"{role} {spec.name} has no knob {knob!r}; {known}")
+        arguments[knob] = _convert(f"{role} {spec.name}: {knob}", value, hints.get(knob, str))
+    missing = [n for n, p in accepted.items() if p.default is p.empty and n not in arguments]
+    if missing:
+        raise PolicyError(f"{role} {spec.name} needs {', '.join(missing)}")
+    try:
+        return policy(**arguments)
+    except ValueError as error:
+        raise PolicyError(f"{role} {spec.name}: {error}") from error
+
+
+def _load_built_in(role: str) -> None:
+    package = importlib.import_module(_PACKAGES[role])
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def _load_from_path(role: str, path: str) -> type:
+    module_name, _, class_name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise PolicyError(f"{role} {path}: importing {module_name} failed: {error}") from error
+        raise PolicyError(f"{role} {path}: there is no module {module_name!r} on the Python path") from error
+    except Exception as error:
+        raise PolicyError(f"{role} {path}: importing {module_name} failed: {error}") from error
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise PolicyError(f"{role} {path}: {module_name} has no class {class_name!r}")
+    return found
+
+
+def _role_of(entry_name: str) -> str:
+    return entry_name.split(".", 1)[0] if "." in entry_name else ""
+
+
+def _unknown(role: str, name: str) -> str:
+    known = names(role)
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"there is no {role} {name!r}; {hint}Known: {', '.join(known)}, or package.module:Class"
+
+
+def _methods(protocol: type) -> list[str]:
+    return [n for n, v in vars(protocol).items() if inspect.isfunction(v) and not n.startswith("_")]
+
+
+def _convert(what: str, value: object, wanted: Any) -> object:
+    """A knob's value as its annotation wants it; text from the command line is read as such."""
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if type(None) in options and value in (None, "none", "None", ""):
+        return None
+    for option in (bool, int, float, str):
+        if option not in options:
+            continue
+        try:
+            if option is bool:
+                return {"true": True, "false": False}[str(value).lower()]
+            if option is str:
+                return str(value)
+            number = option(str(value))
+            if not math.isfinite(number):
+                break
+            return number
+        except (KeyError, ValueError):
+            continue
+    if any(not isinstance(option, type) or option not in (bool, int, float, str) for option in options):
+        return value
+    wanted_name = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise PolicyError(f"{what} must be {wanted_name}, not {value!r}")

@@ -1,0 +1,213 @@
+"""One replica's requests and memory: the state behind the view, and the few moves it can make.
+
+A running request is in exactly one of four places:
+
+    prefilling   more than one token to compute
+    loose        one token to compute; joins the decode group with the next step that runs everyone
+    group        one token to compute, counted by the group's clock
+    drained      its cap is reached by a step in flight; it only waits for the report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from policies.block_pool import BlockPool
+from policies.contract import CostModel, Hit
+from policies.decode_group import DecodeGroup
+from policies.draft import Draft
+from policies.request import Request, State
+from policies.stack import PolicyStack
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one replica can hold and run. Both panels must be given the same."""
+
+    num_blocks: int
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 4096
+    prefix_caching: bool = True
+    capture_sizes: tuple[int, ...] = ()
+    lag: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.lag not in (0, 1):
+            raise ValueError(f"lag must be 0 or 1, not {self.lag}")
+        if list(self.capture_sizes) != sorted(set(self.capture_sizes)):
+            raise ValueError(f"capture_sizes must ascend, not {self.capture_sizes}")
+
+
+class ReplicaState:
+    """Implements `policies.contract.View`; its other methods are the control plane's alone."""
+
+    def __init__(self, limits: Limits, stack: PolicyStack, cost: CostModel | None) -> None:
+        self.limits = limits
+        self.stack = stack
+        self.cost = cost
+        self.pool = BlockPool(limits.num_blocks, limits.block_size, stack.eviction if limits.prefix_caching else None)
+        self.requests: dict[int, Request] = {}  # alive: waiting, running or paused
+        self.running: dict[int, Request] = {}
+        self.prefilling: dict[int, Request] = {}
+        self.loose: dict[int, Request] = {}
+        self.drained: dict[int, Request] = {}
+        self.paused: dict[int, Request] = {}
+        self.group = DecodeGroup(limits.block_size)
+        self.pins: dict[int, int] = {}  # request id -> until when its blocks outlive it
+        self.pinned: dict[int, Request] = {}  # ended requests that still hold blocks
+        self.left_group: list[Request] = []
+        self.waiting_tokens = 0  # summed over the waiting requests
+        self.last_launched = -1
+        self.last_reported = -1
+
+    # The view
+
+    @property
+    def block_size(self) -> int:
+        return self.limits.block_size
+
+    @property
+    def num_blocks(self) -> int:
+        return self.limits.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.pool.num_free
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.limits.max_num_seqs
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        return self.limits.max_num_batched_tokens
+
+    @property
+    def num_decoding(self) -> int:
+        return len(self.group) + len(self.loose)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.requests) - len(self.running) - len(self.paused)
+
+    @property
+    def num_outstanding_tokens(self) -> int:
+        """Tokens still to compute of all live requests: 1 for one that decodes."""
+        started = sum(r.num_pending_tokens for r in [*self.prefilling.values(), *self.paused.values()])
+        return self.waiting_tokens + started + self.num_decoding
+
+    def draft(self) -> Draft:
+        return Draft(self, self.stack.admission, self.stack.preemption)
+
+    def decoding(self) -> Iterator[Request]:
+        loose = self.loose
+        return (r for r in self.running.values() if r._group is not None or r.id in loose)
+
+    def decodes_that_need_a_block(self) -> list[Request]:
+        size = self.limits.block_size
+        needy = [r for r in self.group.on_block_boundary() if r.num_computed_tokens >= len(r._blocks) * size]
+        needy += [r for r in self.loose.values() if r._computed >= len(r._blocks) * size]
+        return needy
+
+    def probe(self, request: Request) -> Hit:
+        if not self.limits.prefix_caching:
+            return Hit()
+        # The last token is always computed, since its logits are what the step is for.
+        size = self.limits.block_size
+        blocks = self.pool.lookup(request._keys[: (request.num_tokens - 1) // size])
+        return Hit(len(blocks) * size, tuple(blocks))
+
+    def settled(self, request: Request) -> bool:
+        return request._busy_until <= self.last_reported
+
+    def num_freed_by(self, request: Request, already: dict[int, int]) -> int:
+        return self.pool.num_freed_by(request._blocks, already)
+
+    # The moves
+
+    def place(self, request: Request) -> None:
+        """Put a running request where it belongs, after its counts have changed."""
+        if request.num_output_tokens >= request.max_tokens:
+            self.prefilling.pop(request.id, None)
+            self.loose.pop(request.id, None)
+            self.drained[request.id] = request
+        elif request.num_pending_tokens == 1:
+            self.prefilling.pop(request.id, None)
+            self.loose[request.id] = request
+        else:
+            self.prefilling[request.id] = request
+
+    def leave_group(self, request: Request) -> None:
+        self.group.leave(request)
+        self.left_group.append(request)
+
+    def stop(self, request: Request) -> None:
+        """Take a request out of the running ones; it keeps its blocks."""
+        if request._group is not None:
+            self.leave_group(request)
+        for place in (self.running, self.prefilling, self.loose, self.drained, self.paused):
+            place.pop(request.id, None)
+        request._busy_until = self.last_launched
+
+    def free(self, request: Request, now: int) -> None:
+        """Give a request's blocks back."""
+        self.pool.release(request._blocks, now)
+        request._blocks = []
+        request._num_registered = 0
+
+    def grow(self, request: Request, num_tokens: int, now: int) -> bool:
+        """Have blocks for `num_tokens` tokens in all. False if nothing had to be added."""
+        missing = -(-num_tokens // self.limits.block_size) - len(request._blocks)
+        if missing <= 0:
+            return False
+        request._blocks.extend(self.pool.allocate(missing, now))
+        return True
+
+    def register_full_blocks(self, request: Request, now: int) -> None:
+        """Enter the request's full blocks whose keys are known in the prefix index."""
+        full = min(request.num_computed_tokens // self.limits.block_size, len(request._keys))
+        for depth in range(request._num_registered, full):
+            self.pool.register(request._blocks[depth], request._keys[depth], depth, now)
+        request._num_registered = max(request._num_registered, full)
+
+    def lift_pins(self, now: int) -> None:
+        """Free what ended requests held until now."""
+        for request_id in [i for i, until in self.pins.items() if until <= now]:
+            del self.pins[request_id]
+            request = self.pinned.pop(request_id, None)
+            if request is not None:
+                self.free(request, now)
+
+    def check(self) -> None:
+        """Raise AssertionError where blocks, requests or places are not conserved."""
+        self.pool.check([r._blocks for r in [*self.requests.values(), *self.pinned.values()] if r._blocks])
+        places: list[Mapping[int, Request]] = [self.prefilling, self.loose, self.group.members, self.drained]
+        assert sum(map(len, places)) == len(self.running), "a running request is in no place, or in two"
+        for place in places:
+            assert place.keys() <= self.running.keys(), "a request that does not run is among those that do"
+        assert len(self.running) <= self.limits.max_num_seqs, "more sequences run than there are slots"
+        size = self.limits.block_size
+        for request in self.requests.values():
+            states = (request.id in self.running, request.id in self.paused)
+            expected = {
+                State.RUNNING: (True, False),
+                State.PAUSED: (False, True),
+                State.WAITING: (False, False),
+            }
+            assert states == expected[request.state], f"{request!r} is not where its state says"
+            assert request.num_computed_tokens <= len(request._blocks) * size, f"{request!r} lacks blocks"
+            assert request.num_output_tokens <= request.max_tokens, f"{request!r} is past its cap"
+            if request.state is State.WAITING:
+                assert not request._blocks, f"{request!r} waits and holds blocks"
+        waiting = sum(r.num_pending_tokens for r in self.requests.values() if r.state is State.WAITING)
+        assert waiting == self.waiting_tokens, "the count of waiting tokens is wrong"
+        computed = sum(r.num_computed_tokens for r in self.group.members.values())
+        assert computed == self.group.context, "the decode group's sum of contexts is wrong"
+        longest = max((r.num_computed_tokens for r in self.group.members.values()), default=0)
+        assert longest == self.group.longest, "the decode group's longest member is wrong"

@@ -1,0 +1,1 @@
+"""Rules for which replica gets a request."""

@@ -1,0 +1,1 @@
+"""Step builders: who shares a step, and how many tokens each gets."""

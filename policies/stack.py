@@ -1,0 +1,55 @@
+"""The policy objects of one replica, together, and how they are named in a specification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from policies import registry
+from policies.contract import Admission, Eviction, Preemption, Scheduler
+from policies.registry import PolicySpec
+
+
+@dataclass(slots=True)
+class PolicyStack:
+    """One object a role. Policies hold state, so every replica has a stack of its own."""
+
+    scheduler: Scheduler
+    admission: Admission
+    preemption: Preemption
+    eviction: Eviction
+
+    @property
+    def clairvoyant(self) -> bool:
+        """Whether any of them is told what a real system cannot know."""
+        roles = (self.scheduler, self.admission, self.preemption, self.eviction)
+        return any(getattr(role, "clairvoyant", False) for role in roles)
+
+
+@dataclass(frozen=True, slots=True)
+class StackSpec:
+    """The names and knobs of a policy stack, as text: `name,knob=value,...` each."""
+
+    scheduler: str = "mixed"
+    queue: str = "fcfs"
+    admission: str = "full_prompt"
+    preemption: str = "last_admitted"
+    eviction: str = "lru"
+
+    def build(self, *, block_size: int = 16, seed: int = 0, oracle: Mapping[int, int] | None = None) -> PolicyStack:
+        """New policy objects for one replica. Raises `registry.PolicyError`.
+
+        `oracle`: true output tokens by request id, for the policies that ask for it by name.
+        """
+        context = {"block_size": block_size, "seed": seed, "oracle": oracle}
+        queue = registry.make("queue", self.queue, **context)
+        return PolicyStack(
+            scheduler=registry.make("scheduler", self.scheduler, queue=queue, **context),
+            admission=registry.make("admission", self.admission, **context),
+            preemption=registry.make("preemption", self.preemption, **context),
+            eviction=registry.make("eviction", self.eviction, **context),
+        )
+
+    def as_dict(self) -> dict[str, str]:
+        """Role -> the policy's name and knobs, in one canonical spelling."""
+        return {f.name: str(PolicySpec.parse(getattr(self, f.name))) for f in fields(self)}

@@ -1,0 +1,41 @@
+"""What one forward pass of the model is given: a ragged batch of prefill chunks and decodes, flattened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class ForwardInputs:
+    """One step's inputs: T tokens of S sequences, the tokens of a sequence side by side and in order.
+
+    A prefill chunk and a decode differ only in how many tokens they have. Rows beyond `query_start_loc[S]`
+    and sequences with `seq_lens == 0` are padding: their slot is -1, nothing is written for them, and what
+    comes out at their rows means nothing.
+
+    Shapes and types (device tensors unless said otherwise):
+        input_ids        [T] int64
+        positions        [T] int64, position of each token in its sequence; 0 in padded rows
+        slot_mapping     [T] int64, where K and V go: block_id * block_size + offset; -1 writes nothing
+        query_start_loc  [S + 1] int32, sequence s has rows query_start_loc[s] : query_start_loc[s + 1]
+        seq_lens         [S] int32, KV length of each sequence with this step's tokens included
+        block_table      [S, max_blocks] int32, each sequence's block ids; what follows its last is ignored
+        max_query_len, max_seq_len
+                         at least the longest of each (launch sizes of kernels)
+        host_query_lens, host_seq_lens
+                         the lengths again, on the host, S entries each; the reference attention reads these
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    max_query_len: int
+    max_seq_len: int
+    host_query_lens: Sequence[int]
+    host_seq_lens: Sequence[int]

@@ -1,0 +1,304 @@
+"""The shape of a model: everything about a decoder-only transformer that is not a weight.
+
+One frozen dataclass serves the whole Llama family (Llama, SmolLM2, Mistral) and its two near relatives, which
+differ by one flag each: Qwen2 has biases on q, k and v; Qwen3 normalises every head of q and k.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or is not supported. The message is one line and says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3RopeScaling:
+    """The frequency scaling of Llama 3.1 (arXiv:2407.21783): long wavelengths are stretched by `factor`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shape of a Llama-family model.
+
+    `max_model_len` is the longest sequence (prompt and output together, in tokens) the rope tables are made
+    for. `eos_token_ids` end a generation; `bos_token_id` is None where the model has none.
+
+    Raises ModelError when the numbers do not fit together.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            _require_positive(field, getattr(self, field))
+        for field in ("head_dim", "vocab_size", "max_model_len"):
+            _require_positive(field, getattr(self, field))
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads};"
+                " check the config"
+            )
+        if self.head_dim % 2:
+            raise ModelError(
+                f"head_dim={self.head_dim} is odd, and rotary embeddings need pairs; check the config"
+            )
+
+    @property
+    def q_size(self) -> int:
+        """Width of the query projection."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the key (and of the value) projection."""
+        return self.num_kv_heads * self.head_dim
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Read a Hugging Face config.json. Raises ModelError for what is not supported."""
+        family = _hf_family(config)
+        hidden_size = _get(config, "hidden_size")
+        num_heads = _get(config, "num_attention_heads")
+        max_model_len = _get(config, "max_position_embeddings")
+        _refuse_hf_options(config, family, max_model_len)
+        # Configs before transformers 5 have rope_theta and rope_scaling; newer ones one dict,
+        # rope_parameters.
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        eos = config.get("eos_token_id")
+        return cls(
+            hidden_size=hidden_size,
+            intermediate_size=_get(config, "intermediate_size"),
+            num_layers=_get(config, "num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            head_dim=config.get("head_dim") or hidden_size // num_heads,
+            vocab_size=_get(config, "vocab_size"),
+            max_model_len=max_model_len,
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            rope_scaling=_hf_rope_scaling(rope),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family == "Qwen2ForCausalLM",
+            qk_norm=family == "Qwen3ForCausalLM",
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Read `folder`/config.json. Raises ModelError when it is missing, not JSON, or not supported."""
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ModelError(f"{folder} has no config.json; point at a folder in the Hugging Face layout")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{path} is not valid JSON ({error}); fetch it again") from error
+        return cls.from_hf(content)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], *, tie_word_embeddings: bool) -> ModelConfig:
+        """Read the key-value metadata of a GGUF file (plain Python values).
+
+        Whether the output layer is tied is known only from the list of tensors, hence the argument.
+        Raises ModelError for an architecture other than llama, for experts, and for scaled rope.
+        """
+        architecture = metadata.get("general.architecture")
+        if architecture != "llama":
+            raise ModelError(f"GGUF architecture {architecture!r} is not supported; known: 'llama'")
+        if metadata.get("llama.expert_count"):
+            raise ModelError(
+                "GGUF files with experts (mixture of experts) are not supported; use a dense model"
+            )
+        scaling = metadata.get("llama.rope.scaling.type", "none")
+        if scaling != "none":
+            raise ModelError(
+                f"GGUF rope scaling {scaling!r} is not supported; use the model's safetensors files"
+            )
+        hidden_size = _get(metadata, "llama.embedding_length")
+        num_heads = _get(metadata, "llama.attention.head_count")
+        eos = metadata.get("tokenizer.ggml.eos_token_id")
+        return cls(
+            hidden_size=hidden_size,
+            intermediate_size=_get(metadata, "llama.feed_forward_length"),
+            num_layers=_get(metadata, "llama.block_count"),
+            num_heads=num_heads,
+            num_kv_heads=metadata.get("llama.attention.head_count_kv", num_heads),
+            head_dim=metadata.get("llama.attention.key_length", hidden_size // num_heads),
+            vocab_size=metadata.get("llama.vocab_size") or len(_get(metadata, "tokenizer.ggml.tokens")),
+            max_model_len=_get(metadata, "llama.context_length"),
+            rms_norm_eps=float(_get(metadata, "llama.attention.layer_norm_rms_epsilon")),
+            rope_theta=float(metadata.get("llama.rope.freq_base", 10000.0)),
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+            eos_token_ids=() if eos is None else (eos,),
+        )
+
+    @classmethod
+    def preset(cls, name: str) -> ModelConfig:
+        """A shape by name, for random weights. Raises ModelError naming the known ones."""
+        if name not in PRESETS:
+            raise ModelError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+
+_HF_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def _hf_family(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures") or []
+    for architecture in named:
+        if architecture in _HF_FAMILIES:
+            return architecture
+    raise ModelError(
+        f"architecture {', '.join(named) or 'none'} is not supported; known: {', '.join(_HF_FAMILIES)}"
+    )
+
+
+def _refuse_hf_options(config: Mapping[str, Any], family: str, max_model_len: int) -> None:
+    """Options that would change the result if they were ignored."""
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ModelError(f"hidden_act={activation!r} is not supported; known: 'silu'")
+    # Qwen2 names its biases by architecture, not by this flag.
+    for flag in ("attention_bias", "mlp_bias"):
+        if config.get(flag):
+            raise ModelError(f"{flag}=true is not supported; use a model without these biases")
+    window = config.get("sliding_window")
+    if family.startswith("Qwen") and not config.get("use_sliding_window"):
+        window = None
+    if window is not None and window < max_model_len:
+        raise ModelError(
+            f"sliding-window attention ({window} of {max_model_len} tokens) is not supported;"
+            f" use a model without it, or set max_position_embeddings to {window} in its config.json"
+        )
+
+
+def _hf_rope_scaling(rope: Mapping[str, Any]) -> Llama3RopeScaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError("partial rotary embeddings are not supported; use a model that rotates whole heads")
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ModelError(f"rope scaling {kind!r} is not supported; known: 'default', 'llama3'")
+    return Llama3RopeScaling(
+        factor=float(_get(rope, "factor")),
+        low_freq_factor=float(_get(rope, "low_freq_factor")),
+        high_freq_factor=float(_get(rope, "high_freq_factor")),
+        original_max_position_embeddings=int(_get(rope, "original_max_position_embeddings")),
+    )
+
+
+def _get(mapping: Mapping[str, Any], key: str) -> Any:
+    if mapping.get(key) is None:
+        raise ModelError(f"the model's config has no {key!r}; fetch the model again")
+    return mapping[key]
+
+
+def _require_positive(field: str, value: object) -> None:
+    if not isinstance(value, int) or value <= 0:
+        raise ModelError(f"{field}={value!r} must be a positive integer; check the config")
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=512,
+        max_model_len=1024,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+    ),
+    "smollm2-135m": ModelConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+        max_model_len=8192,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+    ),
+    "llama-3.1-8b": ModelConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        max_model_len=131072,
+        rope_theta=500000.0,
+        rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 8192),
+        bos_token_id=128000,
+        eos_token_ids=(128001, 128008, 128009),
+    ),
+    "qwen2.5-0.5b": ModelConfig(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_layers=24,
+        num_heads=14,
+        num_kv_heads=2,
+        head_dim=64,
+        vocab_size=151936,
+        max_model_len=32768,
+        rms_norm_eps=1e-6,
+        rope_theta=1000000.0,
+        tie_word_embeddings=True,
+        qkv_bias=True,
+        bos_token_id=151643,
+        eos_token_ids=(151645, 151643),
+    ),
+    "qwen3-0.6b": ModelConfig(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        max_model_len=40960,
+        rms_norm_eps=1e-6,
+        rope_theta=1000000.0,
+        tie_word_embeddings=True,
+        qk_norm=True,
+        bos_token_id=151643,
+        eos_token_ids=(151645, 151643),
+    ),
+}

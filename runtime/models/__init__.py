@@ -1,0 +1,1 @@
+"""Models: plain PyTorch, inference only, over the paged KV cache."""

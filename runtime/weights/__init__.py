@@ -1,0 +1,137 @@
+"""Loading a model: weights, shape, tokenizer and chat template, from wherever they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from runtime.model_config import ModelConfig, ModelError
+from runtime.models.llama import LlamaModel
+from runtime.tokenizer import Tokenizer
+from runtime.weights import default_model, dummy, hub, safetensors
+from runtime.weights.default_model import DEFAULT_MODEL
+from runtime.weights.fill import fill
+from runtime.weights.gguf import GGUFFile
+
+__all__ = ["DEFAULT_MODEL", "LOAD_FORMATS", "LoadedModel", "load_model"]
+
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to be attached to a KV cache. `tokenizer` is None where the source has none."""
+
+    model: LlamaModel
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    chat_template: str | None
+    name: str
+    source_path: Path | None  # None for a preset
+
+
+def load_model(
+    source: str,
+    *,
+    load_format: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    max_model_len: int | None = None,
+) -> LoadedModel:
+    """Load `source`: the default model's name, a folder of safetensors, a GGUF file, or a hub id (org/name).
+
+    With load_format "dummy" the weights are random (by `seed`) and `source` is a preset's name or a folder
+    with a config.json; the network is not used. `max_model_len` shortens the longest sequence the model is
+    made for. Raises ModelError, in one line that says what to do, when the model cannot be loaded.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ModelError(f"unknown load format {load_format!r}; known: {', '.join(LOAD_FORMATS)}")
+    if load_format == "dummy":
+        return _load_dummy(source, dtype, device, seed, max_model_len)
+    path = _locate(source)
+    if load_format == "auto":
+        load_format = "safetensors" if path.is_dir() else "gguf"
+    if load_format == "gguf":
+        return _load_gguf(source, path, dtype, device, max_model_len)
+    return _load_folder(source, path, dtype, device, max_model_len)
+
+
+def _locate(source: str) -> Path:
+    """The local file or folder of `source`, fetched if it must be."""
+    if source == DEFAULT_MODEL:
+        return default_model.resolve()
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if hub.looks_like_hub_id(source):
+        return hub.fetch(source)
+    raise ModelError(
+        f"{source} does not exist; give a folder, a GGUF file, org/name on the hub, or {DEFAULT_MODEL}"
+    )
+
+
+def _load_folder(
+    source: str, folder: Path, dtype: torch.dtype, device: torch.device | str, max_model_len: int | None
+) -> LoadedModel:
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder; use --load-format gguf for a GGUF file")
+    config = _shortened(ModelConfig.from_folder(folder), max_model_len)
+    safetensors.weight_files(folder)  # fail before memory is taken
+    tokenizer, template = _folder_tokenizer(folder)
+    model = LlamaModel(config, dtype=dtype, device=device)
+    fill(model, safetensors.read_tensors(folder), origin=str(folder))
+    return LoadedModel(model, config, tokenizer, template, _display_name(source), folder)
+
+
+def _load_gguf(
+    source: str, path: Path, dtype: torch.dtype, device: torch.device | str, max_model_len: int | None
+) -> LoadedModel:
+    if not path.is_file():
+        raise ModelError(f"{path} is not a GGUF file; use --load-format safetensors for a folder")
+    file = GGUFFile(path)
+    config = _shortened(file.config, max_model_len)
+    tokenizer = Tokenizer.from_gguf(file.metadata)
+    model = LlamaModel(config, dtype=dtype, device=device)
+    fill(model, file.read_tensors(), origin=str(path))
+    return LoadedModel(model, config, tokenizer, tokenizer.chat_template, _display_name(source), path)
+
+
+def _load_dummy(
+    source: str, dtype: torch.dtype, device: torch.device | str, seed: int, max_model_len: int | None
+) -> LoadedModel:
+    config = _shortened(dummy.dummy_config(source), max_model_len)
+    folder = None if source in dummy.PRESETS else Path(source)
+    tokenizer, template = (None, None) if folder is None else _folder_tokenizer(folder)
+    model = LlamaModel(config, dtype=dtype, device=device)
+    dummy.fill_randomly(model, seed)
+    return LoadedModel(model, config, tokenizer, template, _display_name(source), folder)
+
+
+def _folder_tokenizer(folder: Path) -> tuple[Tokenizer | None, str | None]:
+    """The folder's tokenizer and chat template; None where it has weights alone, which serve token ids."""
+    if not (folder / "tokenizer.json").is_file():
+        return None, None
+    tokenizer = Tokenizer.from_folder(folder)
+    return tokenizer, tokenizer.chat_template
+
+
+def _shortened(config: ModelConfig, max_model_len: int | None) -> ModelConfig:
+    if max_model_len is None:
+        return config
+    if max_model_len > config.max_model_len:
+        raise ModelError(
+            f"max_model_len={max_model_len} is beyond the model's {config.max_model_len}; lower it"
+        )
+    return dataclasses.replace(config, max_model_len=max_model_len)
+
+
+def _display_name(source: str) -> str:
+    """What the model is called in records and answers: a hub id whole, else the last part of the path."""
+    if source == DEFAULT_MODEL or (hub.looks_like_hub_id(source) and not Path(source).exists()):
+        return source
+    path = Path(source)
+    return path.stem if path.suffix == ".gguf" else path.resolve().name

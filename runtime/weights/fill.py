@@ -1,0 +1,41 @@
+"""Put named tensors into a model, checking that none is missing, unknown or of the wrong shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from runtime.model_config import ModelError
+from runtime.models.llama import LlamaModel
+
+# Found in some files, not needed: rope is computed, and a tied output layer is the embedding.
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "lm_head.weight")
+
+
+def fill(model: LlamaModel, tensors: Iterable[tuple[str, Tensor]], origin: str) -> None:
+    """Copy each (Hugging Face name, tensor) to its place, converting type and device.
+
+    Raises ModelError, naming `origin`, for a missing or unknown tensor and for a wrong shape.
+    """
+    slots = dict(model.weight_slots())
+    missing = set(slots)
+    for name, tensor in tensors:
+        slot = slots.get(name)
+        if slot is None:
+            if name.endswith(_IGNORED_SUFFIXES):
+                continue
+            raise ModelError(
+                f"{origin}: tensor {name} has no place in this model; its config does not match its weights"
+            )
+        if slot.shape != tensor.shape:
+            raise ModelError(
+                f"{origin}: tensor {name} has shape {list(tensor.shape)},"
+                f" the config asks for {list(slot.shape)}"
+            )
+        slot.copy_(tensor)
+        missing.discard(name)
+    if missing:
+        raise ModelError(
+            f"{origin}: {len(missing)} tensors are missing, {min(missing)} first; fetch the model again"
+        )

@@ -1,0 +1,158 @@
+"""Shared by the runtime's tests: the default model, prompts, and a model driven by hand over the paged cache."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.attention import get_backend
+from runtime.forward import ForwardInputs
+from runtime.kv_cache import PagedKVCache
+from runtime.models.llama import LlamaModel
+from runtime.weights import DEFAULT_MODEL, LoadedModel, load_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The default model in float32, fetched the way a user's first run fetches it."""
+    return load_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    """Twenty prompts: a few built in, and public ones where the traces are at hand."""
+    built_in = [
+        "The capital of France is",
+        "def fibonacci(n):\n    ",
+        "Question: What is 17 + 25?\nAnswer:",
+        "Il était une fois, dans un petit village de montagne,",
+        "List three colours, separated by commas:",
+    ]
+    default = Path(__file__).parents[3] / "shared" / "traces"
+    file = Path(os.environ.get("DIPTYCH_TRACES", default)) / "prompts" / "prompts_200.jsonl"
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        public = [json.loads(line)["turns"][0] for line in lines]
+        built_in += [text for text in public if len(text) < 400]
+    topics = ("rivers", "steam engines", "chess", "bread", "the Moon", "violins", "glaciers", "bees", "maps", "tea")
+    built_in += [f"Write {words} about {topic}." for topic in topics for words in ("a sentence", "a short poem")]
+    return built_in[:20]
+
+
+@dataclass
+class RunningSequence:
+    """One sequence of `HandRunner`."""
+
+    tokens: list[int]
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+
+class HandRunner:
+    """Drives a model step by step with blocks kept by hand, the way the engine will, but with no policy.
+
+    `shuffle` hands out blocks in a random order; otherwise they are contiguous. What block tables hold past a
+    sequence's end is junk on purpose.
+    """
+
+    def __init__(self, model: LlamaModel, *, num_blocks: int, block_size: int = 16, shuffle: int | None = None) -> None:
+        self.model = model
+        self.device = model.device
+        self.cache = PagedKVCache(
+            model.config, num_blocks, block_size, dtype=model.dtype, device=model.device
+        )
+        model.attach(self.cache, get_backend("sdpa", model.device))
+        self.free = list(range(num_blocks))
+        if shuffle is not None:
+            random.Random(shuffle).shuffle(self.free)
+        self.sequences: dict[int, RunningSequence] = {}
+
+    def add(self, key: int, tokens: Sequence[int]) -> None:
+        self.sequences[key] = RunningSequence(list(tokens))
+
+    def remove(self, key: int) -> None:
+        self.free += self.sequences.pop(key).blocks
+
+    def step(self, plan: Mapping[int, int], pad_rows: int = 0, pad_sequences: int = 0) -> dict[int, Tensor]:
+        """Run `plan` ({sequence: tokens}) in one forward pass; logits [tokens, vocab_size] of each sequence."""
+        inputs = self._inputs(plan, pad_rows, pad_sequences)
+        self.model.attach(self.cache, get_backend("sdpa", self.device))
+        hidden = self.model.forward(inputs)
+        logits, row = {}, 0
+        for key, count in plan.items():
+            logits[key] = self.model.logits(hidden[row : row + count])
+            self.sequences[key].num_computed += count
+            row += count
+        return logits
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, chunk: int = 64) -> list[list[int]]:
+        """Greedy tokens of every prompt. One prompt joins each step, in chunks, while the others decode."""
+        waiting = list(enumerate(prompts))
+        done: dict[int, list[int]] = {}
+        while waiting or self.sequences:
+            if waiting:
+                self.add(*waiting.pop(0))
+            plan = {k: min(chunk, len(s.tokens) - s.num_computed) for k, s in self.sequences.items()}
+            for key, logits in self.step(plan).items():
+                sequence = self.sequences[key]
+                if sequence.num_computed < len(sequence.tokens):
+                    continue
+                sequence.tokens.append(int(logits[-1].argmax()))
+                output = sequence.tokens[len(prompts[key]) :]
+                if len(output) == max_tokens:
+                    done[key] = output
+                    self.remove(key)
+        return [done[i] for i in range(len(prompts))]
+
+    def _inputs(self, plan: Mapping[int, int], pad_rows: int, pad_sequences: int) -> ForwardInputs:
+        size = self.cache.block_size
+        ids, positions, slots, query_lens, seq_lens = [], [], [], [], []
+        for key, count in plan.items():
+            sequence = self.sequences[key]
+            end = sequence.num_computed + count
+            while len(sequence.blocks) * size < end:
+                sequence.blocks.append(self.free.pop(0))
+            for position in range(sequence.num_computed, end):
+                ids.append(sequence.tokens[position])
+                positions.append(position)
+                slots.append(sequence.blocks[position // size] * size + position % size)
+            query_lens.append(count)
+            seq_lens.append(end)
+        pad = pad_rows + pad_sequences  # a padded sequence has one row and no length
+        ids, positions, slots = ids + [0] * pad, positions + [0] * pad, slots + [-1] * pad
+        query_lens += [1] * pad_sequences
+        seq_lens += [0] * pad_sequences
+        tables = [self.sequences[key].blocks for key in plan] + [[]] * pad_sequences
+        width = max(len(table) for table in tables) + 1
+        junk = [[*table, *([10**6] * (width - len(table)))] for table in tables]
+
+        def tensor(values: object, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
+        return ForwardInputs(
+            input_ids=tensor(ids, torch.int64),
+            positions=tensor(positions, torch.int64),
+            slot_mapping=tensor(slots, torch.int64),
+            query_start_loc=tensor([0, *itertools.accumulate(query_lens)], torch.int32),
+            seq_lens=tensor(seq_lens, torch.int32),
+            block_table=tensor(junk, torch.int32),
+            max_query_len=max(query_lens),
+            max_seq_len=max(seq_lens),
+            host_query_lens=query_lens,
+            host_seq_lens=seq_lens,
+        )
+
+
+@pytest.fixture(scope="session")
+def hand_runner() -> type[HandRunner]:
+    """The class `HandRunner`, for tests to make their own."""
+    return HandRunner

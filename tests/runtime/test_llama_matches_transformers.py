@@ -1,0 +1,120 @@
+"""Our Llama against an independent one: the transformers package, on the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from runtime.weights import LoadedModel, load_model
+
+TOKENS = 64
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,  # sharp enough for logits to differ visibly
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama with grouped queries": ("Llama", {}),
+    "llama with as many kv heads as heads": ("Llama", {"num_key_value_heads": 4}),
+    "llama with one kv head": ("Llama", {"num_key_value_heads": 1}),
+    "llama with a tied output layer": ("Llama", {"tie_word_embeddings": True}),
+    "llama with a head size of its own": ("Llama", {"head_dim": 24}),
+    "llama 3.1 rope scaling": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+}
+
+
+@pytest.fixture(scope="module")
+def hf_smollm2(smollm2: LoadedModel) -> Any:
+    """The default model as transformers reads it, from the same file but with its own code."""
+    path = smollm2.source_path
+    assert path is not None
+    where = {"gguf_file": path.name} if path.is_file() else {}
+    folder = path.parent if path.is_file() else path
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
+
+
+@pytest.fixture(scope="module")
+def token_prompts(smollm2: LoadedModel, prompts: list[str]) -> list[list[int]]:
+    assert smollm2.tokenizer is not None
+    return [smollm2.tokenizer.encode(prompt) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def mixed_tokens(smollm2: LoadedModel, token_prompts: list[list[int]], hand_runner: Any) -> list[list[int]]:
+    """Greedy tokens of all prompts, decodes and prefill chunks mixed in the same steps."""
+    return hand_runner(smollm2.model, num_blocks=400, shuffle=1).generate(token_prompts, TOKENS, chunk=32)
+
+
+def test_logits_of_the_default_model_equal_those_of_transformers(
+    smollm2: LoadedModel, hf_smollm2: Any, token_prompts: list[list[int]], hand_runner: Any
+) -> None:
+    runner = hand_runner(smollm2.model, num_blocks=200, shuffle=0)
+    for key, tokens in enumerate(token_prompts[:8]):
+        runner.add(key, tokens)
+    ours = runner.step({key: len(tokens) for key, tokens in enumerate(token_prompts[:8])})
+    for key, tokens in enumerate(token_prompts[:8]):
+        with torch.inference_mode():
+            theirs = hf_smollm2(torch.tensor([tokens])).logits[0]
+        # Logits span some 40 units; float32 in another order of summation differs in the fifth digit.
+        torch.testing.assert_close(ours[key], theirs, atol=2e-3, rtol=1e-4)
+
+
+def test_greedy_tokens_of_a_mixed_batch_equal_those_of_transformers(
+    hf_smollm2: Any, token_prompts: list[list[int]], mixed_tokens: list[list[int]]
+) -> None:
+    # If each of our tokens is transformers' choice after the ones before it, its greedy output is ours, by induction.
+    for prompt, output in zip(token_prompts, mixed_tokens, strict=True):
+        with torch.inference_mode():
+            logits = hf_smollm2(torch.tensor([prompt + output])).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == output
+
+
+@pytest.mark.slow
+def test_greedy_tokens_do_not_depend_on_who_shares_the_batch(
+    smollm2: LoadedModel, token_prompts: list[list[int]], mixed_tokens: list[list[int]], hand_runner: Any
+) -> None:
+    runner = hand_runner(smollm2.model, num_blocks=60, block_size=32)
+    alone = [runner.generate([prompt], TOKENS, chunk=10**6)[0] for prompt in token_prompts]
+    assert alone == mixed_tokens
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tiny_random_model_equals_transformers(name: str, tmp_path: Path, hand_runner: Any) -> None:
+    family, changes = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**(TINY | changes))
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for parameter_name, parameter in theirs.named_parameters():
+        if parameter_name.endswith(("bias", "norm.weight")):  # born as zeros and ones, which would hide a mistake
+            torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
+    theirs.save_pretrained(tmp_path)
+
+    runner = hand_runner(load_model(str(tmp_path)).model, num_blocks=40, shuffle=0)
+    tokens = torch.randint(0, 300, (150,)).tolist()
+    runner.add(0, tokens)
+    ours = torch.cat([runner.step({0: count})[0] for count in (50, 7, 90, 1, 1, 1)])
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([tokens])).logits[0]
+    assert expected.std() > 1  # a model that says something
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-4)
