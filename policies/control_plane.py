@@ -5,7 +5,7 @@ Both panels do nothing but call these four, in the order that `policies.loop` fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from policies.contract import CostModel, Recorder, View
 from policies.enactment import Enactment
@@ -26,7 +26,8 @@ class PolicyStalled(RuntimeError):
 class ControlPlane:
     """Holds the requests, the block pool, the prefix index and the policy stack of one replica.
 
-    `recorder` gets the rows of `policies.records`; None costs nothing. `check=True` verifies the invariants (blocks,
+    `recorder` gets the rows of `policies.records`; None costs nothing. `on_end` is called with every request that ends,
+    however it ends, inside the call that ends it. `check=True` verifies the invariants (blocks,
     requests and places conserved, clock monotone) after every call.
     """
 
@@ -35,13 +36,17 @@ class ControlPlane:
         limits: Limits,
         stack: PolicyStack,
         *,
+        replica: int = 0,
         cost: CostModel | None = None,
         recorder: Recorder | None = None,
+        on_end: Callable[[Request], None] | None = None,
         check: bool = False,
     ) -> None:
         self.limits = limits
         self.stack = stack
+        self.replica = replica
         self._state = ReplicaState(limits, stack, cost)
+        self.on_end = on_end
         self._recorder = recorder
         self._check = check
         self._next_index = 0
@@ -113,8 +118,7 @@ class ControlPlane:
         self._before_step[request.id] = self._next_index
         reason = self._refusal(request)
         if reason is not None:
-            request.state = State.REFUSED
-            self._record_request(request, 0, error=reason)
+            self.refuse(request, reason)
             raise RequestRefused(reason)
         request.max_tokens = min(request.max_tokens, self.limits.max_model_len - request.num_prompt_tokens)
         if self.limits.prefix_caching:
@@ -123,6 +127,13 @@ class ControlPlane:
         self._state.waiting_tokens += request.num_pending_tokens
         self.stack.scheduler.add(request, now)
         self._verify()
+
+    def refuse(self, request: Request, reason: str) -> None:
+        """Record a request that is turned away: here, or by a router before it got here."""
+        request.state = State.REFUSED
+        self._record_request(request, 0, error=reason)
+        if self.on_end is not None:
+            self.on_end(request)
 
     def _refusal(self, request: Request) -> str | None:
         limits = self.limits
@@ -195,7 +206,8 @@ class ControlPlane:
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
                 state.pool.register(block, request._keys[depth], depth, report.end_ns)
                 request._num_registered = max(request._num_registered, depth + 1)
-        for request, end, num_output_tokens in report.finished:
+        # In the order of their ids, whatever order a panel found them in: it decides which blocks are idle longest.
+        for request, end, num_output_tokens in sorted(report.finished, key=lambda finished: finished[0].id):
             if request.id in state.requests:
                 self._end(request, end, num_output_tokens, report.end_ns)
         self.stack.scheduler.on_report(report)
@@ -234,6 +246,8 @@ class ControlPlane:
         request.state = end
         request.finish_ns = now
         self._record_request(request, num_output_tokens, error)
+        if self.on_end is not None:
+            self.on_end(request)
 
     def _watch(self, step: Step) -> None:
         """Work conservation: a policy that plans nothing while it could must say when to ask again."""
@@ -266,6 +280,7 @@ class ControlPlane:
             runs = [*runs, request._group.clock]
         self._recorder.request((
             request.id,
+            self.replica,
             request.arrival_ns,
             before,
             request.tenant,
@@ -290,29 +305,39 @@ class ControlPlane:
 
     def _record_plan(self, plan: Plan, step: Step) -> None:
         assert self._recorder is not None
-        emit, index = self._recorder.decision, step.index
+        index = step.index
+
+        def emit(request_id: int, kind: str, tokens: int, reason: str) -> None:
+            decision((self.replica, index, request_id, kind, tokens, reason))
+
+        decision = self._recorder.decision
         for request, reason in step.dropped:
-            emit((index, request.id, "drop", 0, reason))
+            emit(request.id, "drop", 0, reason)
         for request, mode in step.preempted:
-            emit((index, request.id, "preempt", request.num_tokens, mode.value))
+            emit(request.id, "preempt", request.num_tokens, mode.value)
         for request in step.left:
-            emit((index, request.id, "leave", 0, ""))
+            emit(request.id, "leave", 0, "")
         for request in step.joined:
-            emit((index, request.id, "join", 0, ""))
+            emit(request.id, "join", 0, "")
         if step.decode_all:
-            emit((index, -1, "decode", step.num_decodes, ""))
+            emit(-1, "decode", step.num_decodes, "")
+        for request in step.capped:
+            emit(request.id, "capped", 0, "")
         for request in step.decodes:
-            emit((index, request.id, "decode", 1, ""))
-        for request in step.admitted:
-            emit((index, request.id, "admit", request.num_cached_tokens, ""))
+            emit(request.id, "decode", 1, "")
+        for request in step.resumed:
+            emit(request.id, "resume", 0, "")
+        admitted = {request.id for request in step.admitted}
         for chunk in step.chunks:
-            emit((index, chunk.request.id, "chunk", chunk.num_tokens, ""))
+            if chunk.request.id in admitted:
+                emit(chunk.request.id, "admit", chunk.start, "")
+            emit(chunk.request.id, "chunk", chunk.num_tokens, "")
         for request, reason in step.refused:
-            emit((index, request.id, "refused", 0, reason))
+            emit(request.id, "refused", 0, reason)
         blocked = {request.id: reason for request, reason in plan.blocked}
         for request_id, reason in blocked.items():
             if self._blocked.get(request_id) != reason:
-                emit((index, request_id, "blocked", 0, reason))
+                emit(request_id, "blocked", 0, reason)
         self._blocked = blocked
         state = self._state
         self._plan_rows[index] = (
@@ -334,7 +359,7 @@ class ControlPlane:
     def _record_step(self, report: Report) -> None:
         assert self._recorder is not None
         row = self._step_row(report.step, report.launch_ns, report.end_ns, report.device_ns, len(report.finished))
-        if self._empty_rows and self._empty_rows[0][0] < report.step.index:  # type: ignore[operator]
+        if self._empty_rows and self._empty_rows[0][1] < report.step.index:  # type: ignore[operator]
             self._flush_empty_rows()
         self._recorder.step(row)
         if self._state.last_launched == self._state.last_reported:
@@ -352,6 +377,7 @@ class ControlPlane:
         admitted, preempted, free, idle, running, waiting, wake = self._plan_rows.pop(step.index)
         s = step.shape
         return (
+            self.replica,
             step.index,
             step.plan_ns,
             launch_ns,

@@ -55,7 +55,7 @@ class Draft:
         return True
 
     def run_decodes(self, now: int) -> None:
-        """Give each decode its token, preempting where blocks are missing; in order of admission as far as tokens go."""
+        """Give each decode its token, in order of admission as far as tokens go; preempt where blocks are missing."""
         decodes, blocks = self.view.num_decoding, len(self.view.decodes_that_need_a_block())
         if decodes <= self.tokens_left and blocks <= self.blocks_left:
             self.plan.decode_all = decodes > 0

@@ -111,6 +111,7 @@ class Enactment:
             else:
                 del state.paused[request.id]
                 self._start(request)
+                self.step.resumed.append(request)
 
     def _start(self, request: Request) -> None:
         request.state = State.RUNNING
@@ -233,15 +234,14 @@ class Enactment:
         self._tokens_left -= len(group)
         if group.members:
             step.decode_all = True
-            capped = group.advance()
-            for request in capped:
+            step.capped = group.advance()
+            for request in step.capped:
                 request._busy_until = step.index
-                state.left_group.append(request)
                 state.place(request)
                 self._contexts.append(request._computed)
             if state.limits.prefix_caching:
                 size = state.limits.block_size
-                for request in [*group.on_block_boundary(), *(r for r in capped if r._computed % size == 0)]:
+                for request in [*group.on_block_boundary(), *(r for r in step.capped if r._computed % size == 0)]:
                     self._fill(request)
         for request in without_block:
             state.place(request)

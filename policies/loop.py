@@ -1,7 +1,7 @@
 """The order in which one replica plans, launches and reports: the same lines for both panels.
 
-`lag=0`: plan, run, report. `lag=1`: plan step N+1 while step N runs, so a report comes one step late. A panel drives the
-generator and does what it is told; the runtime with threads and a device, the simulator with a clock.
+`lag=0`: plan, run, report. `lag=1`: plan step N+1 while step N runs, so a report comes one step late. A panel drives
+the generator and does what it is told; the runtime with threads and a device, the simulator with a clock.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Start this step. Steps run one after another, in this order."""
+    """Note who stopped running, and start the step if it `runs`. Steps run one after another, in this order."""
 
     step: Step
 
@@ -50,8 +50,8 @@ def step_loop(plane: ControlPlane, lag: int) -> Generator[Action, int | Report |
         now = yield Deliver()
         assert isinstance(now, int)
         step = plane.plan(now)
+        yield Launch(step)
         if step.runs:
-            yield Launch(step)
             in_flight.append(step)
         if in_flight and (len(in_flight) > lag or not step.runs):
             report = yield Collect(in_flight.popleft())

@@ -79,8 +79,11 @@ class Step:
     joined: list[Request] = field(default_factory=list)
     """Requests that decode with the group from this step on."""
     left: list[Request] = field(default_factory=list)
-    """Requests that left the decode group since the last step, or that leave it after this one."""
+    """Requests that have left the decode group since the last step, and do not run with it in this one."""
+    capped: list[Request] = field(default_factory=list)
+    """Requests that run with the decode group for the last time: their cap is reached."""
     admitted: list[Request] = field(default_factory=list)
+    resumed: list[Request] = field(default_factory=list)
     grown: list[Request] = field(default_factory=list)
     """Requests whose block table got longer (or is new) with this step."""
     preempted: list[tuple[Request, Mode]] = field(default_factory=list)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 REQUESTS: dict[str, str] = {
     "request_id": "int64",
+    "replica": "int32",
     "arrival_ns": "int64",  # stamped on the way in
     "before_step": "int64",  # handed to the control plane before the plan with this index
     "tenant": "string",
@@ -31,6 +32,7 @@ REQUESTS: dict[str, str] = {
 """requests.parquet, one row a request, when it ends. Tokens beyond `output_tokens` in the last run were discarded."""
 
 STEPS: dict[str, str] = {
+    "replica": "int32",
     "step": "int64",  # index of the call of plan(); calls that planned nothing have no tokens
     "plan_ns": "int64",
     "launch_ns": "int64",  # handed to the device
@@ -56,9 +58,13 @@ STEPS: dict[str, str] = {
     "num_waiting": "int32",
     "wake_ns": "int64?",
 }
-"""steps.parquet, one row a call of plan(). Sizes as in `policies.shapes.StepShape`; blocks and queues after the plan."""
+"""steps.parquet, one row a call of plan(), steps counted from 0 on each replica.
+
+Sizes are as in `policies.shapes.StepShape`; blocks and queues as they are after the plan.
+"""
 
 DECISIONS: dict[str, str] = {
+    "replica": "int32",
     "step": "int64",
     "request_id": "int64",  # -1: the decode group
     "kind": "string",
@@ -68,7 +74,7 @@ DECISIONS: dict[str, str] = {
 """decisions.parquet, one row a decision.
 
 Kinds: `admit` (tokens: prefix hit), `chunk`, `decode` (one request, or the group with the number of its members),
-`join` and `leave` (the group), `preempt`, `drop`, `refused`, and `blocked` (a waiting request was looked at and passed
-over; written when the reason changes; whoever waits and has no row of its own is behind the blocked one). Together
-they say for each step which request ran with how many tokens.
+`join` and `leave` (the group), `capped` (its last token with the group), `preempt`, `resume`, `drop`, `refused`, and
+`blocked` (a waiting request was looked at and passed over; written when the reason changes; whoever waits and has no
+row of its own is behind the blocked one). Together they say for each step which request ran with how many tokens.
 """

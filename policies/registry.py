@@ -129,7 +129,7 @@ def make(role: str, spec: PolicySpec | str | Mapping[str, Any], **context: objec
         spec = PolicySpec.parse(spec)
     policy = find(role, spec.name)
     accepted = knobs(policy)
-    hints = typing.get_type_hints(policy.__init__)
+    hints = typing.get_type_hints(vars(policy).get("__init__", object.__init__))
     arguments = {name: value for name, value in context.items() if name in accepted}
     for knob, value in spec.knobs.items():
         if knob not in accepted or knob in arguments:
@@ -197,7 +197,7 @@ def _convert(what: str, value: object, wanted: Any) -> object:
                 return {"true": True, "false": False}[str(value).lower()]
             if option is str:
                 return str(value)
-            number = option(str(value))
+            number = float(str(value)) if option is float else int(str(value))
             if not math.isfinite(number):
                 break
             return number

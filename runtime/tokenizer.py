@@ -114,7 +114,8 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. The text of a special token becomes that token.
+        """Token ids of `text`. The text of a special token becomes that token; bytes for which the vocabulary has
+        no token are dropped (for SmolLM2, a few control characters).
 
         `add_special_tokens` puts those in front that the model expects (none for SmolLM2). Text from
         `apply_chat_template` has its own: encode it without.
@@ -140,6 +141,11 @@ class Tokenizer:
             return bytes(_BYTE_OF_CHARACTER[character] for character in token)
         single = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
         return bytes([int(single[1], 16)]) if single else token.replace("▁", " ").encode()
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens."""
+        return frozenset(token_id for token_id, token in self._added.items() if self.is_special(token_id))
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is a control token, left out of the text by `decode`."""

@@ -37,9 +37,7 @@ _DEFAULT_BLOCK = 16
 def write_jsonl(workload: Workload, path: str | Path) -> None:
     """Write `workload`; `read_jsonl` gives an equal one back."""
     path = Path(path)
-    columns = {
-        "text" if name == "texts" else name: _as_list(workload, name) for name in _column_names(workload)
-    }
+    columns = {"text" if name == "texts" else name: _as_list(workload, name) for name in _column_names(workload)}
     header = {
         "diptych_workload": VERSION,
         "name": workload.name,
@@ -83,16 +81,14 @@ def read_jsonl(path: str | Path) -> Workload:
             fields = [*REQUIRED, *(name for name in _OPTIONAL if name in row)]
         rows.append(_checked_row(path, line, row, fields))
         _check_blocks(path, line, row, header.get("hash_block", _DEFAULT_BLOCK))
-    if not rows and not header:
-        raise TraceError(path, None, "is empty; expected one JSON object a line")
-    return _build(path, header, fields or list(REQUIRED), rows)
+    if not rows:
+        raise TraceError(path, None, "has no request; expected one JSON object a line")
+    return _build(path, header, fields, rows)
 
 
 def _checked_header(path: Path, line: int, row: dict[str, Any]) -> dict[str, Any]:
     if row["diptych_workload"] != VERSION:
-        raise TraceError(
-            path, line, f"version {row['diptych_workload']!r}; this reader knows version {VERSION}"
-        )
+        raise TraceError(path, line, f"version {row['diptych_workload']!r}; this reader knows version {VERSION}")
     wanted = {"name": str, "hash_block": int, "provenance": dict}
     for name, kind in wanted.items():
         if name in row and not isinstance(row[name], kind):
@@ -134,9 +130,7 @@ def _check_blocks(path: Path, line: int, row: dict[str, Any], hash_block: int) -
     if "hash_ids" not in row:
         return
     if hash_block < 1:
-        raise TraceError(
-            path, line, f"hash_ids, but the header's hash_block is {hash_block}; expected 1 or more"
-        )
+        raise TraceError(path, line, f"hash_ids, but the header's hash_block is {hash_block}; expected 1 or more")
     room = -(-row["prompt_tokens"] // hash_block)
     if len(row["hash_ids"]) > room:
         found = f"{len(row['hash_ids'])} hash_ids for {row['prompt_tokens']} tokens"

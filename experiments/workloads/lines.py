@@ -25,9 +25,7 @@ def open_text(path: str | Path) -> TextIO:
     return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]
 
 
-def json_lines(
-    path: str | Path, fraction: Callable[[str], Any] = Decimal
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: str | Path, fraction: Callable[[str], Any] = Decimal) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of a JSONL file. Blank lines are skipped. Fractions come as `fraction(text)`."""
     for line, text in _lines(path):
         if not text.strip():

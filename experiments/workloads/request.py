@@ -47,7 +47,7 @@ class Workload:
         provenance: `source`, `seed`, `steps` (every transformation with its parameters). JSON values only.
 
     Raises:
-        ValueError: a column of the wrong length or with a value out of range.
+        ValueError: no request, a column of the wrong length, or a value out of range.
     """
 
     arrival_ns: Int64
@@ -73,6 +73,8 @@ class Workload:
                 object.__setattr__(self, column, _integers(column, values, dtype))
         if self.hash_ids is not None:
             object.__setattr__(self, "hash_ids", [tuple(ids) for ids in self.hash_ids])
+        if not len(self.arrival_ns):
+            raise ValueError("no request is left; a workload needs at least one")
         for column in _COLUMNS:
             values = getattr(self, column)
             if values is not None and len(values) != len(self.arrival_ns):
@@ -120,9 +122,7 @@ class Workload:
         order = np.argsort(arrival, kind="stable")
         columns |= {"arrival_ns": arrival, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
         if not np.array_equal(order, np.arange(len(order))):
-            columns = {
-                key: _take(value, order) if key in _COLUMNS else value for key, value in columns.items()
-            }
+            columns = {key: _take(value, order) if key in _COLUMNS else value for key, value in columns.items()}
         return cls(**columns)
 
     def __len__(self) -> int:
@@ -164,9 +164,7 @@ class Workload:
         }
         if self.hash_ids is not None:
             described["hash_block"] = self.hash_block
-            described["ideal_hit_rate"] = stats.ideal_hit_rate(
-                self.prompt_tokens, self.hash_ids, self.hash_block
-            )
+            described["ideal_hit_rate"] = stats.ideal_hit_rate(self.prompt_tokens, self.hash_ids, self.hash_block)
         return described
 
     # -- taking part of it --------------------------------------------------------------------------------
@@ -221,20 +219,18 @@ class Workload:
     # -- lengths ------------------------------------------------------------------------------------------
 
     def scale_lengths(self, factor: float, min: int = 1) -> Workload:
-        """Multiply prompt and output lengths, rounded, never below `min`; the cap becomes the largest output.
+        """Multiply prompt and output lengths, rounded, never below `min`. Caps and hints scale like outputs.
 
         With hash_ids the block is scaled instead (rounded, at least 1 token) and each prompt keeps its
-        number of blocks, so that who shares what with whom stays exactly as it was. Declared lengths scale
-        like outputs.
+        number of blocks, so that who shares what with whom stays exactly as it was.
         """
         _check_positive("factor", factor)
         if min < 1:
             raise ValueError(f"min is {min}; a length is at least 1 token")
-        outputs = _scaled(self.output_tokens, factor, min)
         declared = self.declared_output
         changes: dict[str, Any] = {
-            "output_tokens": outputs,
-            "max_tokens": np.full(len(self), outputs.max(initial=1)),
+            "output_tokens": _scaled(self.output_tokens, factor, min),
+            "max_tokens": _scaled(self.max_tokens, factor, min),
             "declared_output": None if declared is None else _scaled(declared, factor, min),
         }
         if self.hash_ids is None:
@@ -245,9 +241,7 @@ class Workload:
         rest = _scaled(self.prompt_tokens - before * self.hash_block, block / self.hash_block, 1)
         prompts = before * block + np.minimum(rest, block)
         changes |= {"prompt_tokens": np.maximum(prompts, np.minimum(min, (before + 1) * block))}
-        return self.replace(**changes, hash_block=block).note(
-            "scale_lengths", factor=factor, min=min, hash_block=block
-        )
+        return self.replace(**changes, hash_block=block).note("scale_lengths", factor=factor, min=min, hash_block=block)
 
     def cut_prompts(self, limit: int | Int64) -> Workload:
         """Cut prompts to their first `limit` tokens (one number, or one a request, each >= 1)."""
@@ -309,9 +303,7 @@ class Workload:
         if cap not in ("largest", "exact"):
             raise ValueError(f"cap is {cap!r}; it must be 'largest', 'exact' or a number of tokens")
         largest = np.full(len(self), self.output_tokens.max(initial=1))
-        return self.replace(max_tokens=self.output_tokens if cap == "exact" else largest).note(
-            "with_cap", cap=cap
-        )
+        return self.replace(max_tokens=self.output_tokens if cap == "exact" else largest).note("with_cap", cap=cap)
 
     def with_declared_output(self, sigma: float, seed: int) -> Workload:
         """Give each request a length hint: the true length times a lognormal error of `sigma` (0: exact)."""
@@ -319,9 +311,7 @@ class Workload:
             raise ValueError(f"sigma is {sigma}; it must be 0 or more, and finite")
         error = streams.stream(seed, "declared").lognormal(0.0, sigma, len(self))
         hints = np.minimum(np.maximum(np.rint(self.output_tokens * error), 1), np.iinfo(np.int32).max)
-        return self.replace(declared_output=hints.astype(np.int64)).note(
-            "with_declared_output", sigma=sigma, seed=seed
-        )
+        return self.replace(declared_output=hints.astype(np.int64)).note("with_declared_output", sigma=sigma, seed=seed)
 
     # -- files --------------------------------------------------------------------------------------------
 

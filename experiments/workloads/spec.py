@@ -37,7 +37,8 @@ class WorkloadSpec(BaseModel):
         length_scale: multiplies lengths (prefix blocks with them).
         max_input, max_output: cut longer prompts and outputs.
         max_model_len: cut what does not fit the context, by the rule of `Workload.clip`.
-        cap: max_tokens of the requests, see `Workload.with_cap`.
+        cap: max_tokens of the requests, see `Workload.with_cap`. None: as the file has it; where it has
+            none, and for generators, the largest output of the whole workload, for everyone.
         tenants: a number of tenants with equal shares, or name -> weight; assigned at random.
         declared_sigma: give policies a length hint with this lognormal error (0: exact).
         prompt_tokens, output_tokens: for `fixed` (512 and 128).
@@ -60,7 +61,7 @@ class WorkloadSpec(BaseModel):
     max_input: Count | None = None
     max_output: Count | None = None
     max_model_len: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = None
-    cap: Count | Literal["largest", "exact"] = "largest"
+    cap: Count | Literal["largest", "exact"] | None = None
     tenants: Count | Annotated[dict[str, Positive], Field(min_length=1)] | None = None
     declared_sigma: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     prompt_tokens: Count | None = None
@@ -118,7 +119,8 @@ def make_workload(spec: WorkloadSpec) -> Workload:
         workload = workload.scale_time(spec.time_scale)
     if spec.tenants is not None:
         workload = _with_tenants(workload, spec.tenants, spec.seed)
-    workload = workload.with_cap(spec.cap)
+    if spec.cap is not None:
+        workload = workload.with_cap(spec.cap)
     if spec.max_model_len is not None:
         workload = workload.clip(spec.max_model_len)  # after the cap: it lowers caps to what fits
     if spec.declared_sigma is not None:
@@ -148,6 +150,8 @@ def _generate(spec: WorkloadSpec) -> Workload:
 
 
 def _from_trace(spec: WorkloadSpec) -> Workload:
+    if not Path(spec.name).is_file():
+        raise ValueError(f"{spec.name!r} is neither a file nor a generator ({', '.join(GENERATORS)})")
     workload = load(Path(spec.name), spec.format, block_size=spec.block_size)
     if spec.n is not None:
         workload = workload.slice(spec.n)

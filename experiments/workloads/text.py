@@ -31,14 +31,12 @@ __all__ = ["block_keys", "bundled_prompts", "measure_texts", "prompt_token_ids"]
 _OPENING_BITS = 64
 
 
-def prompt_token_ids(
-    workload: Workload, encode: Encode | None, vocab_size: int, seed: int
-) -> list[list[int]]:
+def prompt_token_ids(workload: Workload, encode: Encode | None, vocab_size: int, seed: int) -> list[list[int]]:
     """Token ids of each prompt: list i has exactly `prompt_tokens[i]` ids in [0, vocab_size).
 
     A request with a text of its own gets `encode(text)`, cut or continued to its length. Otherwise hash ids
-    give its shared blocks, whatever the seed, and the rest is its own by (seed, request). Without `encode` all
-    ids are random.
+    give its shared blocks, whatever the seed, and the rest is its own by (seed, request). Without `encode`
+    all ids are random.
 
     Raises:
         ValueError: a vocabulary below 2, texts without a tokenizer, or a tokenizer whose ids do not fit.
@@ -46,9 +44,7 @@ def prompt_token_ids(
     if vocab_size < 2:
         raise ValueError(f"vocab_size is {vocab_size}; it must be at least 2")
     if workload.texts is not None and encode is None:
-        raise ValueError(
-            f"{workload.name} has real texts: give encode, a tokenizer, to make token ids of them"
-        )
+        raise ValueError(f"{workload.name} has real texts: give encode, a tokenizer, to make token ids of them")
     source = _RandomIds(vocab_size) if encode is None else _Sentences(encode, vocab_size)
     return [_prompt(workload, request, source, seed) for request in range(len(workload))]
 

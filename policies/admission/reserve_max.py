@@ -9,7 +9,8 @@ from policies.request import Request
 class ReserveMax:
     """Let a request in only if prompt and cap of everybody admitted, it included, fit: nobody is ever preempted.
 
-    Keeps a ledger of the blocks that each running request may need in the end. Shared prefixes are not counted on. O(1).
+    Keeps a ledger of the blocks that each running request may need in the end. Shared prefixes are not
+    counted on. O(1).
     Source: the reservation of FasterTransformer and of Orca (Yu et al., OSDI 2022), in blocks.
     """
 

@@ -11,8 +11,8 @@ from policies.registry import register
 class PrefillFirst(QueuedScheduler):
     """vLLM v0: a step prefills or decodes, never both, and prefills come first.
 
-    If waiting requests fit (tokens, slots, memory), the step is theirs alone: whole prompts, from the head of the queue.
-    Otherwise every running request decodes; short of blocks, somebody is preempted.
+    If waiting requests fit (tokens, slots, memory), the step is theirs alone: whole prompts, from the head of the
+    queue. Otherwise every running request decodes; short of blocks, somebody is preempted.
 
     Where this departs: v0 wants a token budget as large as the longest prompt. Here a prompt beyond the budget is
     prefilled in prefill-only steps of one chunk each, with blocks for all of it from the first.

@@ -198,9 +198,7 @@ class SamplingState:
         slot = np.asarray(slots, dtype=np.int64)
         position = np.asarray(positions, dtype=np.int64)
         if slot.size == 0 or slot.shape != position.shape:
-            raise ValueError(
-                f"slots and positions must be as many, at least one; got {slot.size} and {position.size}"
-            )
+            raise ValueError(f"slots and positions must be as many, at least one; got {slot.size} and {position.size}")
         return _BatchBuilder(self, slot, position).build()
 
 

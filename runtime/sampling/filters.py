@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def filter_threshold(scaled: Tensor, group: FilterRows) -> Tensor:
     values = scaled if group.rows is None else scaled.index_select(0, group.rows)
     if group.top_k is None:
         # Sorting whole rows is the dear case: only rows with a top-p and no top-k come here.
-        ordered = values.sort(dim=-1, descending=True).values
+        ordered = _descending(values)
         threshold = values.new_full((values.shape[0], 1), -torch.inf)
     else:
         ordered = values.topk(group.max_top_k, dim=-1, sorted=True).values
@@ -51,6 +52,14 @@ def filter_threshold(scaled: Tensor, group: FilterRows) -> Tensor:
         return threshold
     nucleus = _nucleus_threshold(ordered, group.top_k, group.top_p)
     return torch.maximum(threshold, nucleus.masked_fill_(group.top_p >= 1.0, -torch.inf))
+
+
+def _descending(values: Tensor) -> Tensor:
+    """Each row's values, largest first."""
+    if values.device.type == "cpu":
+        # NumPy sorts floats with vector instructions and keeps no indices: several times as quick as torch here.
+        return torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)
+    return values.sort(dim=-1, descending=True).values
 
 
 def _nucleus_threshold(ordered: Tensor, top_k: Tensor | None, top_p: Tensor) -> Tensor:

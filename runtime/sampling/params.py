@@ -81,9 +81,7 @@ class SamplingParams:
                 f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
             )
         if self.greedy and self.n > 1:
-            raise InvalidSamplingParams(
-                f"n must be 1 when temperature is 0 (all would be the same), got {self.n}"
-            )
+            raise InvalidSamplingParams(f"n must be 1 when temperature is 0 (all would be the same), got {self.n}")
 
     @property
     def greedy(self) -> bool:

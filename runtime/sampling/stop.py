@@ -72,17 +72,13 @@ def take_until_stop(
         it does.
     """
     for i, token_id in enumerate(new_token_ids, start=1):
-        reason = check_stop(
-            token_id, num_output_tokens + i, num_prompt_tokens, params, eos_token_ids, max_model_len
-        )
+        reason = check_stop(token_id, num_output_tokens + i, num_prompt_tokens, params, eos_token_ids, max_model_len)
         if reason is not None:
             return i, reason
     return len(new_token_ids), None
 
 
-def text_token_ids(
-    new_token_ids: Sequence[int], reason: StopReason | None, params: SamplingParams
-) -> Sequence[int]:
+def text_token_ids(new_token_ids: Sequence[int], reason: StopReason | None, params: SamplingParams) -> Sequence[int]:
     """The tokens whose text is shown: a stop token that ends the output is not, unless it was asked for.
 
     Args:

@@ -79,9 +79,7 @@ def test_another_process_with_another_hash_seed_draws_the_same():
         for seed in ("1", "2")
     ]
     stream = RandomStream(-3, "router")
-    assert [json.loads(o) for o in outputs] == [
-        [stream.uint64("a", 1), stream.uint64(9, 2), stream.uniform("b")]
-    ] * 2
+    assert [json.loads(o) for o in outputs] == [[stream.uint64("a", 1), stream.uint64(9, 2), stream.uniform("b")]] * 2
 
 
 def test_seed_name_request_and_counter_each_change_the_draw():

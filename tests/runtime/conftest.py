@@ -67,9 +67,7 @@ class HandRunner:
     def __init__(self, model: LlamaModel, *, num_blocks: int, block_size: int = 16, shuffle: int | None = None) -> None:
         self.model = model
         self.device = model.device
-        self.cache = PagedKVCache(
-            model.config, num_blocks, block_size, dtype=model.dtype, device=model.device
-        )
+        self.cache = PagedKVCache(model.config, num_blocks, block_size, dtype=model.dtype, device=model.device)
         model.attach(self.cache, get_backend("sdpa", model.device))
         self.free = list(range(num_blocks))
         if shuffle is not None:

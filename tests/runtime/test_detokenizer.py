@@ -14,9 +14,9 @@ TEXTS = st.one_of(
     st.binary(max_size=40),
     st.text(max_size=20).map(lambda s: s.encode("utf-8")),
     st.text(alphabet="ab€", max_size=30).map(lambda s: s.encode()),
-    st.lists(
-        st.sampled_from([b"\xe2", b"\x82", b"\xac", b"\xf0\x9f", b"\x98\x80", b"a", b"\xff"]), max_size=15
-    ).map(b"".join),
+    st.lists(st.sampled_from([b"\xe2", b"\x82", b"\xac", b"\xf0\x9f", b"\x98\x80", b"a", b"\xff"]), max_size=15).map(
+        b"".join
+    ),
 )
 STOPS = st.lists(st.text(alphabet="ab€\ufffd", min_size=1, max_size=4), max_size=3).map(tuple)
 
@@ -26,9 +26,7 @@ def split(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
-def run(
-    pieces: list[bytes], params: SamplingParams, group: int = 1
-) -> tuple[list[str], IncrementalDetokenizer]:
+def run(pieces: list[bytes], params: SamplingParams, group: int = 1) -> tuple[list[str], IncrementalDetokenizer]:
     detokenizer = IncrementalDetokenizer(pieces.__getitem__, (), params)
     ids = list(range(len(pieces)))
     deltas = [detokenizer.push(ids[i : i + group]) for i in range(0, len(ids), group)]
@@ -62,9 +60,7 @@ def test_any_split_stops_where_the_whole_would(data, cuts, stops, include, group
 
 @given(st.lists(st.text(alphabet="ab", max_size=4), max_size=10), STOPS, st.booleans(), st.integers(0, 8))
 def test_a_stop_string_that_ends_within_min_tokens_does_not_count(pieces, stops, include, minimum):
-    params = SamplingParams(
-        stop=stops, include_stop_str_in_output=include, min_tokens=minimum, max_tokens=None
-    )
+    params = SamplingParams(stop=stops, include_stop_str_in_output=include, min_tokens=minimum, max_tokens=None)
     deltas, detokenizer = run([p.encode() for p in pieces], params)
     expected, stop = one_shot("".join(pieces), stops, len("".join(pieces[:minimum])), include)
     assert "".join(deltas) == expected

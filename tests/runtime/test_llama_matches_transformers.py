@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from runtime.weights import LoadedModel, load_model
 
@@ -49,9 +50,16 @@ def hf_smollm2(smollm2: LoadedModel) -> Any:
     """The default model as transformers reads it, from the same file but with its own code."""
     path = smollm2.source_path
     assert path is not None
-    where = {"gguf_file": path.name} if path.is_file() else {}
-    folder = path.parent if path.is_file() else path
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
+    if path.is_dir():
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    # from_pretrained(gguf_file=...) asks for the accelerate package; the function under it does not.
+    shape = load_gguf_checkpoint(str(path))["config"]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    left = model.load_state_dict(tensors, strict=False)
+    assert left.missing_keys == ["lm_head.weight"]  # tied to the embedding
+    assert not left.unexpected_keys
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +94,18 @@ def test_greedy_tokens_of_a_mixed_batch_equal_those_of_transformers(
     # If each of our tokens is transformers' choice after the ones before it, its greedy output is ours, by induction.
     for prompt, output in zip(token_prompts, mixed_tokens, strict=True):
         with torch.inference_mode():
-            logits = hf_smollm2(torch.tensor([prompt + output])).logits[0]
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == output
+            logits = hf_smollm2(torch.tensor([prompt + output]), logits_to_keep=TOKENS + 1).logits[0]
+        assert logits[:-1].argmax(-1).tolist() == output
 
 
 @pytest.mark.slow
 def test_greedy_tokens_do_not_depend_on_who_shares_the_batch(
     smollm2: LoadedModel, token_prompts: list[list[int]], mixed_tokens: list[list[int]], hand_runner: Any
 ) -> None:
+    # That the other prompts' tokens equal those of transformers, which runs one at a time, says the same of them.
     runner = hand_runner(smollm2.model, num_blocks=60, block_size=32)
-    alone = [runner.generate([prompt], TOKENS, chunk=10**6)[0] for prompt in token_prompts]
-    assert alone == mixed_tokens
+    alone = [runner.generate([prompt], TOKENS, chunk=10**6)[0] for prompt in token_prompts[::4]]
+    assert alone == mixed_tokens[::4]
 
 
 @pytest.mark.parametrize("name", MODELS)

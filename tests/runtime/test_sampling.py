@@ -149,9 +149,7 @@ def test_a_rows_token_depends_neither_on_its_company_nor_on_its_place(rows, seed
         [outputs[i] for i in order],
     ).token_ids.tolist()
     alone = [
-        sample(
-            logits[[i]], [params[i]], [keys[i]], [positions[i]], [prompts[i]], [outputs[i]]
-        ).token_ids.item()
+        sample(logits[[i]], [params[i]], [keys[i]], [positions[i]], [prompts[i]], [outputs[i]]).token_ids.item()
         for i in order
     ]
     assert together == alone
@@ -230,6 +228,14 @@ def test_tokens_that_tie_with_the_last_one_kept_are_kept_too():
     for params in (make_params(top_k=2), make_params(top_p=0.8)):
         tokens = sample(logits, [params] * 3000, list(range(3000))).token_ids
         assert set(tokens.tolist()) == {0, 1, 2, 3}
+
+
+def test_top_p_is_over_what_the_rows_own_top_k_keeps_whatever_the_others_keep():
+    # Of the two tokens that top_k=2 keeps, the first has 88 % of the mass; of all five it has 65 %.
+    logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 1.0, -9.0]]).repeat(1000, 1)
+    params = [make_params(top_k=2, top_p=0.85)] * 999 + [make_params(top_k=5)]
+    tokens = sample(logits, params, list(range(1000))).token_ids[:-1]
+    assert set(tokens.tolist()) == {0}
 
 
 def test_even_a_tiny_top_p_keeps_the_most_probable_token():

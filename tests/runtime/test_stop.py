@@ -16,9 +16,7 @@ from runtime.sampling.stop import (
 EOS = (2, 3)
 
 
-def stop_of(
-    token: int, output: int, prompt: int = 10, limit: int = 100, **fields: object
-) -> StopReason | None:
+def stop_of(token: int, output: int, prompt: int = 10, limit: int = 100, **fields: object) -> StopReason | None:
     return check_stop(token, output, prompt, SamplingParams(**fields), EOS, limit)  # type: ignore[arg-type]
 
 

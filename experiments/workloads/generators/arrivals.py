@@ -135,7 +135,8 @@ class Clients:
     """Many clients, each a Gamma renewal process, at once: ServeGen's picture of a cloud service.
 
     Client k of `count` has a rate proportional to (k + 1)^-1.04 and a CV drawn from lognormal(ln 2.2, 0.9),
-    clipped to [0.8, 15] (fitted to ServeGen's per-client statistics of deepseek-r1 and m-large).
+    clipped to [0.8, 15] (fitted to ServeGen's per-client statistics of deepseek-r1 and m-large). At 13.4 req/s
+    for an hour the sum has, by seed, CV 1.3 to 1.7 and IDC at 60 s of 5 to 24 (deepseek-r1: 1.67 and 32).
     """
 
     count: int = 73

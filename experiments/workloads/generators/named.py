@@ -81,17 +81,13 @@ def reasoning(size: Size, process: Process | None = None, cv: float | None = Non
     return drawn.replace(tenant=[f"client-{k}" for k in clients.tolist()])
 
 
-def fixed(
-    size: Size, prompt: int, output: int, process: Process | None = None, cv: float | None = None
-) -> Workload:
+def fixed(size: Size, prompt: int, output: int, process: Process | None = None, cv: float | None = None) -> Workload:
     """Every request the same."""
     times = draw_times(process or _poisson_or_at_once(size), size, cv)
     return draw("fixed", times, (Constant(prompt), Constant(output)), size.seed)
 
 
-def uniform(
-    size: Size, low: int, high: int, process: Process | None = None, cv: float | None = None
-) -> Workload:
+def uniform(size: Size, low: int, high: int, process: Process | None = None, cv: float | None = None) -> Workload:
     """Input and output uniform in low..high, from `random.Random(seed)`: input, then output, of each request.
 
     With 256 requests, 100..1024 and seed 0, all at once, it is a common offline throughput job.

@@ -65,9 +65,7 @@ def load(path: str | Path, format: str = "auto", *, block_size: int | None = Non
         ValueError: an unknown format name.
     """
     name = detect(path) if format == "auto" else format
-    return (
-        read_jsonl(path) if name == OWN_FORMAT else read_rows(path, name, block_size=block_size).to_workload()
-    )
+    return read_jsonl(path) if name == OWN_FORMAT else read_rows(path, name, block_size=block_size).to_workload()
 
 
 def read_rows(path: str | Path, format: str = "auto", *, block_size: int | None = None) -> TraceRows:
@@ -119,6 +117,4 @@ def _detect_csv(path: str | Path) -> str:
 
 def _unknown(path: str | Path, line: int, what: str, found: list[Any]) -> TraceError:
     shown = ", ".join(map(str, found))[:80]
-    return TraceError(
-        path, line, f"no known trace has the {what} {shown}; expected one of {', '.join(FORMATS)}"
-    )
+    return TraceError(path, line, f"no known trace has the {what} {shown}; expected one of {', '.join(FORMATS)}")

@@ -31,6 +31,4 @@ def wall_clock_ns(path: str, line: int, name: str, cell: str) -> int:
     return (moment - _EPOCH) // timedelta(seconds=1) * 1_000_000_000 + int((fraction or "").ljust(9, "0"))
 
 
-FORMAT = CsvFormat(
-    "azure", time="TIMESTAMP", clock=wall_clock_ns, prompt="ContextTokens", output="GeneratedTokens"
-)
+FORMAT = CsvFormat("azure", time="TIMESTAMP", clock=wall_clock_ns, prompt="ContextTokens", output="GeneratedTokens")

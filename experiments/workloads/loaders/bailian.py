@@ -41,9 +41,7 @@ def read(path: str | Path, block: int | None = None) -> TraceRows:
         if numbers["turn"] < 1:
             raise TraceError(path, line, f"turn is {numbers['turn']}; expected 1 for the first")
         if numbers["chat_id"] in parent:
-            raise TraceError(
-                path, line, f"chat_id {numbers['chat_id']} a second time; expected it to be unique"
-            )
+            raise TraceError(path, line, f"chat_id {numbers['chat_id']} a second time; expected it to be unique")
         mooncake.add_row(rows, line, row, mooncake.seconds(rows, line, row))
         if rows.turn is not None:
             rows.turn.append(numbers["turn"] - 1)

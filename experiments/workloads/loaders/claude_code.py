@@ -39,9 +39,7 @@ def read(path: str | Path) -> TraceRows:
     rows = TraceRows(str(path), NAME, session=[], hash_ids=[])
     numbering: dict[tuple[int, int], int] = {}  # (session, local id) -> id across sessions
     for number, (line, session) in enumerate(json_lines(path)):
-        block = whole_number(
-            rows.path, line, "block_size", json_field(rows.path, line, session, "block_size")
-        )
+        block = whole_number(rows.path, line, "block_size", json_field(rows.path, line, session, "block_size"))
         if block < 1 or rows.hash_block not in (0, block):
             raise TraceError(path, line, f"block_size is {block}; expected one size in the whole file")
         rows.hash_block = block

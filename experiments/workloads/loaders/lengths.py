@@ -14,6 +14,4 @@ VIDUR = CsvFormat("vidur_lengths", prompt="num_prefill_tokens", output="num_deco
 SHAREGPT_TURNS = CsvFormat(
     "sharegpt_turns", prompt="context_tokens", output="output_tokens", session="conv", turn="turn"
 )
-APEX = CsvFormat(
-    "apex", time="StartTimeOffset", clock=unit(1), prompt="ContextTokens", output="GeneratedTokens"
-)
+APEX = CsvFormat("apex", time="StartTimeOffset", clock=unit(1), prompt="ContextTokens", output="GeneratedTokens")

@@ -31,12 +31,8 @@ def read(path: str | Path) -> TraceRows:
     rows = TraceRows(str(path), NAME, session=[])
     known: dict[str, int] = {}
     for line, row in json_lines(path):
-        prompt = token_count(
-            rows.path, line, "input_length", json_field(rows.path, line, row, "input_length")
-        )
-        output = token_count(
-            rows.path, line, "output_length", json_field(rows.path, line, row, "output_length")
-        )
+        prompt = token_count(rows.path, line, "input_length", json_field(rows.path, line, row, "input_length"))
+        output = token_count(rows.path, line, "output_length", json_field(rows.path, line, row, "output_length"))
         rows.add(line, mooncake.seconds(rows, line, row), prompt, output)
         session = str(json_field(rows.path, line, row, "session_id"))
         if rows.session is not None:

@@ -64,9 +64,7 @@ class TraceRows:
         outputs = np.array(self.output_tokens, np.int64)
         rows = np.flatnonzero((prompts > 0) & (outputs > 0))
         if not len(rows):
-            raise TraceError(
-                self.path, None, "no request with prompt and output tokens; expected at least one"
-            )
+            raise TraceError(self.path, None, "no request with prompt and output tokens; expected at least one")
         steps: list[dict[str, Any]] = []
         if len(rows) < len(prompts):
             no_prompt = int(np.sum(prompts <= 0))
@@ -107,9 +105,7 @@ def token_count(path: str, line: int, name: str, value: Any) -> int:
     """A token count from a CSV cell or a JSON value: a whole number from 0 to 2^31 - 1."""
     count = _whole(value)
     if count is None or not 0 <= count <= INT32_MAX:
-        raise TraceError(
-            path, line, f"{name} is {str(value)!r:.40}; expected a whole number of tokens, 0 or more"
-        )
+        raise TraceError(path, line, f"{name} is {str(value)!r:.40}; expected a whole number of tokens, 0 or more")
     return count
 
 

@@ -1,0 +1,16 @@
+"""Run records: one folder a run, the same from both panels.
+
+    run.json            specification, versions, hardware, git revision
+    requests.parquet    one row a request
+    steps.parquet       one row a step
+    decisions.parquet   one row a decision
+
+`RunWriter` writes it as the run goes, `read_run` reads it, whole or not. The columns stand in `policies.records`.
+"""
+
+from experiments.records.environment import describe_environment, run_info
+from experiments.records.reader import Run, read_run
+from experiments.records.schema import TABLES, RunError
+from experiments.records.writer import RunWriter
+
+__all__ = ["TABLES", "Run", "RunError", "RunWriter", "describe_environment", "read_run", "run_info"]

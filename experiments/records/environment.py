@@ -1,0 +1,119 @@
+"""What a run ran on: the part of run.json that nobody types."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+KINDS = ("real", "sim", "replay")
+"""Which panel wrote a run: the runtime, the simulator, or the simulator with a real run's arrivals and step times."""
+
+
+def run_info(
+    kind: str,
+    *,
+    spec: Mapping[str, Any],
+    limits: Mapping[str, Any],
+    stack: Mapping[str, str],
+    clairvoyant: bool,
+    workload: Mapping[str, Any],
+    **more: Any,
+) -> dict[str, Any]:
+    """The content of run.json.
+
+    Args:
+        kind: `real`, `sim` or `replay`.
+        spec: the specification that gives this run again.
+        limits: `policies.replica_state.Limits` as a dict.
+        stack: role -> policy, as `StackSpec.as_dict` has it.
+        clairvoyant: a policy is told what a real system cannot know; its results are labelled.
+        workload: where the requests come from.
+        more: further entries, JSON values.
+    """
+    return {
+        **describe_environment(kind),
+        "spec": dict(spec),
+        "limits": dict(limits),
+        "stack": dict(stack),
+        "clairvoyant": clairvoyant,
+        "workload": dict(workload),
+        **more,
+    }
+
+
+def describe_environment(kind: str) -> dict[str, Any]:
+    """Versions, git revision and, for a real run, the hardware and the date.
+
+    A simulated run's entry has nothing of the host in it, so that the same seed gives the same bytes.
+    Raises ValueError for an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    packages = ["numpy", "pyarrow", "torch"] if kind == "real" else ["numpy", "pyarrow"]
+    described: dict[str, Any] = {
+        "diptych": _version("diptych"),
+        "kind": kind,
+        "git": git_revision(),
+        "software": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "hardware": {},
+    }
+    if kind == "real":
+        described["hardware"] = _hardware()
+        described["started_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    return described
+
+
+@functools.cache
+def git_revision() -> str | None:
+    """The commit this code was checked out from, with `-dirty` where files were changed; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed somewhere inside another repository: that one's commit says nothing
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _hardware() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    hardware: dict[str, Any] = {"platform": platform.platform(), "cpu": _cpu_model(), "cores": cores, "gpus": []}
+    try:
+        import torch
+    except ImportError:
+        return hardware
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            hardware["gpus"].append({"name": properties.name, "memory_bytes": properties.total_memory})
+        hardware["cuda"] = torch.version.cuda
+    return hardware
+
+
+def _cpu_model() -> str:
+    if sys.platform == "linux":
+        try:
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            lines = []
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model"):
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,161 @@
+"""Reading a run's folder back, whole or as far as it came."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from experiments.records.environment import KINDS
+from experiments.records.schema import SCHEMAS, TABLES, RunError, check_columns
+
+
+class Run:
+    """A run's records. Tables are read when they are first asked for.
+
+    Attributes:
+        folder: where it lies.
+        name: the folder's name.
+        info: the content of run.json.
+        complete: whether it was closed; otherwise the tables hold what was on disk when it died (or holds now).
+    """
+
+    def __init__(self, folder: Path, info: dict[str, Any]) -> None:
+        self.folder = folder
+        self.name = folder.resolve().name
+        self.info = info
+        self.complete = not (folder / "parts").is_dir()
+        self._tables: dict[str, pa.Table] = {}
+
+    @property
+    def kind(self) -> str:
+        """`real`, `sim` or `replay`."""
+        return str(self.info["kind"])
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The specification that gives this run again."""
+        return dict(self.info.get("spec") or {})
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """`policies.replica_state.Limits` as a dict."""
+        return dict(self.info.get("limits") or {})
+
+    @property
+    def clairvoyant(self) -> bool:
+        """Whether a policy was told what a real system cannot know; shown with every result."""
+        return bool(self.info.get("clairvoyant", False))
+
+    @property
+    def has_decisions(self) -> bool:
+        """Whether decisions were recorded."""
+        return "decisions" in self.info.get("tables", TABLES)
+
+    @property
+    def label(self) -> str:
+        """Name and kind for tables and legends, with the label of clairvoyant and incomplete runs."""
+        marks = [self.kind, *(["clairvoyant"] if self.clairvoyant else []), *([] if self.complete else ["incomplete"])]
+        return f"{self.name} ({', '.join(marks)})"
+
+    def table(self, table: str) -> pa.Table:
+        """`requests`, `steps` or `decisions` as an Arrow table. Raises RunError."""
+        if table not in self._tables:
+            self._tables[table] = _read_table(self, table)
+        return self._tables[table]
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """One row a request, in order of their ends; every column but `block_keys`. Nullable integers are Int64."""
+        return _to_pandas(self.table("requests").drop_columns(["block_keys"]))
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """One row a call of plan(), in order."""
+        return _to_pandas(self.table("steps"))
+
+    @cached_property
+    def decisions(self) -> pd.DataFrame:
+        """One row a decision, in order. Raises RunError where the run was recorded without them."""
+        return _to_pandas(self.table("decisions"))
+
+    def block_keys(self) -> list[list[bytes]]:
+        """The hash chain of each request's full blocks, in the order of `requests`."""
+        return list(self.table("requests")["block_keys"].to_pylist())
+
+    def __repr__(self) -> str:
+        return f"Run({self.label})"
+
+
+def read_run(folder: str | Path) -> Run:
+    """Open a run's folder.
+
+    Raises RunError: no such folder, no run.json in it or one that cannot be read, or a table of it is missing. That a
+    table's file is broken, or has other columns, is raised when it is first asked for.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError(f"there is no folder {folder}")
+    run = Run(folder, _read_info(folder / "run.json"))
+    for table in TABLES:
+        if table in run.info["tables"] and run.complete and not (folder / f"{table}.parquet").is_file():
+            raise RunError(f"{folder / f'{table}.parquet'} is missing; the run cannot be read without it")
+    return run
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path.parent} holds no run: there is no run.json in it") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(info, dict) or info.get("kind") not in KINDS:
+        raise RunError(f"{path} is no run's description: it needs a kind, one of {', '.join(KINDS)}")
+    tables = info.setdefault("tables", list(TABLES))
+    if not isinstance(tables, list) or not {"requests", "steps"} <= set(tables) <= set(TABLES):
+        raise RunError(f"{path} is no run's description: tables must be some of {', '.join(TABLES)}")
+    for entry in ("spec", "limits"):
+        if not isinstance(info.get(entry, {}), dict):
+            raise RunError(f"{path} is no run's description: {entry} must be a mapping")
+    return info
+
+
+def _read_table(run: Run, table: str) -> pa.Table:
+    if table not in run.info["tables"]:
+        raise RunError(f"{run.folder} was recorded without {table}")
+    final = run.folder / f"{table}.parquet"
+    if final.is_file():
+        return _read_file(final, table)
+    try:
+        parts = sorted((run.folder / "parts").glob(f"{table}-*.parquet"))
+        tables = [_read_file(part, table) for part in parts]
+    except FileNotFoundError:  # the run was closed just now: its parts have become one file
+        return _read_file(final, table)
+    return pa.concat_tables(tables) if tables else SCHEMAS[table].empty_table()
+
+
+def _read_file(path: Path, table: str) -> pa.Table:
+    try:
+        with pq.ParquetFile(path) as file:
+            check_columns(str(path), table, file.schema_arrow)
+            return file.read().select(SCHEMAS[table].names)
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{path} is broken and cannot be read: {reason}") from error
+
+
+def _to_pandas(table: pa.Table) -> pd.DataFrame:
+    """Plain NumPy columns where nothing can be null; pandas' nullable integers where it can (no detour by floats)."""
+    nullable = [f.name for f in table.schema if f.nullable and pa.types.is_integer(f.type)]
+    plain = table.drop_columns(nullable).to_pandas()
+    for name in nullable:
+        plain[name] = table[name].to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    return plain[table.column_names]

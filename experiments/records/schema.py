@@ -1,0 +1,73 @@
+"""The Arrow form of `policies.records`: types, rows to tables, and the check of what is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from policies import records
+
+TABLES: dict[str, dict[str, str]] = {
+    "requests": records.REQUESTS,
+    "steps": records.STEPS,
+    "decisions": records.DECISIONS,
+}
+"""Table name -> its columns and their types, as `policies.records` has them."""
+
+_TYPES = {
+    "int64": pa.int64(),
+    "int32": pa.int32(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+    "string": pa.string(),
+    "list<int64>": pa.list_(pa.int64()),
+    "list<binary>": pa.list_(pa.binary()),
+}
+
+
+class RunError(ValueError):
+    """A run's folder cannot be written or read; the message is one line that says which file and what to do."""
+
+
+def _field(column: str, kind: str) -> pa.Field:
+    return pa.field(column, _TYPES[kind.removesuffix("?")], nullable=kind.endswith("?"))
+
+
+SCHEMAS: dict[str, pa.Schema] = {
+    table: pa.schema([_field(column, kind) for column, kind in columns.items()]) for table, columns in TABLES.items()
+}
+"""Table name -> Arrow schema. A type that ends in `?` may be null; no other."""
+
+
+def to_table(table: str, rows: Sequence[tuple[object, ...]]) -> pa.Table:
+    """Rows, as the control plane emits them, as an Arrow table. Raises RunError for a row that does not fit."""
+    schema = SCHEMAS[table]
+    width = len(schema)
+    wrong = next((row for row in rows if len(row) != width), None)
+    if wrong is not None:
+        raise RunError(f"a row of {table} has {len(wrong)} values; policies.records names {width} columns")
+    arrays = []
+    for field, values in zip(schema, zip(*rows, strict=True) if rows else [()] * width, strict=True):
+        try:
+            array = pa.array(values, field.type)
+        except (pa.ArrowException, OverflowError, TypeError) as error:
+            raise RunError(f"a value of {table}.{field.name} is no {field.type}: {error}") from error
+        if array.null_count and not field.nullable:
+            raise RunError(f"a value of {table}.{field.name} is missing; only columns marked ? may be null")
+        arrays.append(array)
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def check_columns(what: str, table: str, found: pa.Schema) -> None:
+    """Raise RunError unless a file has the columns it should have, with their types."""
+    expected = SCHEMAS[table]
+    missing = [name for name in expected.names if name not in found.names]
+    if missing:
+        raise RunError(f"{what} lacks the column {missing[0]}; it is no {table} file of this version")
+    extra = [name for name in found.names if name not in expected.names]
+    if extra:
+        raise RunError(f"{what} has an unknown column {extra[0]}; it is no {table} file of this version")
+    for field in expected:
+        if found.field(field.name).type != field.type:
+            raise RunError(f"{what}: column {field.name} is {found.field(field.name).type}, not {field.type}")

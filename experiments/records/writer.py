@@ -1,0 +1,244 @@
+"""Writing a run's records while it goes.
+
+Rows are collected in lists. By row count, and by age in a thread of its own, they go to disk as whole Parquet files
+in `parts/`, each under its name only once it is complete, so that a run that is killed keeps what it had. `close` joins
+the parts into one file a table. Those depend on the rows alone: row groups have a fixed size, each is written at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from experiments.records.environment import KINDS
+from experiments.records.schema import SCHEMAS, TABLES, RunError, to_table
+
+Row = tuple[object, ...]
+
+ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072}
+"""Rows of a row group in the final files. Requests carry their block keys: tens of kilobytes each for long prompts."""
+
+PART_ROWS = {"requests": 1024, "steps": 16_384, "decisions": 32_768}
+"""Rows at which a table is flushed, whatever its age."""
+
+
+class RunWriter:
+    """A `policies.contract.Recorder` that writes a run's folder.
+
+    Args:
+        folder: made if it is not there.
+        info: the content of run.json (see `run_info`), written at once. JSON values only.
+        overwrite: replace a run that the folder holds.
+        decisions: False leaves decisions.parquet away.
+        flush_seconds: age at which rows go to disk (None: only by row count).
+
+    `close` makes the run complete. Used as a context manager, leaving by an exception keeps the parts instead: the
+    run stays readable and counts as incomplete. Rows may come from any one thread at a time.
+
+    Raises:
+        RunError: the folder holds a run already, cannot be written, or a row does not fit `policies.records`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        info: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        decisions: bool = True,
+        flush_seconds: float | None = 5.0,
+    ) -> None:
+        self.folder = Path(folder)
+        self.tables = [table for table in TABLES if decisions or table != "decisions"]
+        text = _run_json(info, self.tables)
+        self._parts = self.folder / "parts"
+        self._make_folder(text, overwrite)
+        self._requests: list[Row] = []
+        self._steps: list[Row] = []
+        self._decisions: list[Row] | None = [] if decisions else None
+        self._num_requests = 0  # rows so far
+        self._settled = 0  # leading request rows whose last step's row is here too
+        self._written = 0  # request rows on disk
+        self._part_numbers = dict.fromkeys(self.tables, 0)
+        self._lock = threading.Lock()  # held while rows go to disk
+        self._failure: RunError | None = None
+        self._closed = threading.Event()
+        self._flusher: threading.Thread | None = None
+        if flush_seconds is not None:
+            self._flusher = threading.Thread(target=self._flush_by_age, args=(flush_seconds,), daemon=True)
+            self._flusher.start()
+
+    # The recorder
+
+    def request(self, row: Row) -> None:
+        """A request has ended. Its lists are copied: the request may live on in a step in flight."""
+        self._check_open()
+        self._requests.append(tuple(list(value) if isinstance(value, list) else value for value in row))
+        self._num_requests += 1
+        if self._settled == self._num_requests - 1 and row[_FIRST_TOKEN] is None:
+            self._settled += 1  # no step is needed to read it
+        if self._settled - self._written >= PART_ROWS["requests"]:
+            self.flush()
+
+    def step(self, row: Row) -> None:
+        """A step was reported, or a call of plan() planned nothing."""
+        self._check_open()
+        rows = self._steps
+        rows.append(row)
+        self._settled = self._num_requests
+        if len(rows) >= PART_ROWS["steps"]:
+            self.flush()
+
+    def decision(self, row: Row) -> None:
+        """A decision of a plan."""
+        rows = self._decisions
+        if rows is not None:
+            rows.append(row)
+            if len(rows) >= PART_ROWS["decisions"]:
+                self.flush()
+
+    # Going to disk
+
+    def flush(self) -> None:
+        """Put every row so far on disk, but for requests that refer to a step still to be recorded."""
+        with self._lock:
+            self._flush(self._settled)
+
+    def _flush(self, num_requests: int) -> None:
+        if self._failure is not None:
+            raise self._failure
+        # Requests last: whoever reads the parts finds the steps that a request refers to. How many was read before the
+        # steps are counted, so a step that comes in meanwhile makes no difference.
+        if self._decisions is not None:
+            self._write_part("decisions", self._decisions, len(self._decisions))
+        self._write_part("steps", self._steps, len(self._steps))
+        self._write_part("requests", self._requests, num_requests - self._written)
+        self._written = num_requests
+
+    def _write_part(self, table: str, rows: list[Row], count: int) -> None:
+        if not count:
+            return
+        path = self._parts / f"{table}-{self._part_numbers[table]:06d}.parquet"
+        taken = rows[:count]
+        try:
+            _write(path, table, iter([to_table(table, taken)]), compression="lz4")
+        except OSError as error:
+            raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+        del rows[:count]  # not a new list: rows may be appended to this one meanwhile
+        self._part_numbers[table] += 1
+
+    def _flush_by_age(self, seconds: float) -> None:
+        while not self._closed.wait(seconds):
+            try:
+                self.flush()
+            except RunError as error:
+                self._failure = error  # raised in the thread that feeds us, with its next flush or on closing
+                return
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise RunError(f"{self.folder} is closed; no more rows can be recorded")
+
+    # The ends
+
+    def close(self) -> None:
+        """Write what is left, join the parts into the final files and remove them. A second call does nothing."""
+        if self._stop():
+            self._join()
+
+    def abort(self) -> None:
+        """Write what is left and leave the parts: the run is readable and incomplete."""
+        self._stop()
+
+    def _stop(self) -> bool:
+        if self._closed.is_set():
+            return False
+        self._closed.set()
+        if self._flusher is not None:
+            self._flusher.join()
+        with self._lock:
+            self._flush(self._num_requests)
+        return True
+
+    def _join(self) -> None:
+        for table in self.tables:
+            path = self.folder / f"{table}.parquet"
+            parts = [self._parts / f"{table}-{n:06d}.parquet" for n in range(self._part_numbers[table])]
+            try:
+                _write(path, table, _regrouped(parts, ROW_GROUP[table]), compression="zstd")
+            except OSError as error:
+                raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+        shutil.rmtree(self._parts)
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _make_folder(self, text: str, overwrite: bool) -> None:
+        folder = self.folder
+        try:
+            if (folder / "run.json").exists() and not overwrite:
+                raise RunError(f"{folder} holds a run already; give another name, or overwrite it")
+            folder.mkdir(parents=True, exist_ok=True)
+            for table in TABLES:
+                (folder / f"{table}.parquet").unlink(missing_ok=True)
+            if self._parts.exists():
+                shutil.rmtree(self._parts)
+            self._parts.mkdir()
+            unfinished = folder / "run.json.tmp"
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, folder / "run.json")
+        except OSError as error:
+            raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+_FIRST_TOKEN = list(TABLES["requests"]).index("first_token_ns")
+
+
+def _run_json(info: Mapping[str, Any], tables: list[str]) -> str:
+    if info.get("kind") not in KINDS:
+        raise RunError(f"run.json needs a kind, one of {', '.join(KINDS)}; got {info.get('kind')!r}")
+    try:
+        return json.dumps({**info, "tables": tables}, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise RunError(f"run.json can hold JSON values only: {error}") from error
+
+
+def _write(path: Path, table: str, groups: Iterator[pa.Table], compression: str) -> None:
+    """One row group a table; the file appears under its name once it is whole."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with pq.ParquetWriter(unfinished, SCHEMAS[table], compression=compression) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=max(1, len(group)))
+    os.replace(unfinished, path)
+
+
+def _regrouped(parts: list[Path], size: int) -> Iterator[pa.Table]:
+    """The rows of all parts in tables of `size` rows, the last one smaller. Memory: one of them and one part."""
+    held: list[pa.Table] = []
+    count = 0
+    for part in parts:
+        held.append(pq.read_table(part))
+        count += len(held[-1])
+        while count >= size:
+            rows = pa.concat_tables(held)
+            yield rows.slice(0, size).combine_chunks()
+            held, count = [rows.slice(size)], count - size
+    if count:
+        yield pa.concat_tables(held).combine_chunks()

@@ -1,0 +1,249 @@
+"""Runs steps on the device. Keeps each running request's tokens and block table there, so that the last sampled token
+never has to come back to the host before the next step, and a step sends only what changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from policies.control_plane import ControlPlane
+from policies.plan import Mode, Step
+from policies.request import Request
+from runtime.attention import get_backend
+from runtime.forward import ForwardInputs
+from runtime.kv_cache import PagedKVCache
+from runtime.sampling.batch import SamplingState
+from runtime.sampling.sampler import Logprobs, Sampler
+from runtime.sequence import Sequence
+from runtime.weights import LoadedModel
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A request that gets a slot with this step, with all its tokens so far."""
+
+    slot: int
+    sequence: Sequence
+    token_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """A step as arrays: row i is `lengths[i]` tokens from position `starts[i]` on of the request in `slots[i]`."""
+
+    arrived: list[Arrived]
+    new_blocks: Ints  # [3, N]: slot, column, block id
+    slots: Ints
+    starts: Ints
+    lengths: Ints
+    sampled_rows: Ints
+    sampled_positions: Ints  # output tokens before the one to sample
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Sampled token ids, in the order of `requests`; the device was busy for `device_ns`."""
+
+    requests: list[Request]
+    token_ids: list[int]
+    logprobs: Logprobs | None
+    device_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way."""
+
+    step: Step
+    requests: list[Request]
+    result: Future[tuple[Tensor, Logprobs | None, int]]
+
+
+class ModelRunner:
+    """The model, its KV cache, and the requests that have a slot.
+
+    Steps run one after another on a thread of their own, so that on the CPU too the engine plans while a step runs.
+
+    Args:
+        loaded: the model; it is attached to a new cache of `plane.limits.num_blocks` blocks.
+        plane: asked for block tables, and for the members of the decode group by its steps' differences.
+        attention: backend name, or "auto".
+        kv_dtype: of the cache; the model's own where None.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, plane: ControlPlane, *, attention: str = "auto", kv_dtype: torch.dtype | None = None
+    ) -> None:
+        limits = plane.limits
+        self._plane = plane
+        self._model = loaded.model
+        self._device = loaded.model.device
+        self._block_size = limits.block_size
+        self.kv_cache = PagedKVCache(
+            loaded.config,
+            limits.num_blocks,
+            limits.block_size,
+            dtype=kv_dtype or loaded.model.dtype,
+            device=self._device,
+        )
+        loaded.model.attach(self.kv_cache, get_backend(attention, self._device))
+        slots, length = limits.max_num_seqs, limits.max_model_len
+        columns = -(-length // limits.block_size) + 1
+        self._tokens = torch.zeros(slots, length + 1, dtype=torch.int64, device=self._device)
+        self._block_tables = torch.zeros(slots, columns, dtype=torch.int32, device=self._device)
+        self._sampler = Sampler(loaded.config.vocab_size, self._device)
+        self._sampling = SamplingState(slots, loaded.config.vocab_size, loaded.config.eos_token_ids, self._device)
+        # On the host: what the next step starts from.
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._slot_of: dict[int, int] = {}
+        self._computed = np.zeros(slots, np.int64)
+        self._prompt = np.zeros(slots, np.int64)
+        self._num_blocks = np.zeros(slots, np.int64)
+        self._group: dict[int, Request] = {}
+        self._paused: dict[int, int] = {}  # request id -> computed tokens, of a request that gave up its slot
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model-runner")
+
+    def close(self) -> None:
+        """Wait for the steps on their way and let the thread go."""
+        self._thread.shutdown(wait=True)
+
+    def release(self, request: Request) -> None:
+        """The request has ended: its slot is free for the next step."""
+        self._group.pop(request.id, None)
+        if request.state.ended:
+            self._paused.pop(request.id, None)
+        slot = self._slot_of.pop(request.id, None)
+        if slot is not None:
+            self._free_slots.append(slot)
+
+    # Launch, on the engine's thread
+
+    def launch(self, step: Step, sequence_of: Callable[[int], Sequence]) -> Launched | None:
+        """Note who stopped running, and start the step if there is one; it runs after those launched before."""
+        for request in step.left:
+            self._group.pop(request.id, None)
+        for request, mode in step.preempted:
+            if mode is Mode.KEEP:
+                self._paused[request.id] = int(self._computed[self._slot_of[request.id]])
+            self.release(request)
+        if not step.runs:
+            return None
+        inputs, requests = self._prepare(step, sequence_of)
+        return Launched(step, requests, self._thread.submit(self._run, inputs))
+
+    def _prepare(self, step: Step, sequence_of: Callable[[int], Sequence]) -> tuple[StepInputs, list[Request]]:
+        arrived = [self._arrive(sequence_of(request.id)) for request in (*step.resumed, *step.admitted)]
+        new_blocks = self._new_blocks([*step.resumed, *step.grown])
+        for request in step.joined:
+            self._group[request.id] = request
+        decodes = [*step.decodes, *(self._group.values() if step.decode_all else ())]
+        for request in step.capped:
+            del self._group[request.id]
+
+        requests = [*decodes, *(chunk.request for chunk in step.chunks)]
+        slots = self._slots(requests)
+        starts, lengths = self._computed[slots], np.ones(len(slots), np.int64)
+        first_chunk = len(decodes)
+        for row, chunk in enumerate(step.chunks, first_chunk):
+            starts[row], lengths[row] = chunk.start, chunk.num_tokens
+        self._computed[slots] = starts + lengths
+        samples = np.ones(len(slots), np.bool_)
+        samples[first_chunk:] = [chunk.samples for chunk in step.chunks]
+        rows = np.flatnonzero(samples)
+        positions = (starts + lengths - self._prompt[slots])[rows]
+        inputs = StepInputs(arrived, new_blocks, slots, starts, lengths, rows, positions)
+        return inputs, [requests[row] for row in rows.tolist()]
+
+    def _arrive(self, sequence: Sequence) -> Arrived:
+        slot = self._free_slots.pop()
+        self._slot_of[sequence.request.id] = slot
+        self._prompt[slot] = sequence.request.num_prompt_tokens
+        self._num_blocks[slot] = 0
+        self._computed[slot] = self._paused.pop(sequence.request.id, 0)
+        return Arrived(slot, sequence, torch.tensor(sequence.token_ids))
+
+    def _new_blocks(self, grown: Iterable[Request]) -> Ints:
+        entries: list[tuple[int, int, int]] = []
+        for request in grown:
+            slot, table = self._slot_of[request.id], self._plane.block_table(request)
+            known = int(self._num_blocks[slot])
+            entries += [(slot, column, table[column]) for column in range(known, len(table))]
+            self._num_blocks[slot] = len(table)
+        return np.array(entries, np.int64).reshape(-1, 3).T
+
+    def _slots(self, requests: list[Request]) -> Ints:
+        slot_of = self._slot_of
+        return np.fromiter((slot_of[request.id] for request in requests), np.int64, len(requests))
+
+    # The step itself, on the runner's thread, in order
+
+    @torch.inference_mode()
+    def _run(self, inputs: StepInputs) -> tuple[Tensor, Logprobs | None, int]:
+        started = time.perf_counter_ns()
+        for new in inputs.arrived:
+            self._tokens[new.slot, : len(new.token_ids)] = new.token_ids.to(self._device)
+            prompt = new.sequence.request.num_prompt_tokens
+            ids = new.token_ids.tolist()
+            self._sampling.add(new.slot, new.sequence.params, new.sequence.sampling_key, ids[:prompt], ids[prompt:])
+        slot, column, block = self._to_device(inputs.new_blocks)
+        self._block_tables[slot, column] = block.int()
+
+        hidden = self._model.forward(self._forward_inputs(inputs))
+        token_ids, logprobs = self._sample(hidden, inputs)
+        result = token_ids.cpu()  # waits for the device
+        return result, logprobs, time.perf_counter_ns() - started
+
+    def _forward_inputs(self, inputs: StepInputs) -> ForwardInputs:
+        ends = np.cumsum(inputs.lengths)
+        row_of_token = np.repeat(np.arange(len(inputs.slots)), inputs.lengths)
+        offsets = np.arange(int(ends[-1])) - (ends - inputs.lengths)[row_of_token]
+        host = np.stack([inputs.slots[row_of_token], inputs.starts[row_of_token] + offsets])
+        slot, position = self._to_device(host)
+        seq_lens = inputs.starts + inputs.lengths
+        columns = -(-int(seq_lens.max()) // self._block_size)
+        blocks = self._block_tables[slot, position // self._block_size].long()
+        return ForwardInputs(
+            input_ids=self._tokens[slot, position],
+            positions=position,
+            slot_mapping=blocks * self._block_size + position % self._block_size,
+            query_start_loc=self._to_device(np.concatenate([[0], ends])).int(),
+            seq_lens=self._to_device(seq_lens).int(),
+            block_table=self._block_tables[self._to_device(inputs.slots), :columns],
+            max_query_len=int(inputs.lengths.max()),
+            max_seq_len=int(seq_lens.max()),
+            host_query_lens=inputs.lengths.tolist(),
+            host_seq_lens=seq_lens.tolist(),
+        )
+
+    def _sample(self, hidden: Tensor, inputs: StepInputs) -> tuple[Tensor, Logprobs | None]:
+        rows = inputs.sampled_rows
+        if not len(rows):
+            return torch.empty(0, dtype=torch.int64), None
+        last = self._to_device((np.cumsum(inputs.lengths) - 1)[rows])
+        logits = self._model.logits(hidden[last]).float()
+        slots = inputs.slots[rows]
+        sampled = self._sampler(logits, self._sampling.batch(slots, inputs.sampled_positions))
+        ends = (inputs.starts + inputs.lengths)[rows]
+        slot, position = self._to_device(np.stack([slots, ends]))
+        self._tokens[slot, position] = sampled.token_ids
+        return sampled.token_ids, sampled.logprobs
+
+    def _to_device(self, array: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+    # The result, on the engine's thread
+
+    def collect(self, launched: Launched) -> StepResult:
+        """Wait for a step's sampled tokens. Raises what went wrong on the device."""
+        token_ids, logprobs, device_ns = launched.result.result()
+        return StepResult(launched.requests, token_ids.tolist(), logprobs, device_ns)

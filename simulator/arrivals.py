@@ -1,0 +1,30 @@
+"""What comes into a simulation, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from policies.request import Request
+
+
+@dataclass(slots=True)
+class Arrival:
+    """A request on its way in at `request.arrival_ns`.
+
+    `output_tokens` is its true length: the executor stops it there and no policy sees it. `keys`: hash chain of its
+    full blocks, prompt first, as far as they are known; needed only with prefix caching.
+    """
+
+    request: Request
+    output_tokens: int
+    keys: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """When a recorded run handed a request to its control plane: before the plan with index `before_step`."""
+
+    arrival: Arrival
+    before_step: int
+    cancel_before_step: int | None = None

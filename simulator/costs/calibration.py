@@ -1,0 +1,142 @@
+"""What a fit leaves behind: coefficients, the ranges they were measured in, their error. Kept as JSON."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
+
+from policies.shapes import StepShape
+
+DEVICE_TERMS = (
+    "step",
+    "any_chunk",
+    "num_decodes",
+    "decode_context",
+    "max_context",
+    "num_chunks",
+    "chunk_pairs",
+    "chunk_context",
+    "num_samples",
+)
+"""Terms of the device's time beside the padded tokens: `step` is 1, `any_chunk` 1 where the step has a chunk; the
+others are fields of StepShape."""
+PREPARE_TERMS = ("step", "num_decodes", "num_chunks", "chunk_tokens")
+FINISH_TERMS = ("step", "num_samples")
+RANGE_FIELDS = (
+    "num_decodes",
+    "decode_context",
+    "max_context",
+    "num_chunks",
+    "chunk_tokens",
+    "chunk_pairs",
+    "chunk_context",
+    "num_samples",
+    "padded_tokens",
+)
+"""The sizes that must lie within what was measured."""
+
+Coefficient = Annotated[FiniteFloat, Field(ge=0)]
+
+
+class CalibrationError(ValueError):
+    """A calibration that cannot be used. The message is one line and says what to do."""
+
+
+def _exactly(*names: str) -> AfterValidator:
+    def check(terms: dict[str, float]) -> dict[str, float]:
+        if set(terms) != set(names):
+            raise ValueError(f"must have exactly the terms {', '.join(names)}")
+        return terms
+
+    return AfterValidator(check)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TokenSlope(_Part):
+    """From `above` padded tokens on, until the next slope's `above`, a token adds `ns`."""
+
+    above: int = Field(ge=0)
+    ns: Coefficient
+
+
+def _ascending(slopes: list[TokenSlope]) -> list[TokenSlope]:
+    if slopes[0].above != 0 or any(a.above >= b.above for a, b in pairwise(slopes)):
+        raise ValueError("must begin at 0 tokens and ascend")
+    return slopes
+
+
+class ModeFit(_Part):
+    """Coefficients of steps that ran one way, from a captured graph or eagerly, in nanoseconds a unit of each term."""
+
+    num_samples: int = Field(ge=1)
+    num_finish_samples: int = Field(ge=0)  # fewer: what follows the last step of a busy time is not known
+    tokens: Annotated[list[TokenSlope], Field(min_length=1), AfterValidator(_ascending)]
+    device: Annotated[dict[str, Coefficient], _exactly(*DEVICE_TERMS)]
+    prepare: Annotated[dict[str, Coefficient], _exactly(*PREPARE_TERMS)]
+    finish: Annotated[dict[str, Coefficient], _exactly(*FINISH_TERMS)]
+
+
+class MeasuredRange(_Part):
+    """Smallest and largest of each size that was measured, for one way to run and one kind of step."""
+
+    graph: bool
+    regime: Literal["decode", "prefill", "mixed"]
+    sizes: Annotated[dict[str, list[int]], _exactly(*RANGE_FIELDS)]  # name -> [smallest, largest]
+
+    def holds(self, shape: StepShape) -> bool:
+        return all(low <= getattr(shape, name) <= high for name, (low, high) in self.sizes.items())
+
+
+class HeldOutError(_Part):
+    """Error on samples that a fit had not seen. Fractions: |predicted - measured| / measured, and `bias`, the sum of
+    what was predicted over the sum of what was measured, minus one. `step` is all three parts together."""
+
+    regime: Literal["decode", "prefill", "mixed"]
+    part: Literal["device", "step"]
+    num_samples: int = Field(ge=1)
+    mean: FiniteFloat
+    p50: FiniteFloat
+    p90: FiniteFloat
+    bias: FiniteFloat
+
+
+class Calibration(_Part):
+    """A fitted cost model in full."""
+
+    format: Literal["diptych-calibration-1"] = "diptych-calibration-1"
+    provenance: dict[str, JsonValue]
+    """What was measured: device, model, software, date, as the caller states them."""
+    graph: ModeFit | None
+    eager: ModeFit | None
+    ranges: list[MeasuredRange]
+    held_out: list[HeldOutError]
+    """Empty where there were too few samples to hold any out."""
+
+    def save(self, path: Path) -> None:
+        """Write JSON, from which `load` makes an equal one."""
+        path.write_text(json.dumps(self.model_dump(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read what `save` wrote. Raises CalibrationError for a file that is missing, or not one."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CalibrationError(
+                f"calibration {path} cannot be read ({error.strerror}); make one with `diptych profile`"
+            ) from error
+        except ValueError as error:
+            raise CalibrationError(f"calibration {path} is not JSON ({error}); make it anew") from error
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise CalibrationError(f"calibration {path}: {where}: {first['msg']}; make it anew") from None

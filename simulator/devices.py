@@ -1,0 +1,185 @@
+"""What a device can do: NVIDIA data sheets, files of the user's, and this machine's CPU, measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+
+class DeviceError(ValueError):
+    """No such device, or a description that is not one. The message is one line and says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Peaks as a data sheet states them, and the fractions of them that software reaches.
+
+    The fractions are from one H100 SXM with PyTorch 2.11: 789 TFLOP/s in an 8192 x 8192 x 8192 bf16 product (0.80 of
+    the data sheet), 3.11 TB/s of memory read (0.93), 52 to 53 GB/s of pinned copies to and from the host (0.82),
+    and prefill attention (FlashAttention 4, 4 prompts of 2048 tokens, paged) at 0.65 of that product's rate. The
+    linear layers of Qwen3-0.6B in one CUDA graph took 0.84 ms where reading their weights takes 0.38: 16 us a layer,
+    in which kernels start and drain. For other devices these are assumptions. Raises DeviceError.
+    """
+
+    name: str
+    bf16_flops: float
+    """Operations a second of dense bf16 or fp16 products, without sparsity."""
+    fp32_flops: float
+    memory_bandwidth: float
+    """Bytes a second."""
+    memory_bytes: int
+    host_link_bandwidth: float
+    """Bytes a second in one direction."""
+    launch_ns_per_layer: int = 16_000
+    """The launch floor: time of a layer in a step that does not shrink with its work."""
+    matmul_efficiency: float = 0.80
+    attention_efficiency: float = 0.53
+    """Of prefill attention; decode attention is bound by memory."""
+    bandwidth_efficiency: float = 0.93
+    host_link_efficiency: float = 0.82
+    source: str = ""
+    """Where the peaks are from."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name in ("name", "source"):
+                if not isinstance(value, str):
+                    raise DeviceError(f"a device's {name} must be text, not {value!r}")
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise DeviceError(f"device {self.name!r}: {name} must be a number, not {value!r}")
+            if not value and name != "launch_ns_per_layer":
+                raise DeviceError(f"device {self.name!r}: {name} must be above 0")
+            if name.endswith("_efficiency") and value > 1:
+                raise DeviceError(f"device {self.name!r}: {name} is a fraction of the peak, at most 1, not {value!r}")
+
+    @classmethod
+    def from_dict(cls, description: Mapping[str, object]) -> Device:
+        """From its fields by name, as `to_dict` gives them. Raises DeviceError for missing and unknown ones."""
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in description if name not in known]
+        if unknown:
+            raise DeviceError(f"a device has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+        missing = [name for name in known[:6] if name not in description]
+        if missing:
+            raise DeviceError(f"a device needs {', '.join(missing)}")
+        return cls(**description)  # type: ignore[arg-type]  # __post_init__ checks the values
+
+    def to_dict(self) -> dict[str, object]:
+        """Its fields by name, for a run's record."""
+        return asdict(self)
+
+    def reached_flops(self, dtype: str) -> float:
+        """Operations a second that products reach in `dtype`, `bf16` or `fp32`. Raises DeviceError."""
+        if dtype not in ("bf16", "fp32"):
+            raise DeviceError(f"no dtype {dtype!r}; there are: bf16 (fp16 is as fast), fp32")
+        return self.matmul_efficiency * (self.bf16_flops if dtype == "bf16" else self.fp32_flops)
+
+    def reached_attention_flops(self, dtype: str) -> float:
+        """The same for prefill attention."""
+        return self.reached_flops(dtype) / self.matmul_efficiency * self.attention_efficiency
+
+    @property
+    def reached_bandwidth(self) -> float:
+        """Bytes a second that reading memory reaches."""
+        return self.memory_bandwidth * self.bandwidth_efficiency
+
+    @property
+    def reached_host_link(self) -> float:
+        """Bytes a second that copies to or from host memory reach, one direction at a time."""
+        return self.host_link_bandwidth * self.host_link_efficiency
+
+
+DEVICES: dict[str, Device] = {
+    device.name: device
+    for device in (
+        Device("h100-sxm", 989e12, 67e12, 3.35e12, 80 * 10**9, 64e9, source="NVIDIA H100 Tensor Core GPU data sheet"),
+        Device("h200", 989e12, 67e12, 4.8e12, 141 * 10**9, 64e9, source="NVIDIA H200 Tensor Core GPU data sheet"),
+        Device("a100-80gb", 312e12, 19.5e12, 2.039e12, 80 * 10**9, 32e9, source="NVIDIA A100 80GB SXM data sheet"),
+        Device("l4", 121e12, 30.3e12, 300e9, 24 * 10**9, 32e9, source="NVIDIA L4 Tensor Core GPU data sheet"),
+    )
+}
+"""Dense figures. The H100, H200 and L4 sheets print bf16 with 2:4 sparsity (1979, 1979 and 242 TFLOP/s), which is
+twice this; all print the PCIe bandwidth of both directions together (128 GB/s, and 64 for the A100 and the L4)."""
+
+
+def load_device(name: str) -> Device:
+    """A device by name, `cpu` for this machine's (measured, takes two seconds), or a YAML or JSON file of one.
+
+    Raises DeviceError naming the known devices, or saying what is wrong with the file.
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    if name == "cpu":
+        return measured_cpu()
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise DeviceError(f"no device {name!r}; there are: {', '.join(DEVICES)}, cpu, or a .yaml or .json file of one")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DeviceError(f"device file {name} cannot be read: {error.strerror}") from error
+    try:
+        description = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise DeviceError(
+            f"device file {name} is not valid {path.suffix[1:]}: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(description, dict):
+        raise DeviceError(f"device file {name} must hold the fields of one device by name")
+    try:
+        return Device.from_dict(description)
+    except DeviceError as error:
+        raise DeviceError(f"device file {name}: {error}") from None
+
+
+def measured_cpu() -> Device:
+    """This machine's CPU through NumPy's BLAS, in under two seconds: products of float32, and reading memory.
+
+    A measurement, rounded to two digits: two calls may differ, so a run's record keeps the device it used. NumPy has
+    no bf16, so bf16 is taken as fast as float32. Attention at half a product's speed and 100 us a layer (about
+    twenty calls into a framework) are assumptions.
+    """
+    side = 1024
+    square = np.ones((side, side), dtype=np.float32)
+    flops = 2 * side**3 / _fastest(lambda: square @ square)
+    # 256 MB: more than the caches hold, read the way a decode step reads its weights.
+    matrix = np.ones((8192, 8192), dtype=np.float32)
+    vector = np.ones(8192, dtype=np.float32)
+    bandwidth = matrix.nbytes / _fastest(lambda: matrix @ vector)
+    return Device(
+        name="cpu",
+        bf16_flops=_two_digits(flops),
+        fp32_flops=_two_digits(flops),
+        memory_bandwidth=_two_digits(bandwidth),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        host_link_bandwidth=_two_digits(bandwidth / 2),  # a copy within memory reads and writes
+        launch_ns_per_layer=100_000,
+        matmul_efficiency=1.0,
+        attention_efficiency=0.5,
+        bandwidth_efficiency=1.0,
+        host_link_efficiency=1.0,
+        source="measured with NumPy on this machine",
+    )
+
+
+def _fastest(work: Callable[[], object], limit_s: float = 0.4) -> float:
+    """Seconds of the fastest of the calls that fit into the limit; at least two are made."""
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < limit_s:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.1e}")

@@ -1,0 +1,92 @@
+"""When things happen on a simulated replica: computed by a cost model, or as a recorded run had them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from policies.plan import Step
+from simulator.costs.base import CostModel
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One step: handed to the device at `launch_ns`, result known to the host at `end_ns`."""
+
+    launch_ns: int
+    end_ns: int
+    device_ns: int
+
+
+class Pace(Protocol):
+    """The host and the device of one replica, as two clocks. Called in the order of `policies.loop`."""
+
+    def plan_at(self, index: int, now: int) -> int | None:
+        """When the host gets to call plan() for the index-th time; None: never again."""
+        ...
+
+    def launch(self, step: Step, now: int) -> None: ...
+    def end_of(self, step: Step) -> Timing: ...
+    def reported(self, step: Step, now: int) -> None: ...
+    def waits_when_idle(self) -> bool:
+        """Whether an idle replica sleeps until something arrives (a recording says itself when it goes on)."""
+        ...
+
+
+class ComputedPace:
+    """Step times from a cost model: the device runs steps one after another, the host works beside it.
+
+    Under `lag=0` the loop makes a step last prepare + device + finish; under `lag=1` the host's share of one step
+    overlaps the device's share of another.
+    """
+
+    def __init__(self, costs: CostModel) -> None:
+        self._costs = costs
+        self._host_free = 0
+        self._device_free = 0
+        self._timings: dict[int, tuple[Timing, int]] = {}
+
+    def plan_at(self, index: int, now: int) -> int | None:
+        return max(now, self._host_free)
+
+    def launch(self, step: Step, now: int) -> None:
+        cost = self._costs.cost(step.shape)
+        launch = now + cost.prepare_ns
+        self._host_free = launch
+        self._device_free = max(launch, self._device_free) + cost.device_ns
+        self._timings[step.index] = (Timing(launch, self._device_free, cost.device_ns), cost.finish_ns)
+
+    def end_of(self, step: Step) -> Timing:
+        timing = self._timings[step.index][0]
+        if self._host_free > timing.end_ns:  # the host was still preparing the next step
+            return Timing(timing.launch_ns, self._host_free, timing.device_ns)
+        return timing
+
+    def reported(self, step: Step, now: int) -> None:
+        self._host_free = now + self._timings.pop(step.index)[1]
+
+    def waits_when_idle(self) -> bool:
+        return True
+
+
+class RecordedPace:
+    """The step times of a recorded run, to the nanosecond. `rows[i]`: (plan_ns, timing) of the i-th plan."""
+
+    def __init__(self, rows: Sequence[tuple[int, Timing]]) -> None:
+        self._rows = rows
+
+    def plan_at(self, index: int, now: int) -> int | None:
+        return self._rows[index][0] if index < len(self._rows) else None
+
+    def launch(self, step: Step, now: int) -> None:
+        """The record knows the rest."""
+
+    def end_of(self, step: Step) -> Timing:
+        return self._rows[step.index][1]
+
+    def reported(self, step: Step, now: int) -> None:
+        """The record knows when the host goes on."""
+
+    def waits_when_idle(self) -> bool:
+        return False

@@ -1,0 +1,143 @@
+"""One simulated replica: a SimPy process that drives a control plane, one event a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from typing import Any
+
+import simpy
+
+from policies.control_plane import ControlPlane, RequestRefused
+from policies.loop import Collect, Deliver, Idle, Launch, step_loop
+from policies.plan import Report, Step
+from policies.request import Request, State
+from simulator.arrivals import Arrival
+from simulator.endings import Endings
+from simulator.pace import Pace
+
+Ended = list[tuple[Request, State, int]]
+
+
+class SimulatedReplica:
+    """Carries out what the control plane says, in simulated time.
+
+    `on_end(request)` is called for every request that ends here. As a router sees it (`policies.contract.Replica`), a
+    replica's figures include what waits at its door for the next plan.
+    """
+
+    def __init__(
+        self, env: simpy.Environment, plane: ControlPlane, pace: Pace, on_end: Callable[[Request], None]
+    ) -> None:
+        self.plane = plane
+        plane.on_end = self._ended
+        self._env = env
+        self._pace = pace
+        self._on_end = on_end
+        self._arrivals: list[Arrival] = []
+        self._cancellations: list[int] = []
+        self._endings = Endings()
+        self._ends_of_step: dict[int, Ended] = {}
+        self._asleep: simpy.Event | None = None
+        self.process = env.process(self._run())
+
+    # As a router sees it
+
+    @property
+    def id(self) -> int:
+        return self.plane.replica
+
+    @property
+    def num_waiting(self) -> int:
+        return self.plane.num_waiting + len(self._arrivals)
+
+    @property
+    def num_running(self) -> int:
+        return self.plane.num_running
+
+    @property
+    def num_outstanding_tokens(self) -> int:
+        return self.plane.num_outstanding_tokens + sum(a.request.num_prompt_tokens for a in self._arrivals)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.plane.num_free_blocks
+
+    def match(self, keys: Any) -> int:
+        return self.plane.match(keys)
+
+    # What comes in
+
+    def receive(self, arrival: Arrival) -> None:
+        """A request arrives; the control plane gets it before its next plan."""
+        self._arrivals.append(arrival)
+        self.wake()
+
+    def cancel(self, request_id: int) -> None:
+        """A client goes away."""
+        self._cancellations.append(request_id)
+        self.wake()
+
+    def wake(self) -> None:
+        if self._asleep is not None and not self._asleep.triggered:
+            self._asleep.succeed()
+
+    def _deliver(self, now: int) -> None:
+        """Submissions in the order of their stamps, then cancellations: the engine's order too."""
+        for arrival in self._arrivals:
+            with suppress(RequestRefused):  # which the control plane has recorded
+                self.plane.submit(arrival.request, now, arrival.keys)
+                self._endings.expect(arrival.request, arrival.output_tokens)
+        self._arrivals = []
+        for request_id in self._cancellations:
+            self.plane.cancel(request_id, now)
+        self._cancellations = []
+
+    def _ended(self, request: Request) -> None:
+        self._endings.forget(request.id)
+        self._on_end(request)
+
+    # The loop
+
+    def _run(self) -> Generator[simpy.Event, Any, None]:
+        env, pace = self._env, self._pace
+        loop = step_loop(self.plane, self.plane.limits.lag)
+        action = next(loop)
+        while True:
+            answer: int | Report | None = None
+            if isinstance(action, Deliver):
+                plan_at = pace.plan_at(self.plane.next_step, int(env.now))
+                if plan_at is None:
+                    return
+                if plan_at > env.now:
+                    yield env.timeout(plan_at - env.now)
+                answer = int(env.now)
+                self._deliver(answer)
+            elif isinstance(action, Launch):
+                self._launch(action.step)
+            elif isinstance(action, Collect):
+                timing = pace.end_of(action.step)
+                if timing.end_ns > env.now:
+                    yield env.timeout(timing.end_ns - env.now)
+                ended = self._ends_of_step.pop(action.step.index)
+                answer = Report(action.step, timing.launch_ns, int(env.now), timing.device_ns, ended)
+                pace.reported(action.step, int(env.now))
+            elif isinstance(action, Idle) and pace.waits_when_idle():
+                yield from self._sleep(action.wake_at)
+            action = loop.send(answer)
+
+    def _launch(self, step: Step) -> None:
+        ended = self._endings.of(step)
+        if step.runs:
+            self._pace.launch(step, int(self._env.now))
+            self._ends_of_step[step.index] = ended
+
+    def _sleep(self, wake_at: int | None) -> Generator[simpy.Event, Any, None]:
+        if self._arrivals or self._cancellations:
+            return
+        self._asleep = self._env.event()
+        if wake_at is None:
+            yield self._asleep
+        elif wake_at > self._env.now:
+            yield self._asleep | self._env.timeout(wake_at - self._env.now)
+        self._asleep = None

@@ -1,0 +1,142 @@
+"""A whole simulation: arrivals, a router, replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+
+import simpy
+
+from policies.contract import Recorder, Router
+from policies.control_plane import ControlPlane
+from policies.replica_state import Limits
+from policies.request import Request
+from policies.stack import PolicyStack
+from simulator.arrivals import Arrival, Scheduled
+from simulator.costs.base import CostModel
+from simulator.pace import ComputedPace, RecordedPace, Timing
+from simulator.replica import SimulatedReplica
+
+
+class Simulation:
+    """Replicas behind a router, fed by open-loop arrivals.
+
+    Args:
+        limits: what each replica holds and runs.
+        stacks: one policy stack a replica (policies hold state).
+        costs: turns steps into time; shared, since it holds none.
+        router: gets every arrival; needed only with more than one replica.
+        recorder: takes the rows of the run; None records nothing.
+        on_end: called with every request that ends.
+        check: verify the invariants after every step (slow).
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        stacks: Sequence[PolicyStack],
+        costs: CostModel,
+        router: Router | None = None,
+        *,
+        recorder: Recorder | None = None,
+        on_end: Callable[[Request], None] | None = None,
+        check: bool = False,
+    ) -> None:
+        if not stacks:
+            raise ValueError("a simulation needs at least one replica")
+        if len(stacks) > 1 and router is None:
+            raise ValueError(f"{len(stacks)} replicas need a router")
+        self.env = simpy.Environment(initial_time=0)
+        self._router = router
+        self._recorder = recorder
+        self._user_on_end = on_end
+        self._replica_of: dict[int, int] = {}
+        self.replicas = [
+            SimulatedReplica(
+                self.env,
+                ControlPlane(limits, stack, replica=i, cost=costs, recorder=recorder, check=check),
+                ComputedPace(costs),
+                self._on_end,
+            )
+            for i, stack in enumerate(stacks)
+        ]
+
+    def run(self, arrivals: Iterable[Arrival], until_ns: int | None = None) -> int:
+        """Simulate until every request has ended, or until `until_ns`. Returns the simulated time in nanoseconds.
+
+        `arrivals` come in the order of their stamps and may be endless with `until_ns`. What is unfinished at the end,
+        or at an interruption, is recorded as such.
+        """
+        try:
+            self.env.process(self._source(arrivals))
+            self.env.run(until=until_ns)
+        finally:
+            for replica in self.replicas:
+                replica.plane.close()
+        return int(self.env.now)
+
+    def _source(self, arrivals: Iterable[Arrival]) -> Generator[simpy.Event, None, None]:
+        env = self.env
+        for arrival in arrivals:
+            wait = arrival.request.arrival_ns - env.now
+            if wait > 0:
+                yield env.timeout(wait)
+            self._admit(arrival)
+
+    def _admit(self, arrival: Arrival) -> None:
+        target = 0
+        if self._router is not None:
+            route = self._router.route(arrival.request, arrival.keys, self.replicas, int(self.env.now))
+            target = 0 if route is None else route.replica
+            self._replica_of[arrival.request.id] = target
+            if route is None:
+                self.replicas[0].plane.refuse(arrival.request, "refused by the router")
+                return
+        self.replicas[target].receive(arrival)
+
+    def _on_end(self, request: Request) -> None:
+        if self._router is not None:
+            self._router.on_end(request, self._replica_of.pop(request.id), int(self.env.now))
+        if self._user_on_end is not None:
+            self._user_on_end(request)
+
+
+def replay(
+    limits: Limits,
+    stack: PolicyStack,
+    rows: Sequence[tuple[int, Timing]],
+    scheduled: Iterable[Scheduled],
+    *,
+    cost: CostModel | None = None,
+    recorder: Recorder | None = None,
+    check: bool = False,
+) -> ControlPlane:
+    """Take a recorded run's arrivals and step times through the simulated replica.
+
+    `rows[i]` are the times of the i-th call of plan(); `scheduled` says before which call each request came and, where
+    it was cancelled, before which call that was. With the same policy stack every plan must come out as recorded.
+    """
+    env = simpy.Environment(initial_time=0)
+    plane = ControlPlane(limits, stack, cost=cost, recorder=recorder, check=check)
+    replica = _ReplayedReplica(env, plane, RecordedPace(rows), lambda request: None)
+    replica.schedule(scheduled)
+    env.run()
+    plane.close()
+    return plane
+
+
+class _ReplayedReplica(SimulatedReplica):
+    """Takes each request before the plan that the record names, instead of by the clock."""
+
+    def schedule(self, scheduled: Iterable[Scheduled]) -> None:
+        self._submit_before: dict[int, list[Arrival]] = {}
+        self._cancel_before: dict[int, list[int]] = {}
+        for item in sorted(scheduled, key=lambda s: s.arrival.request.key):
+            self._submit_before.setdefault(item.before_step, []).append(item.arrival)
+            if item.cancel_before_step is not None:
+                self._cancel_before.setdefault(item.cancel_before_step, []).append(item.arrival.request.id)
+
+    def _deliver(self, now: int) -> None:
+        index = self.plane.next_step
+        self._arrivals = self._submit_before.pop(index, [])
+        self._cancellations = self._cancel_before.pop(index, [])
+        super()._deliver(now)
