@@ -139,7 +139,7 @@ class Engine:
         params.check_vocab(self.loaded.config.vocab_size)
         cap = self.limits.max_model_len if params.max_tokens is None else params.max_tokens
         with self._inbox:
-            self._raise_if_dead()
+            self.raise_if_dead()
             request = Request(
                 next(self._ids),
                 self.now(),
@@ -265,7 +265,8 @@ class Engine:
             return None
         return IncrementalDetokenizer(tokenizer.id_to_bytes, tokenizer.special_ids, params)
 
-    def _raise_if_dead(self) -> None:
+    def raise_if_dead(self) -> None:
+        """Raise EngineDead, with its cause, where the engine serves nothing any more."""
         if self._error is not None:
             raise EngineDead(f"the engine has stopped: {self._error}") from self._error
         if self._closing:

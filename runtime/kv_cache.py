@@ -15,9 +15,7 @@ def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) ->
 
 def num_blocks_that_fit(num_bytes: int, config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """How many blocks a `PagedKVCache` of at most `num_bytes` bytes can have; 0 when not even one fits."""
-    return max(
-        0, num_bytes // bytes_per_block(config, block_size, dtype) - 1
-    )  # one more is the scratch block
+    return max(0, num_bytes // bytes_per_block(config, block_size, dtype) - 1)  # one more is the scratch block
 
 
 class PagedKVCache:

@@ -61,13 +61,10 @@ class ModelConfig:
             _require_positive(field, getattr(self, field))
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads};"
-                " check the config"
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; check the config"
             )
         if self.head_dim % 2:
-            raise ModelError(
-                f"head_dim={self.head_dim} is odd, and rotary embeddings need pairs; check the config"
-            )
+            raise ModelError(f"head_dim={self.head_dim} is odd, and rotary embeddings need pairs; check the config")
 
     @property
     def q_size(self) -> int:
@@ -133,14 +130,10 @@ class ModelConfig:
         if architecture != "llama":
             raise ModelError(f"GGUF architecture {architecture!r} is not supported; known: 'llama'")
         if metadata.get("llama.expert_count"):
-            raise ModelError(
-                "GGUF files with experts (mixture of experts) are not supported; use a dense model"
-            )
+            raise ModelError("GGUF files with experts (mixture of experts) are not supported; use a dense model")
         scaling = metadata.get("llama.rope.scaling.type", "none")
         if scaling != "none":
-            raise ModelError(
-                f"GGUF rope scaling {scaling!r} is not supported; use the model's safetensors files"
-            )
+            raise ModelError(f"GGUF rope scaling {scaling!r} is not supported; use the model's safetensors files")
         hidden_size = _get(metadata, "llama.embedding_length")
         num_heads = _get(metadata, "llama.attention.head_count")
         eos = metadata.get("tokenizer.ggml.eos_token_id")
@@ -176,9 +169,7 @@ def _hf_family(config: Mapping[str, Any]) -> str:
     for architecture in named:
         if architecture in _HF_FAMILIES:
             return architecture
-    raise ModelError(
-        f"architecture {', '.join(named) or 'none'} is not supported; known: {', '.join(_HF_FAMILIES)}"
-    )
+    raise ModelError(f"architecture {', '.join(named) or 'none'} is not supported; known: {', '.join(_HF_FAMILIES)}")
 
 
 def _refuse_hf_options(config: Mapping[str, Any], family: str, max_model_len: int) -> None:

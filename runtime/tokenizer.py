@@ -152,9 +152,7 @@ class Tokenizer:
         token = self._backend.get_added_tokens_decoder().get(token_id)
         return token is not None and token.special
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """Text of a conversation ({"role": ..., "content": ...} each), ready for `encode` without special
         tokens.
 
@@ -162,9 +160,7 @@ class Tokenizer:
         template, and ValueError when the template refuses the messages.
         """
         if self.chat_template is None:
-            raise ModelError(
-                "this model has no chat template; send plain text, or use an instruction-tuned model"
-            )
+            raise ModelError("this model has no chat template; send plain text, or use an instruction-tuned model")
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -202,9 +198,7 @@ def _is_byte_level(backend: Backend) -> bool:
         return True
     if '"ByteFallback"' in decoder:
         return False
-    raise ModelError(
-        "this tokenizer is neither byte-level nor has byte fallback; use a model with one of these"
-    )
+    raise ModelError("this tokenizer is neither byte-level nor has byte fallback; use a model with one of these")
 
 
 def _id_of(backend: Backend, token: str) -> int:

@@ -151,8 +151,8 @@ def measured_cpu() -> Device:
     side = 1024
     square = np.ones((side, side), dtype=np.float32)
     flops = 2 * side**3 / _fastest(lambda: square @ square)
-    # 256 MB: more than the caches hold, read the way a decode step reads its weights.
-    matrix = np.ones((8192, 8192), dtype=np.float32)
+    # 128 MB: more than most caches hold, read the way a decode step reads its weights.
+    matrix = np.ones((4096, 8192), dtype=np.float32)
     vector = np.ones(8192, dtype=np.float32)
     bandwidth = matrix.nbytes / _fastest(lambda: matrix @ vector)
     return Device(
@@ -171,7 +171,7 @@ def measured_cpu() -> Device:
     )
 
 
-def _fastest(work: Callable[[], object], limit_s: float = 0.4) -> float:
+def _fastest(work: Callable[[], object], limit_s: float = 0.25) -> float:
     """Seconds of the fastest of the calls that fit into the limit; at least two are made."""
     times: list[float] = []
     while len(times) < 2 or sum(times) < limit_s:

@@ -126,9 +126,7 @@ class LlamaModel(nn.Module):
         if config.tie_word_embeddings:
             self.output_embedding = self.embedding
         else:
-            self.output_embedding = nn.Parameter(
-                torch.empty(shape, dtype=dtype, device=device), requires_grad=False
-            )
+            self.output_embedding = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
         # In float32 whatever the dtype: a bfloat16 angle is wrong by radians at position 1000.
         angles = torch.outer(torch.arange(config.max_model_len).float(), rope_inverse_frequencies(config))
         self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)  # [max_model_len, head_dim / 2]

@@ -69,9 +69,7 @@ def _locate(source: str) -> Path:
         return path
     if hub.looks_like_hub_id(source):
         return hub.fetch(source)
-    raise ModelError(
-        f"{source} does not exist; give a folder, a GGUF file, org/name on the hub, or {DEFAULT_MODEL}"
-    )
+    raise ModelError(f"{source} does not exist; give a folder, a GGUF file, org/name on the hub, or {DEFAULT_MODEL}")
 
 
 def _load_folder(
@@ -123,9 +121,7 @@ def _shortened(config: ModelConfig, max_model_len: int | None) -> ModelConfig:
     if max_model_len is None:
         return config
     if max_model_len > config.max_model_len:
-        raise ModelError(
-            f"max_model_len={max_model_len} is beyond the model's {config.max_model_len}; lower it"
-        )
+        raise ModelError(f"max_model_len={max_model_len} is beyond the model's {config.max_model_len}; lower it")
     return dataclasses.replace(config, max_model_len=max_model_len)
 
 

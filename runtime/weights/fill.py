@@ -30,12 +30,9 @@ def fill(model: LlamaModel, tensors: Iterable[tuple[str, Tensor]], origin: str) 
             )
         if slot.shape != tensor.shape:
             raise ModelError(
-                f"{origin}: tensor {name} has shape {list(tensor.shape)},"
-                f" the config asks for {list(slot.shape)}"
+                f"{origin}: tensor {name} has shape {list(tensor.shape)}, the config asks for {list(slot.shape)}"
             )
         slot.copy_(tensor)
         missing.discard(name)
     if missing:
-        raise ModelError(
-            f"{origin}: {len(missing)} tensors are missing, {min(missing)} first; fetch the model again"
-        )
+        raise ModelError(f"{origin}: {len(missing)} tensors are missing, {min(missing)} first; fetch the model again")

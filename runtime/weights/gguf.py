@@ -45,19 +45,13 @@ class GGUFFile:
             self._reader = GGUFReader(path)
             # metadata: plain Python values by key
             self.metadata: dict[str, Any] = {
-                key: field.contents()
-                for key, field in self._reader.fields.items()
-                if not key.startswith("GGUF.")
+                key: field.contents() for key, field in self._reader.fields.items() if not key.startswith("GGUF.")
             }
         except (ValueError, IndexError, KeyError, OSError) as error:
-            raise ModelError(
-                f"{path} cannot be read as GGUF ({error}); it may be cut short, fetch it again"
-            ) from error
+            raise ModelError(f"{path} cannot be read as GGUF ({error}); it may be cut short, fetch it again") from error
         names = {tensor.name for tensor in self._reader.tensors}
         if "rope_freqs.weight" in names:
-            raise ModelError(
-                f"{path}: scaled rope in GGUF is not supported; use the model's safetensors files"
-            )
+            raise ModelError(f"{path}: scaled rope in GGUF is not supported; use the model's safetensors files")
         self.config = ModelConfig.from_gguf(self.metadata, tie_word_embeddings="output.weight" not in names)
 
     def read_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -30,18 +30,14 @@ def fetch(repo_id: str) -> Path:
     if cached is not None:
         return cached
     if constants.HF_HUB_OFFLINE:
-        raise ModelError(
-            f"{repo_id} is not in the local cache and HF_HUB_OFFLINE is set; unset it or give a folder"
-        )
+        raise ModelError(f"{repo_id} is not in the local cache and HF_HUB_OFFLINE is set; unset it or give a folder")
     try:
         # The library retries a download that cannot connect; one plain question first finds that out quickly.
         HfApi().model_info(repo_id, timeout=_PROBE_TIMEOUT_S)
         return Path(snapshot_download(repo_id, allow_patterns=_PATTERNS, etag_timeout=_PROBE_TIMEOUT_S))
     except Exception as error:  # the library lets its HTTP client's own exceptions through
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot fetch {repo_id} from the Hugging Face hub ({reason}); give a local folder"
-        ) from error
+        raise ModelError(f"cannot fetch {repo_id} from the Hugging Face hub ({reason}); give a local folder") from error
 
 
 def _cached(repo_id: str) -> Path | None:

@@ -32,9 +32,7 @@ def weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ModelError(
-            f"{folder} has no *.safetensors file (pickled weights are not read); convert the model first"
-        )
+        raise ModelError(f"{folder} has no *.safetensors file (pickled weights are not read); convert the model first")
     return files
 
 
@@ -46,6 +44,4 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 for name in content.keys():  # noqa: SIM118 (not a dict)
                     yield name, content.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{file} cannot be read ({error}); it may be cut short, fetch it again"
-            ) from error
+            raise ModelError(f"{file} cannot be read ({error}); it may be cut short, fetch it again") from error

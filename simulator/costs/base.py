@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from policies.shapes import StepShape
+
+Regime = Literal["decode", "prefill", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,8 @@ class CostModel(Protocol):
         ...
 
 
-def regime(shape: StepShape) -> str:
-    """`decode`, `prefill` or `mixed`: which kinds of work the step holds."""
+def regime(shape: StepShape) -> Regime:
+    """Which kinds of work the step holds."""
     if not shape.num_chunks:
         return "decode"
     return "mixed" if shape.num_decodes else "prefill"

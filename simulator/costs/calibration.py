@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
 
 from policies.shapes import StepShape
+from simulator.costs.base import Regime
 
 DEVICE_TERMS = (
     "step",
@@ -39,6 +40,8 @@ RANGE_FIELDS = (
 )
 """The sizes that must lie within what was measured."""
 
+Part = Literal["device", "step"]
+Limits = Annotated[list[int], Field(min_length=2, max_length=2)]
 Coefficient = Annotated[FiniteFloat, Field(ge=0)]
 
 
@@ -47,7 +50,7 @@ class CalibrationError(ValueError):
 
 
 def _exactly(*names: str) -> AfterValidator:
-    def check(terms: dict[str, float]) -> dict[str, float]:
+    def check(terms: dict[str, Any]) -> dict[str, Any]:
         if set(terms) != set(names):
             raise ValueError(f"must have exactly the terms {', '.join(names)}")
         return terms
@@ -87,8 +90,8 @@ class MeasuredRange(_Part):
     """Smallest and largest of each size that was measured, for one way to run and one kind of step."""
 
     graph: bool
-    regime: Literal["decode", "prefill", "mixed"]
-    sizes: Annotated[dict[str, list[int]], _exactly(*RANGE_FIELDS)]  # name -> [smallest, largest]
+    regime: Regime
+    sizes: Annotated[dict[str, Limits], _exactly(*RANGE_FIELDS)]  # name -> [smallest, largest]
 
     def holds(self, shape: StepShape) -> bool:
         return all(low <= getattr(shape, name) <= high for name, (low, high) in self.sizes.items())
@@ -98,8 +101,8 @@ class HeldOutError(_Part):
     """Error on samples that a fit had not seen. Fractions: |predicted - measured| / measured, and `bias`, the sum of
     what was predicted over the sum of what was measured, minus one. `step` is all three parts together."""
 
-    regime: Literal["decode", "prefill", "mixed"]
-    part: Literal["device", "step"]
+    regime: Regime
+    part: Part
     num_samples: int = Field(ge=1)
     mean: FiniteFloat
     p50: FiniteFloat

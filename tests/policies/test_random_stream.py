@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -42,6 +42,7 @@ def test_the_draws_of_a_seed_never_change_between_versions():
     assert drawn == [3387986153480457963, 1022708034756870318, 6281973817918060495]
 
 
+@settings(deadline=None)
 @given(st.integers(), st.text(max_size=10), st.lists(IDS, min_size=1, max_size=8), COUNTERS)
 def test_the_array_form_gives_the_scalar_draws(seed, name, ids, counter):
     stream = RandomStream(seed, name)
@@ -54,6 +55,7 @@ def test_the_array_form_gives_the_scalar_draws(seed, name, ids, counter):
     assert one.tolist() == [stream.uint64(ids[0], int(c)) for c in counters]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(IDS, st.integers(0, 50)), min_size=2, max_size=20), st.randoms())
 def test_order_and_company_change_nobodys_draw(draws, shuffler):
     alone = {draw: RandomStream(1, "x").uint64(*draw) for draw in draws}
@@ -108,6 +110,7 @@ def test_uniform_draws_are_uniform_along_requests_and_along_counters(axis):
     assert stats.chisquare(pairs.ravel()).pvalue > 1e-3
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**32), IDS, st.integers(0, 10))
 def test_below_stays_under_its_bound(bound, request_id, counter):
     assert 0 <= RandomStream(3, "pick").below(bound, request_id, counter) < bound

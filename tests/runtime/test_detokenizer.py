@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.detokenizer import IncrementalDetokenizer
@@ -43,12 +43,14 @@ def one_shot(text: str, stops: tuple[str, ...], after: int, include: bool) -> tu
     return text, None
 
 
+@settings(deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 100), max_size=12), st.integers(1, 4))
 def test_any_split_of_any_bytes_decodes_as_the_whole(data, cuts, group):
     deltas, _ = run(split(data, cuts), SamplingParams(), group)
     assert "".join(deltas) == data.decode("utf-8", errors="replace")
 
 
+@settings(deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 100), max_size=12), STOPS, st.booleans(), st.integers(1, 4))
 def test_any_split_stops_where_the_whole_would(data, cuts, stops, include, group):
     params = SamplingParams(stop=stops, include_stop_str_in_output=include)
@@ -58,6 +60,7 @@ def test_any_split_stops_where_the_whole_would(data, cuts, stops, include, group
     assert detokenizer.finished_by == stop
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(alphabet="ab", max_size=4), max_size=10), STOPS, st.booleans(), st.integers(0, 8))
 def test_a_stop_string_that_ends_within_min_tokens_does_not_count(pieces, stops, include, minimum):
     params = SamplingParams(stop=stops, include_stop_str_in_output=include, min_tokens=minimum, max_tokens=None)
@@ -67,6 +70,7 @@ def test_a_stop_string_that_ends_within_min_tokens_does_not_count(pieces, stops,
     assert detokenizer.finished_by == stop
 
 
+@settings(deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 100), max_size=12), STOPS)
 def test_no_delta_is_ever_taken_back(data, cuts, stops):
     pieces = split(data, cuts)

@@ -88,6 +88,7 @@ def test_logits_of_the_default_model_equal_those_of_transformers(
         torch.testing.assert_close(ours[key], theirs, atol=2e-3, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_of_a_mixed_batch_equal_those_of_transformers(
     hf_smollm2: Any, token_prompts: list[list[int]], mixed_tokens: list[list[int]]
 ) -> None:

@@ -1,7 +1,7 @@
 """The end of a request, decided from its tokens."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.sampling.params import SamplingParams
@@ -61,6 +61,7 @@ def test_below_min_tokens_all_that_would_end_the_request_is_masked():
     assert masked_below_min_tokens(params, EOS) == (9,)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 12), max_size=12),
     st.integers(0, 3),

@@ -135,7 +135,7 @@ def test_a_gguf_file_gives_back_every_weight_within_its_quantisation(hf_folder: 
     expected = weights(load_model(str(hf_folder)).model)
     loaded = load_model(str(gguf_file))
     for name, weight in weights(loaded.model).items():
-        torch.testing.assert_close(weight, expected[name], atol=expected[name].abs().max() / 200, rtol=0)
+        torch.testing.assert_close(weight, expected[name], atol=float(expected[name].abs().max()) / 200, rtol=0)
     assert loaded.config == load_model(str(gguf_file), load_format="gguf").config
     assert loaded.name == "model"
     assert loaded.tokenizer is not None

@@ -1,0 +1,216 @@
+"""Metrics of a run, from its records only, with the definitions and JSON keys of `vllm bench serve`.
+
+TTFT    first token - arrival
+TPOT    (E2E - TTFT) / (output tokens - 1), of requests with more than one
+ITL     gaps between a request's tokens, pooled over the requests
+E2E     end - arrival (key `e2el`)
+goodput requests that meet every objective, a second
+
+As there, latencies and throughput are those of completed requests (status `stop` or `length`); the others are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from experiments.records import Run
+from experiments.timeline import LittlesLaw, littles_law, time_average, timeline
+from experiments.token_times import COMPLETED, TokenTimes, token_times
+
+__all__ = [
+    "COMPLETED",
+    "LATENCIES",
+    "LittlesLaw",
+    "TokenTimes",
+    "latencies_ms",
+    "littles_law",
+    "per_request",
+    "summarize",
+    "time_average",
+    "timeline",
+    "token_times",
+]
+
+LATENCIES = ("ttft", "tpot", "itl", "e2el")
+"""Names of the latencies, as `vllm bench serve` has them."""
+
+STATUSES = (*COMPLETED, "cancelled", "dropped", "refused", "unfinished")
+PERCENTILES = (50.0, 90.0, 95.0, 99.0)
+_COLUMN = {"ttft": "ttft_ms", "tpot": "tpot_ms", "e2el": "e2e_ms"}
+
+Float64 = NDArray[np.float64]
+
+
+def per_request(run: Run) -> pd.DataFrame:
+    """One row a request, in order of request_id.
+
+    Columns: request_id, replica, tenant, session, priority, status, completed (bool), arrival_s, prompt_tokens,
+    output_tokens, cached_tokens, preemptions, and in milliseconds queue_ms (to the first plan that ran it), ttft_ms,
+    tpot_ms, e2e_ms. What a request did not get to is nan; tpot_ms and e2e_ms are those of completed requests alone.
+    """
+    requests = run.requests
+    kept = ["request_id", "replica", "tenant", "session", "priority", "status"]
+    counts = ["prompt_tokens", "output_tokens", "cached_tokens", "preemptions"]
+    arrival = requests["arrival_ns"].to_numpy()
+    completed = requests["status"].isin(COMPLETED).to_numpy()
+    first = _since(arrival, requests["first_token_ns"])
+    end = np.where(completed, _since(arrival, requests["finish_ns"]), np.nan)
+    output = requests["output_tokens"].to_numpy()
+    frame = requests[kept].assign(completed=completed, arrival_s=arrival / 1e9)
+    frame[counts] = requests[counts]
+    frame["queue_ms"] = _since(arrival, requests["first_scheduled_ns"])
+    frame["ttft_ms"] = first
+    frame["tpot_ms"] = np.where(output > 1, (end - first) / np.maximum(output - 1, 1), np.nan)
+    frame["e2e_ms"] = end
+    return frame.sort_values("request_id", kind="stable", ignore_index=True)
+
+
+def latencies_ms(run: Run, request_ids: NDArray[np.int64] | None = None) -> dict[str, Float64]:
+    """The samples behind each latency, in milliseconds: of the completed requests, or of those among `request_ids`."""
+    frame = per_request(run)
+    chosen = frame["completed"].to_numpy()
+    rows = run.requests["status"].isin(COMPLETED).to_numpy()
+    if request_ids is not None:
+        chosen = chosen & frame["request_id"].isin(request_ids).to_numpy()
+        rows = rows & run.requests["request_id"].isin(request_ids).to_numpy()
+    samples = {name: frame[column].to_numpy()[chosen] for name, column in _COLUMN.items()}
+    samples["itl"] = token_times(run).gaps_ns(rows) / 1e6
+    return {name: samples[name][~np.isnan(samples[name])] for name in LATENCIES}
+
+
+def summarize(
+    run: Run, slo: Mapping[str, float] | None = None, percentiles: Sequence[float] = PERCENTILES
+) -> dict[str, Any]:
+    """A run in figures, under the JSON keys of `vllm bench serve` where it has one.
+
+    Args:
+        slo: objectives in milliseconds, some of `ttft`, `tpot`, `e2el` (as `--goodput` takes them).
+        percentiles: which pNN_*_ms to give.
+
+    `duration` (seconds) runs from the first arrival to the last end. What there is nothing to compute from is None.
+    Raises ValueError for an unknown objective, RunError for records that contradict themselves.
+    """
+    requests, frame = run.requests, per_request(run)
+    done = frame[frame["completed"]]
+    samples = latencies_ms(run)
+    duration = _duration_s(run)
+    output, prompt = int(done["output_tokens"].sum()), int(done["prompt_tokens"].sum())
+    statuses = _statuses(run)
+    num_prompts = sum(statuses.values())
+    summary: dict[str, Any] = {
+        "run": run.name,
+        "kind": run.kind,
+        "complete": run.complete,
+        "clairvoyant": run.clairvoyant,
+        "num_prompts": num_prompts,
+        "duration": duration,
+        "completed": len(done),
+        "failed": num_prompts - len(done),
+        "statuses": statuses,
+        "total_input_tokens": prompt,
+        "total_output_tokens": output,
+        "request_throughput": _rate(len(done), duration),
+        "output_throughput": _rate(output, duration),
+        "total_token_throughput": _rate(prompt + output, duration),
+        **_peaks(run),
+    }
+    if slo is not None:
+        summary["slo_ms"] = dict(slo)
+        summary["request_goodput"] = _rate(int(_meets(done, slo).sum()), duration)
+    for name in LATENCIES:
+        summary |= statistics(name, samples[name], percentiles)
+    summary |= statistics("queue", done["queue_ms"].dropna().to_numpy(), percentiles)
+    summary["preemptions"] = int(requests["preemptions"].sum())
+    summary["cached_token_share"] = float(done["cached_tokens"].sum() / prompt) if prompt else None
+    return summary | _memory(run)
+
+
+def statistics(name: str, samples_ms: Float64, percentiles: Sequence[float] = PERCENTILES) -> dict[str, float | None]:
+    """mean, median, std and pNN of samples, as `mean_ttft_ms` and so on; None without samples."""
+    some = len(samples_ms) > 0
+    found: dict[str, float | None] = {
+        f"mean_{name}_ms": float(np.mean(samples_ms)) if some else None,
+        f"median_{name}_ms": float(np.median(samples_ms)) if some else None,
+        f"std_{name}_ms": float(np.std(samples_ms)) if some else None,
+    }
+    for percentile, value in zip(percentiles, np.percentile(samples_ms, percentiles) if some else (), strict=False):
+        found[f"p{percentile:g}_{name}_ms"] = float(value)
+    return found if some else found | {f"p{p:g}_{name}_ms": None for p in percentiles}
+
+
+def _since(arrival_ns: NDArray[np.int64], times: pd.Series[Any]) -> Float64:
+    """Milliseconds from the arrivals to times that may be missing (nan). Subtracted as integers: nothing is rounded."""
+    passed = (times.to_numpy(np.int64, na_value=0) - arrival_ns) / 1e6
+    return np.where(times.isna().to_numpy(), np.nan, passed)
+
+
+def _duration_s(run: Run) -> float:
+    requests = run.requests
+    if not len(requests):
+        return 0.0
+    ended = requests["finish_ns"].dropna()
+    ends = [int(ended.max())] if len(ended) else []
+    if not run.complete or (requests["status"] == "unfinished").any():
+        ends += [int(run.steps["end_ns"].max())] if len(run.steps) else []
+    begin = int(requests["arrival_ns"].min())
+    return (max([begin, *ends]) - begin) / 1e9
+
+
+def _statuses(run: Run) -> dict[str, int]:
+    """Requests by status. Of a run that died, those still alive by its last steps count as unfinished."""
+    counts = {status: int((run.requests["status"] == status).sum()) for status in STATUSES}
+    if not run.complete:
+        lag = int(run.limits.get("lag", 0))
+        for _, rows in run.steps.groupby("replica"):
+            last = rows.sort_values("step").tail(1 + lag)
+            alive = int(last["num_running"].iloc[-1]) + int(last["num_waiting"].iloc[-1])
+            counts["unfinished"] += max(0, alive - int(last["num_finished"].sum()))
+    return counts
+
+
+def _meets(done: pd.DataFrame, slo: Mapping[str, float]) -> NDArray[np.bool_]:
+    """Which completed requests meet every objective. A request of one token has no TPOT to miss."""
+    met = np.ones(len(done), bool)
+    for name, limit in slo.items():
+        if name not in _COLUMN:
+            raise ValueError(f"there is no objective {name!r}; give some of {', '.join(_COLUMN)} in milliseconds")
+        met &= done[_COLUMN[name]].fillna(0.0).to_numpy() <= limit
+    return met
+
+
+def _peaks(run: Run) -> dict[str, float]:
+    """The peaks that `vllm bench serve` gives, over whole seconds from the first arrival."""
+    requests, times = run.requests, token_times(run)
+    done = requests["status"].isin(COMPLETED).to_numpy()
+    if not done.any():
+        return {"max_output_tokens_per_s": 0.0, "max_concurrent_requests": 0}
+    begin = int(requests["arrival_ns"].min())
+    of_done = np.repeat(done, times.counts)
+    seconds = (times.times_ns[of_done] - begin) // 1_000_000_000
+    first = (requests["arrival_ns"].to_numpy()[done] - begin) // 1_000_000_000
+    last = (requests["finish_ns"].to_numpy(np.int64, na_value=begin)[done] - begin) // 1_000_000_000
+    size = int(last.max()) + 2
+    present = np.cumsum(np.bincount(first, minlength=size) - np.bincount(last + 1, minlength=size))
+    return {
+        "max_output_tokens_per_s": float(np.bincount(seconds).max()) if len(seconds) else 0.0,
+        "max_concurrent_requests": int(present.max()),
+    }
+
+
+def _memory(run: Run) -> dict[str, float | int | None]:
+    frame = timeline(run)
+    mean = time_average(frame, "kv_blocks")
+    return {
+        "mean_kv_blocks": None if np.isnan(mean) else mean,
+        "max_kv_blocks": int(frame["kv_blocks"].max()) if len(frame) else None,
+        "steps": int((run.steps["padded_tokens"] > 0).sum()),
+    }
+
+
+def _rate(count: int, duration_s: float) -> float:
+    return count / duration_s if duration_s else 0.0

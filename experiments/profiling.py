@@ -1,0 +1,115 @@
+"""Measuring a runtime's step times and fitting a cost model to them: `diptych profile`.
+
+The steps measured are the engine's own, under its own scheduler, from three kinds of rounds: bursts of requests whose
+outputs end one after another (decode batches of every size, at many contexts), single prompts (prefill chunks), and
+bursts of prompts longer than the token budget (mixed steps). Rounds are drawn from a seeded design and repeated until
+the time is up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+
+from experiments.records import describe_environment
+from experiments.real import load, real_limits, warm_up
+from experiments.spec import RunSpec
+from policies.records import STEPS
+from policies.replica_state import Limits
+from policies.stack import StackSpec
+from runtime.engine import Details, Engine
+from runtime.sampling.params import SamplingParams
+from runtime.weights import LoadedModel
+from simulator.costs.fitted import FittedCost
+from simulator.costs.fitting import fit
+from simulator.costs.samples import samples_from_steps
+
+Round = list[tuple[int, int]]
+"""(prompt tokens, output tokens) of requests that are submitted together."""
+
+
+@dataclass
+class StepRows:
+    """A recorder that keeps the steps' rows and drops the rest."""
+
+    rows: list[tuple[object, ...]] = field(default_factory=list)
+
+    def request(self, row: tuple[object, ...]) -> None:
+        """Not needed for a fit."""
+
+    def step(self, row: tuple[object, ...]) -> None:
+        self.rows.append(row)
+
+    def decision(self, row: tuple[object, ...]) -> None:
+        """Not needed for a fit."""
+
+
+def profile(
+    spec: RunSpec,
+    seconds: float,
+    *,
+    loaded: LoadedModel | None = None,
+    on_progress: Callable[[float], None] | None = None,
+) -> FittedCost:
+    """Measure the runtime of a specification (model, device, limits) for about `seconds` and fit its cost model.
+
+    `on_progress` gets the share of the time that has passed. The result's provenance has the device, the software, the
+    model and the limits; its held-out error is in its description.
+    """
+    loaded = loaded or load(spec.model)
+    limits = real_limits(spec, loaded)
+    uncached = replace(limits, prefix_caching=False)  # prompts repeat here, and each is to be computed
+    warm_up(loaded, uncached, spec)
+    recorder = StepRows()
+    stack = StackSpec().build(block_size=limits.block_size)
+    started = time.monotonic()
+    with Engine(loaded, uncached, stack, recorder=recorder, attention=spec.model.attention) as engine:
+        for requests in _design(uncached, spec.seed):
+            engine.generate(
+                [_prompt(length, loaded.config.vocab_size) for length, _ in requests],
+                [SamplingParams(temperature=0, max_tokens=output, ignore_eos=True) for _, output in requests],
+                [Details(forced_length=output) for _, output in requests],
+            )
+            passed = (time.monotonic() - started) / seconds
+            if on_progress is not None:
+                on_progress(min(1.0, passed))
+            if passed >= 1:
+                break
+    steps = pd.DataFrame(recorder.rows, columns=list(STEPS))
+    provenance = {
+        **describe_environment("real"),
+        "model": loaded.name,
+        "dtype": spec.model.dtype,
+        "limits": {**asdict(limits), "capture_sizes": list(limits.capture_sizes)},
+        "seconds": seconds,
+        "seed": spec.seed,
+        "num_steps": len(steps),
+    }
+    return fit(samples_from_steps(steps), provenance)
+
+
+def _prompt(length: int, vocab_size: int) -> Sequence[int]:
+    return [(7 * i) % vocab_size for i in range(length)]
+
+
+def _design(limits: Limits, seed: int) -> Iterator[Round]:
+    """Endless rounds; each third one is of the next kind, its sizes drawn log-uniformly within the limits."""
+    random = np.random.default_rng(seed)
+    longest = min(limits.max_model_len - 1, limits.num_blocks * limits.block_size // 2)
+
+    def size(largest: float) -> int:
+        return int(np.exp(random.uniform(0, np.log(max(1.0, largest)))))
+
+    while True:
+        batch = min(size(limits.max_num_seqs * 1.5), limits.max_num_seqs)
+        context = max(1, min(longest // 2, limits.num_blocks * limits.block_size // (2 * batch)))
+        room = max(1, min(longest // 2, 3 * batch))
+        yield [(size(context), max(1, (i + 1) * room // batch)) for i in range(batch)]
+        yield [(size(longest), 1)]
+        batch = min(size(limits.max_num_seqs), 6)
+        share = max(2, min(longest // 2, 2 * limits.max_num_batched_tokens // batch))
+        yield [(size(share), 2 + size(min(24, share))) for _ in range(batch)]

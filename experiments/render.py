@@ -1,0 +1,41 @@
+"""A comparison as a table for the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from experiments.compare import Comparison
+
+_HEADINGS = {"real": "real", "sim": "simulated", "replay": "replayed"}
+
+
+def headings(comparison: Comparison) -> tuple[str, str]:
+    """What to call the two runs: by kind where they differ in it, else by name."""
+    a, b = comparison.a, comparison.b
+    if a.kind != b.kind:
+        return _HEADINGS[a.kind], _HEADINGS[b.kind]
+    return (a.name, b.name) if a.name != b.name else (str(a.folder), str(b.folder))
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Latencies and throughput of both runs with the signed error of the second; notes in the caption."""
+    a, b = headings(comparison)
+    table = Table(
+        title=Text(f"{comparison.a.label}  against  {comparison.b.label}"),
+        caption=Text("\n".join(comparison.notes())),
+        caption_justify="left",
+        title_justify="left",
+    )
+    table.add_column("metric")
+    table.add_column("unit")
+    for heading in (a, b, "error"):
+        table.add_column(Text(heading), justify="right")
+    previous = ""
+    for row in comparison.rows():
+        group = row.metric.split()[0] if row.unit == "ms" else "throughput"
+        if previous and group != previous:
+            table.add_section()
+        previous = group
+        table.add_row(row.metric, row.unit, row.a, row.b, row.error)
+    return table

@@ -1,0 +1,78 @@
+"""Decision replay: a recorded run's arrivals and step times through the simulator, whose every plan must be the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.records import Run, RunError, RunWriter, run_info
+from policies.replica_state import Limits
+from policies.request import Request
+from policies.stack import StackSpec
+from simulator.arrivals import Arrival, Scheduled
+from simulator.pace import Timing
+from simulator.simulation import replay
+
+NEVER = 1 << 60
+
+
+def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool = False) -> None:
+    """Replay a run of one replica and write the replay's own run folder, to be compared with the original.
+
+    Raises RunError where the record lacks what a replay needs.
+    """
+    if not run.has_decisions:
+        raise RunError(f"{run.folder} was recorded without decisions; there is nothing to compare a replay with")
+    if run.steps["replica"].nunique() > 1:
+        raise RunError(f"{run.folder} has several replicas; replay takes the run of one")
+    limits = Limits(**{**run.limits, "capture_sizes": tuple(run.limits["capture_sizes"])})
+    oracle = dict(zip(run.requests["request_id"].tolist(), run.requests["output_tokens"].tolist(), strict=True))
+    spec = StackSpec(**run.info["stack"])
+    stack = spec.build(block_size=limits.block_size, seed=int(run.spec.get("seed", 0)), oracle=oracle)
+    info = run_info(
+        "replay",
+        spec=run.spec,
+        limits=run.limits,
+        stack=run.info["stack"],
+        clairvoyant=run.clairvoyant,
+        workload=run.info["workload"],
+        replay_of=run.name,
+    )
+    with RunWriter(folder, info, overwrite=overwrite) as writer:
+        replay(limits, stack, _timings(run.steps), _scheduled(run), recorder=writer, check=check)
+
+
+def _timings(steps: pd.DataFrame) -> list[tuple[int, Timing]]:
+    indices = steps["step"].tolist()
+    if indices != list(range(len(indices))):
+        raise RunError("the record's steps have gaps; it cannot be replayed")
+    columns = (steps[name].tolist() for name in ("plan_ns", "launch_ns", "end_ns", "device_ns"))
+    return [(plan, Timing(launch, end, device)) for plan, launch, end, device in zip(*columns, strict=True)]
+
+
+def _scheduled(run: Run) -> list[Scheduled]:
+    rows: list[dict[str, Any]] = run.requests.to_dict("records")
+    return [_one(row, keys) for row, keys in zip(rows, run.block_keys(), strict=True)]
+
+
+def _one(row: dict[str, Any], keys: list[bytes]) -> Scheduled:
+    declared = row["declared_tokens"]
+    request = Request(
+        int(row["request_id"]),
+        int(row["arrival_ns"]),
+        int(row["prompt_tokens"]),
+        int(row["max_tokens"]),
+        tenant=row["tenant"],
+        session=None if pd.isna(row["session"]) else int(row["session"]),
+        priority=int(row["priority"]),
+        hints={} if pd.isna(declared) else {"output_tokens": float(declared)},
+    )
+    finished = row["status"] in ("stop", "length")
+    cancelled = row["end_before_step"]
+    return Scheduled(
+        Arrival(request, int(row["output_tokens"]) if finished else NEVER, keys),
+        int(row["before_step"]),
+        None if pd.isna(cancelled) else int(cancelled),
+    )

@@ -1,0 +1,177 @@
+"""Running a specification in the simulated panel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from experiments.records import RunWriter, run_info
+from experiments.spec import CostSpec, RunSpec, SpecError
+from experiments.workloads import Workload, make_workload
+from experiments.workloads.block_keys import block_keys
+from policies import registry
+from policies.model_shape import ModelShape
+from policies.replica_state import Limits
+from policies.request import Request
+from simulator.arrivals import Arrival
+from simulator.costs.base import CostModel
+from simulator.costs.constant import ConstantCost
+from simulator.costs.fitted import FittedCost
+from simulator.costs.roofline import RooflineCost
+from simulator.devices import load_device
+from simulator.simulation import Simulation
+
+GIB = 2**30
+
+
+def run_simulated(
+    spec: RunSpec,
+    folder: Path,
+    *,
+    workload: Workload | None = None,
+    costs: CostModel | None = None,
+    limits: Limits | None = None,
+    overwrite: bool = False,
+    check: bool = False,
+    on_end: Callable[[Request], None] | None = None,
+) -> int:
+    """Simulate a specification and write its run folder. Returns the simulated nanoseconds.
+
+    `workload`, `costs` and `limits` may be given where they are at hand already; they must be what `spec` describes.
+    Interrupted, it leaves a readable, incomplete record.
+    """
+    workload = workload or make_workload(spec.workload)
+    costs = costs or make_costs(spec.cost)
+    limits = limits or simulated_limits(spec, costs)
+    workload = fit_to_model(workload, limits.max_model_len)
+    oracle = dict(enumerate(workload.output_tokens.tolist()))
+    build = spec.policies.stack.build
+    stacks = [build(block_size=limits.block_size, seed=spec.seed, oracle=oracle) for _ in range(spec.replicas)]
+    router = registry.make("router", spec.policies.router, seed=spec.seed) if spec.replicas > 1 else None
+    info = run_info(
+        "sim",
+        spec=spec.model_dump(mode="json"),
+        limits=asdict(limits),
+        stack=spec.policies.stack.as_dict(),
+        clairvoyant=stacks[0].clairvoyant,
+        workload=workload.provenance,
+        cost=costs.describe(),
+    )
+    with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer:
+        simulation = Simulation(limits, stacks, costs, router, recorder=writer, on_end=on_end, check=check)
+        return simulation.run(arrivals_of(workload, limits))
+
+
+def make_costs(spec: CostSpec) -> CostModel:
+    """The cost model of a specification."""
+    if spec.kind == "fitted":
+        assert spec.calibration is not None
+        return FittedCost.load(Path(spec.calibration))
+    if spec.kind == "constant":
+        assert spec.step_ms is not None
+        return ConstantCost(round(spec.step_ms * 1e6))
+    return RooflineCost(ModelShape.preset(spec.model), load_device(spec.device))
+
+
+def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
+    """The limits of a simulated replica: as given, or as the calibration or the device's memory have them."""
+    given = spec.limits
+    measured = _measured_limits(costs)
+    num_blocks, max_model_len = given.num_blocks, given.max_model_len or 4096
+    capture_sizes: tuple[int, ...] = ()
+    if measured is not None:
+        capture_sizes = measured.capture_sizes
+        max_model_len = given.max_model_len or measured.max_model_len
+        if num_blocks is None and given.kv_cache_gib is None:
+            num_blocks = measured.num_blocks
+    if num_blocks is None:
+        num_blocks = _blocks_that_fit(spec, costs)
+    return Limits(
+        num_blocks=num_blocks,
+        block_size=given.block_size,
+        max_num_seqs=given.max_num_seqs,
+        max_num_batched_tokens=given.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        prefix_caching=given.prefix_caching,
+        capture_sizes=capture_sizes,
+        lag=given.lag,
+    )
+
+
+def _measured_limits(costs: CostModel) -> Limits | None:
+    """The limits of the runtime that a calibration was made on, where it says them."""
+    recorded = costs.calibration.provenance.get("limits") if isinstance(costs, FittedCost) else None
+    if recorded is None:
+        return None
+    try:
+        return TypeAdapter(Limits).validate_python(recorded)
+    except ValidationError as error:
+        raise SpecError(f"the calibration's limits cannot be used: {error.errors()[0]['msg']}; profile anew") from None
+
+
+def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
+    if not isinstance(costs, RooflineCost):
+        raise SpecError("limits.num_blocks: say how many KV blocks a replica has; only a roofline can work it out")
+    model, device = costs.model, costs.device
+    memory = 0.9 * device.memory_bytes - model.weight_bytes
+    if spec.limits.kv_cache_gib is not None:
+        memory = spec.limits.kv_cache_gib * GIB
+    blocks = int(memory // (model.kv_bytes_per_token * spec.limits.block_size))
+    if blocks < 1:
+        raise SpecError(f"{model.name} leaves no memory for a KV cache on {device.name}; take a larger device")
+    return blocks
+
+
+def fit_to_model(workload: Workload, max_model_len: int) -> Workload:
+    """The workload with what does not fit the context cut (the workload's provenance says so), for both panels."""
+    longest = int((workload.prompt_tokens + workload.output_tokens).max())
+    return workload.clip(max_model_len) if longest > max_model_len else workload
+
+
+def arrivals_of(workload: Workload, limits: Limits) -> Iterator[Arrival]:
+    """The workload's requests, ids 0, 1, ... in order, with block keys where prefixes are cached."""
+    keys = block_keys(workload, limits.block_size) if limits.prefix_caching else None
+    rows = zip(
+        *(column.tolist() for column in (workload.arrival_ns, workload.prompt_tokens, workload.max_tokens)), strict=True
+    )
+    outputs = workload.output_tokens.tolist()
+    for i, (arrival_ns, prompt, cap) in enumerate(rows):
+        details = request_details(workload, i)
+        request = Request(
+            i, arrival_ns, prompt, cap, details.tenant, details.session, priority=details.priority, hints=details.hints
+        )
+        known: list[bytes] = []
+        if keys is not None:
+            blocks = (prompt + outputs[i]) // limits.block_size
+            known = keys[i] + [_generated_key(i, depth) for depth in range(len(keys[i]), blocks)]
+        yield Arrival(request, outputs[i], known)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDetails:
+    """What a request carries beside its lengths."""
+
+    tenant: str
+    session: int | None
+    priority: int
+    hints: dict[str, float]
+
+
+def request_details(workload: Workload, i: int) -> RequestDetails:
+    """The details of request i, for both panels."""
+    declared = workload.declared_output
+    return RequestDetails(
+        tenant="" if workload.tenant is None else workload.tenant[i],
+        session=None if workload.session is None else int(workload.session[i]),
+        priority=0 if workload.priority is None else int(workload.priority[i]),
+        hints={} if declared is None else {"output_tokens": float(declared[i])},
+    )
+
+
+def _generated_key(request: int, depth: int) -> bytes:
+    """A name for a block of generated tokens, which nobody else generates."""
+    return blake2b(b"generated %d %d" % (request, depth), digest_size=16).digest()

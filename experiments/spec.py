@@ -1,0 +1,172 @@
+"""What a run is, as a specification: read from YAML or flags, checked at the edge, stored whole in run.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from experiments.workloads.spec import WorkloadSpec
+from policies import registry
+from policies.stack import StackSpec
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class SpecError(ValueError):
+    """A specification that cannot be used; the message names file, field and what was expected."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LimitsSpec(_Part):
+    """What one replica holds and runs.
+
+    Attributes:
+        num_blocks: KV blocks; None: as many as `kv_cache_gib` holds.
+        kv_cache_gib: memory for the KV cache; None: 1 GiB on a CPU, what is free on a GPU, and for a simulated device
+            what its memory leaves beside the weights.
+        max_model_len: longest sequence, prompt and output; None: 4096 or the model's limit, whichever is less.
+        lag: 1 plans a step while the one before runs; 0 takes turns.
+    """
+
+    num_blocks: Count | None = None
+    kv_cache_gib: Positive | None = None
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    max_num_seqs: Annotated[int, Field(ge=1, le=65_536)] = 256
+    max_num_batched_tokens: Count = 2048
+    max_model_len: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = None
+    prefix_caching: bool = True
+    lag: Literal[0, 1] = 1
+
+    @model_validator(mode="after")
+    def _one_size(self) -> LimitsSpec:
+        if self.num_blocks is not None and self.kv_cache_gib is not None:
+            raise ValueError("give num_blocks or kv_cache_gib, not both")
+        return self
+
+
+class ModelSpec(_Part):
+    """The model that the real panel runs.
+
+    Attributes:
+        source: a folder, a GGUF file, a hub id, the default model's name, or with `dummy` a preset's.
+        device: cpu, cuda, cuda:1, ...
+    """
+
+    source: Annotated[str, Field(min_length=1)] = "SmolLM2-135M-Instruct"
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    attention: str = "auto"
+
+
+class CostSpec(_Part):
+    """How the simulated panel turns steps into time.
+
+    Attributes:
+        kind: `fitted` from a calibration file that `diptych profile` wrote; `roofline` from a model's shape and a
+            device's data sheet; `constant`, every step the same.
+        calibration: the file, for `fitted`.
+        model, device: for `roofline`; a device by name, `cpu` for this one's, or a file of one.
+        step_ms: for `constant`.
+    """
+
+    kind: Literal["fitted", "roofline", "constant"] = "roofline"
+    calibration: str | None = None
+    model: str = "llama-3.1-8b"
+    device: str = "h100-sxm"
+    step_ms: Positive | None = None
+
+    @model_validator(mode="after")
+    def _what_it_needs(self) -> CostSpec:
+        if self.kind == "fitted" and self.calibration is None:
+            raise ValueError("cost 'fitted' needs calibration, a file that `diptych profile` wrote")
+        if self.kind == "constant" and self.step_ms is None:
+            raise ValueError("cost 'constant' needs step_ms")
+        return self
+
+
+class PoliciesSpec(_Part):
+    """The policy stack, each role as `name,knob=value,...` or as a mapping with a name."""
+
+    scheduler: str = "mixed"
+    queue: str = "fcfs"
+    admission: str = "full_prompt"
+    preemption: str = "last_admitted"
+    eviction: str = "lru"
+    router: str = "round_robin"
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(registry.PolicySpec.parse(value)) if isinstance(value, dict) else value
+
+    @property
+    def stack(self) -> StackSpec:
+        return StackSpec(self.scheduler, self.queue, self.admission, self.preemption, self.eviction)
+
+
+class RunSpec(_Part):
+    """One run, for either panel or both.
+
+    Attributes:
+        seed: of prompts' content and of sampling; the workload has a seed of its own.
+        replicas: of the simulated panel.
+        forced_lengths: the real panel ends each request after its recorded output tokens, whatever they are.
+        decisions: record every decision; off makes long simulations smaller.
+    """
+
+    workload: WorkloadSpec
+    policies: PoliciesSpec = PoliciesSpec()
+    limits: LimitsSpec = LimitsSpec()
+    model: ModelSpec = ModelSpec()
+    cost: CostSpec = CostSpec()
+    replicas: Annotated[int, Field(ge=1, le=100_000)] = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    forced_lengths: bool = True
+    decisions: bool = True
+
+
+def read_spec(path: str | Path, overrides: dict[str, Any] | None = None) -> RunSpec:
+    """A specification from a YAML file; `overrides` (nested dictionaries) win over it. Raises SpecError."""
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise SpecError(f"{path} must hold the fields of a run by name, such as workload and policies")
+    return check_spec(_merged(content, overrides or {}), str(path))
+
+
+def check_spec(content: dict[str, Any], origin: str = "the specification") -> RunSpec:
+    """A specification from plain values. Raises SpecError with the first field that is wrong."""
+    try:
+        return RunSpec.model_validate(content)
+    except ValidationError as error:
+        raise SpecError(f"{origin}: {_first_error(error)}") from None
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = "" if isinstance(given, dict) or first["type"] == "missing" else f", not {given!r}"
+    return f"{field}: {message}{shown}" if field else message
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,119 @@
+"""The roofline against what one H100 was measured to do, and against its own rules."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.model_shape import ModelShape
+from policies.shapes import StepShape
+from simulator.costs import RooflineCost
+from simulator.costs.roofline import HostTimes
+from simulator.devices import DEVICES
+
+LLAMA = RooflineCost(ModelShape.preset("llama-3.1-8b"), DEVICES["h100-sxm"])
+
+
+def decodes(batch: int, context: int) -> StepShape:
+    return StepShape(
+        num_decodes=batch,
+        decode_context=batch * context,
+        max_context=context,
+        num_samples=batch,
+        padded_tokens=batch,
+        graph=True,
+    )
+
+
+def prompt(tokens: int, samples: int = 1) -> StepShape:
+    return StepShape(
+        num_chunks=1,
+        chunk_tokens=tokens,
+        chunk_pairs=tokens * (tokens + 1) // 2,
+        chunk_context=tokens,
+        max_context=tokens,
+        num_samples=samples,
+        padded_tokens=tokens,
+    )
+
+
+# vLLM 0.24 on an H100 with the 8B shape: context 512 to 640, milliseconds a step.
+@pytest.mark.parametrize(
+    ("batch", "measured"), [(1, 6.46), (8, 6.75), (32, 7.52), (64, 8.43), (128, 10.98), (256, 15.88)]
+)
+def test_a_decode_step_is_above_the_floor_of_bytes_and_not_above_a_measured_one(batch: int, measured: float) -> None:
+    model = ModelShape.preset("llama-3.1-8b")
+    floor = (model.weight_bytes_per_step + batch * 576 * model.kv_bytes_per_token) / 3.11e12 * 1e3
+    predicted = LLAMA.step_ns(decodes(batch, 576)) / 1e6
+    assert floor < predicted
+    assert 0.7 * measured < predicted < measured
+
+
+@pytest.mark.parametrize(("tokens", "linear"), [(512, 11.2), (2048, 36.2)])
+def test_a_prompt_takes_about_as_long_as_its_linear_layers_were_measured(tokens: int, linear: float) -> None:
+    assert 0.85 * linear < LLAMA.cost(prompt(tokens)).device_ns / 1e6 < 1.25 * linear
+
+
+SIZES = ("num_decodes", "decode_context", "max_context", "num_chunks", "chunk_tokens", "chunk_pairs", "chunk_context")
+
+
+@given(
+    sizes=st.fixed_dictionaries({name: st.integers(0, 100_000) for name in (*SIZES, "num_samples", "padded_tokens")}),
+    name=st.sampled_from([*SIZES, "num_samples", "padded_tokens"]),
+    more=st.integers(1, 100_000),
+)
+def test_no_size_makes_a_step_cheaper(sizes: dict[str, int], name: str, more: int) -> None:
+    small = StepShape(**sizes)  # type: ignore[arg-type]  # graph is none of them
+    large = replace(small, **{name: sizes[name] + more})  # type: ignore[arg-type]
+    assert 0 < LLAMA.step_ns(small) <= LLAMA.step_ns(large)
+    assert LLAMA.cost(small).device_ns <= LLAMA.cost(large).device_ns
+
+
+def test_small_batches_wait_for_the_weights_and_large_ones_for_arithmetic() -> None:
+    without_context = [LLAMA.cost(decodes(batch, 0)).device_ns for batch in (1, 64, 4096, 8192)]
+    assert without_context[0] == without_context[1]
+    assert without_context[3] > 1.9 * without_context[2]
+
+
+def test_a_chunk_that_samples_nothing_is_spared_the_lm_head() -> None:
+    spared = LLAMA.cost(prompt(512)).device_ns - LLAMA.cost(prompt(512, samples=0)).device_ns
+    assert spared == pytest.approx(128256 * 4096 * 2 / 3.11e12 * 1e9, rel=0.01)
+
+
+def test_a_device_with_faster_memory_decodes_faster_and_prefills_as_fast() -> None:
+    h200 = RooflineCost(LLAMA.model, DEVICES["h200"])
+    assert h200.step_ns(decodes(1, 576)) < 0.8 * LLAMA.step_ns(decodes(1, 576))
+    assert h200.step_ns(prompt(4096, 0)) == LLAMA.step_ns(prompt(4096, 0))
+
+
+def test_float32_weights_are_computed_in_fp32() -> None:
+    single = RooflineCost(LLAMA.model.in_dtype("float32"), LLAMA.device)
+    assert single.dtype == "fp32"
+    assert single.cost(prompt(2048)).device_ns > 10 * LLAMA.cost(prompt(2048)).device_ns
+
+
+def test_host_times_are_what_they_are_set_to() -> None:
+    model = RooflineCost(LLAMA.model, LLAMA.device, HostTimes(prepare_ns=7, finish_ns=5, finish_ns_per_sample=3))
+    cost = model.cost(decodes(10, 100))
+    assert (cost.prepare_ns, cost.finish_ns) == (7, 35)
+    assert model.step_ns(decodes(10, 100)) == cost.total_ns == 42 + cost.device_ns
+    with pytest.raises(ValueError, match="must not be negative"):
+        HostTimes(prepare_ns=-1)
+
+
+def test_nothing_was_measured_so_no_shape_is_inside() -> None:
+    assert not LLAMA.inside(decodes(1, 1))
+
+
+def test_the_description_is_json_and_names_model_and_device() -> None:
+    description = json.loads(json.dumps(LLAMA.describe()))
+    assert description["kind"] == "roofline"
+    assert description["model"]["name"] == "llama-3.1-8b"
+    assert description["device"]["source"].startswith("NVIDIA H100")
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="no dtype 'fp64'"):
+        RooflineCost(LLAMA.model, LLAMA.device, dtype="fp64")
