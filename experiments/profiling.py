@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from experiments.records import describe_environment
 from experiments.real import load, real_limits, warm_up
+from experiments.records import describe_environment
 from experiments.spec import RunSpec
 from policies.records import STEPS
 from policies.replica_state import Limits
@@ -89,7 +89,7 @@ def profile(
         "seed": spec.seed,
         "num_steps": len(steps),
     }
-    return fit(samples_from_steps(steps), provenance)
+    return fit(samples_from_steps({name: steps[name].to_numpy() for name in STEPS}), provenance)
 
 
 def _prompt(length: int, vocab_size: int) -> Sequence[int]:

@@ -96,8 +96,9 @@ def run_real(
         workload=workload.provenance,
         model=loaded.name,
     )
-    with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer:
-        with Engine(
+    with (
+        RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer,
+        Engine(
             loaded,
             limits,
             stack,
@@ -106,8 +107,9 @@ def run_real(
             attention=spec.model.attention,
             seed=spec.seed,
             check=check,
-        ) as engine:
-            _send(engine, spec, workload, prompts, on_output or (lambda output: None))
+        ) as engine,
+    ):
+        _send(engine, spec, workload, prompts, on_output or (lambda output: None))
 
 
 def warm_up(loaded: LoadedModel, limits: Limits, spec: RunSpec) -> None:

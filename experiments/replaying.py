@@ -1,4 +1,4 @@
-"""Decision replay: a recorded run's arrivals and step times through the simulator, whose every plan must be the same."""
+"""Decision replay: a recorded run's arrivals and step times through the simulator, whose plans must be the same."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _timings(steps: pd.DataFrame) -> list[tuple[int, Timing]]:
 
 
 def _scheduled(run: Run) -> list[Scheduled]:
-    rows: list[dict[str, Any]] = run.requests.to_dict("records")
+    rows: list[Any] = run.requests.to_dict("records")
     return [_one(row, keys) for row, keys in zip(rows, run.block_keys(), strict=True)]
 
 

@@ -116,12 +116,14 @@ class RunSpec(_Part):
     """One run, for either panel or both.
 
     Attributes:
+        target: the panel that `diptych run` uses.
         seed: of prompts' content and of sampling; the workload has a seed of its own.
         replicas: of the simulated panel.
         forced_lengths: the real panel ends each request after its recorded output tokens, whatever they are.
         decisions: record every decision; off makes long simulations smaller.
     """
 
+    target: Literal["real", "sim", "both"] = "real"
     workload: WorkloadSpec
     policies: PoliciesSpec = PoliciesSpec()
     limits: LimitsSpec = LimitsSpec()

@@ -37,6 +37,8 @@ _PACKAGES = {
     "eviction": "policies.eviction",
     "router": "policies.routers",
 }
+CONTEXT = ("queue", "oracle", "seed", "block_size")
+"""What a policy's constructor may ask of its surroundings by name; these are no knobs."""
 _REGISTERED: dict[str, dict[str, type]] = {role: {} for role in ROLES}
 
 Class = TypeVar("Class", bound=type)
@@ -175,9 +177,13 @@ def _role_of(entry_name: str) -> str:
 
 def _unknown(role: str, name: str) -> str:
     known = names(role)
+    return f"there is no {role} {name!r}; {nearest(name, known)}known: {', '.join(known)}, or package.module:Class"
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`did you mean ...? ` for the known name most like this one, or nothing."""
     near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"there is no {role} {name!r}; {hint}Known: {', '.join(known)}, or package.module:Class"
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def _methods(protocol: type) -> list[str]:

@@ -5,6 +5,7 @@ never has to come back to the host before the next step, and a step sends only w
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from runtime.forward import ForwardInputs
 from runtime.kv_cache import PagedKVCache
 from runtime.sampling.batch import SamplingState
 from runtime.sampling.sampler import Logprobs, Sampler
-from runtime.sequence import Sequence
+from runtime.sequence import Sequence, TokenLogprobs
 from runtime.weights import LoadedModel
 
 Ints = npt.NDArray[np.int64]
@@ -34,7 +35,7 @@ class Arrived:
 
     slot: int
     sequence: Sequence
-    token_ids: Tensor
+    token_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,22 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Sampled token ids, in the order of `requests`; the device was busy for `device_ns`."""
+    """Sampled token ids, in the order of `requests`; the device was busy for `device_ns`. All on the host."""
 
     requests: list[Request]
     token_ids: list[int]
     logprobs: Logprobs | None
     device_ns: int
+
+    def logprobs_of(self, row: int, wanted: int | None) -> tuple[TokenLogprobs, ...]:
+        """Of one row, with its `wanted` most probable tokens (-1: all): the table is as wide as the widest row's."""
+        found = self.logprobs
+        if found is None or wanted is None:
+            return ()
+        i = bisect_left(found.row_numbers, row)
+        width = found.top.shape[1] if wanted == -1 else wanted
+        top = zip(found.top_ids[i, :width].tolist(), found.top[i, :width].tolist(), strict=True)
+        return (TokenLogprobs(float(found.sampled[i]), tuple(top)),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +121,11 @@ class ModelRunner:
         self._prompt = np.zeros(slots, np.int64)
         self._num_blocks = np.zeros(slots, np.int64)
         self._group: dict[int, Request] = {}
+        self._group_rows: tuple[list[Request], Ints] | None = None  # its members and their slots, until it changes
         self._paused: dict[int, int] = {}  # request id -> computed tokens, of a request that gave up its slot
+        # What the device does not know yet. It waits here where a step gives a request a slot and runs nothing.
+        self._arrived: list[Arrived] = []
+        self._grown: list[Request] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model-runner")
 
     def close(self) -> None:
@@ -118,8 +133,11 @@ class ModelRunner:
         self._thread.shutdown(wait=True)
 
     def release(self, request: Request) -> None:
-        """The request has ended: its slot is free for the next step."""
-        self._group.pop(request.id, None)
+        """The request has ended, or has stopped running: its slot is free for the next step.
+
+        A step in flight may still write to the slot. Steps run in order, so whoever gets it next overwrites that.
+        """
+        self._leave_group(request)
         if request.state.ended:
             self._paused.pop(request.id, None)
         slot = self._slot_of.pop(request.id, None)
@@ -129,40 +147,24 @@ class ModelRunner:
     # Launch, on the engine's thread
 
     def launch(self, step: Step, sequence_of: Callable[[int], Sequence]) -> Launched | None:
-        """Note who stopped running, and start the step if there is one; it runs after those launched before."""
+        """Note who stopped and who started running, and start the step if there is one, behind those before it."""
         for request in step.left:
-            self._group.pop(request.id, None)
+            self._leave_group(request)
         for request, mode in step.preempted:
             if mode is Mode.KEEP:
                 self._paused[request.id] = int(self._computed[self._slot_of[request.id]])
             self.release(request)
+        starting = [*step.resumed, *step.admitted]
+        self._arrived += [self._arrive(sequence_of(request.id)) for request in starting]
+        self._grown += [*starting, *step.grown]
         if not step.runs:
             return None
-        inputs, requests = self._prepare(step, sequence_of)
+        inputs, requests = self._prepare(step)
         return Launched(step, requests, self._thread.submit(self._run, inputs))
 
-    def _prepare(self, step: Step, sequence_of: Callable[[int], Sequence]) -> tuple[StepInputs, list[Request]]:
-        arrived = [self._arrive(sequence_of(request.id)) for request in (*step.resumed, *step.admitted)]
-        new_blocks = self._new_blocks([*step.resumed, *step.grown])
-        for request in step.joined:
-            self._group[request.id] = request
-        decodes = [*step.decodes, *(self._group.values() if step.decode_all else ())]
-        for request in step.capped:
-            del self._group[request.id]
-
-        requests = [*decodes, *(chunk.request for chunk in step.chunks)]
-        slots = self._slots(requests)
-        starts, lengths = self._computed[slots], np.ones(len(slots), np.int64)
-        first_chunk = len(decodes)
-        for row, chunk in enumerate(step.chunks, first_chunk):
-            starts[row], lengths[row] = chunk.start, chunk.num_tokens
-        self._computed[slots] = starts + lengths
-        samples = np.ones(len(slots), np.bool_)
-        samples[first_chunk:] = [chunk.samples for chunk in step.chunks]
-        rows = np.flatnonzero(samples)
-        positions = (starts + lengths - self._prompt[slots])[rows]
-        inputs = StepInputs(arrived, new_blocks, slots, starts, lengths, rows, positions)
-        return inputs, [requests[row] for row in rows.tolist()]
+    def _leave_group(self, request: Request) -> None:
+        if self._group.pop(request.id, None) is not None:
+            self._group_rows = None
 
     def _arrive(self, sequence: Sequence) -> Arrived:
         slot = self._free_slots.pop()
@@ -170,12 +172,50 @@ class ModelRunner:
         self._prompt[slot] = sequence.request.num_prompt_tokens
         self._num_blocks[slot] = 0
         self._computed[slot] = self._paused.pop(sequence.request.id, 0)
-        return Arrived(slot, sequence, torch.tensor(sequence.token_ids))
+        return Arrived(slot, sequence, list(sequence.token_ids))
+
+    def _prepare(self, step: Step) -> tuple[StepInputs, list[Request]]:
+        arrived, self._arrived = self._arrived, []
+        grown, self._grown = self._grown, []
+        requests, slots = self._decodes(step)
+        first_chunk = len(requests)
+        if step.chunks:
+            chunked = [chunk.request for chunk in step.chunks]
+            requests = requests + chunked
+            slots = np.concatenate([slots, self._slots(chunked)])
+        starts, lengths = self._computed[slots], np.ones(len(slots), np.int64)
+        samples = np.ones(len(slots), np.bool_)
+        for row, chunk in enumerate(step.chunks, first_chunk):
+            starts[row], lengths[row], samples[row] = chunk.start, chunk.num_tokens, chunk.samples
+        ends = starts + lengths
+        self._computed[slots] = ends
+        rows = np.flatnonzero(samples)
+        positions = (ends - self._prompt[slots])[rows]
+        inputs = StepInputs(arrived, self._new_blocks(grown), slots, starts, lengths, rows, positions)
+        return inputs, requests if len(rows) == len(requests) else [requests[row] for row in rows.tolist()]
+
+    def _decodes(self, step: Step) -> tuple[list[Request], Ints]:
+        """The requests that decode in this step, and their slots."""
+        if not step.decode_all:
+            return step.decodes, self._slots(step.decodes)
+        if step.joined:
+            self._group.update((request.id, request) for request in step.joined)
+            self._group_rows = None
+        if self._group_rows is None:
+            members = list(self._group.values())
+            self._group_rows = members, self._slots(members)
+        rows = self._group_rows
+        for request in step.capped:
+            self._leave_group(request)
+        return rows
 
     def _new_blocks(self, grown: Iterable[Request]) -> Ints:
         entries: list[tuple[int, int, int]] = []
         for request in grown:
-            slot, table = self._slot_of[request.id], self._plane.block_table(request)
+            slot = self._slot_of.get(request.id)
+            if slot is None:
+                continue  # it stopped again before it ran
+            table = self._plane.block_table(request)
             known = int(self._num_blocks[slot])
             entries += [(slot, column, table[column]) for column in range(known, len(table))]
             self._num_blocks[slot] = len(table)
@@ -191,17 +231,25 @@ class ModelRunner:
     def _run(self, inputs: StepInputs) -> tuple[Tensor, Logprobs | None, int]:
         started = time.perf_counter_ns()
         for new in inputs.arrived:
-            self._tokens[new.slot, : len(new.token_ids)] = new.token_ids.to(self._device)
-            prompt = new.sequence.request.num_prompt_tokens
-            ids = new.token_ids.tolist()
-            self._sampling.add(new.slot, new.sequence.params, new.sequence.sampling_key, ids[:prompt], ids[prompt:])
-        slot, column, block = self._to_device(inputs.new_blocks)
-        self._block_tables[slot, column] = block.int()
-
+            self._take_in(new)
+        if inputs.new_blocks.size:
+            slot, column, block = self._to_device(inputs.new_blocks)
+            self._block_tables[slot, column] = block.int()
         hidden = self._model.forward(self._forward_inputs(inputs))
         token_ids, logprobs = self._sample(hidden, inputs)
-        result = token_ids.cpu()  # waits for the device
-        return result, logprobs, time.perf_counter_ns() - started
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # there may be no sample to wait for
+        if logprobs is not None:
+            logprobs = Logprobs(
+                logprobs.row_numbers, logprobs.sampled.cpu(), logprobs.top_ids.cpu(), logprobs.top.cpu()
+            )
+        return token_ids.cpu(), logprobs, time.perf_counter_ns() - started
+
+    def _take_in(self, new: Arrived) -> None:
+        ids, sequence = new.token_ids, new.sequence
+        self._tokens[new.slot, : len(ids)] = torch.tensor(ids).to(self._device)
+        prompt = sequence.request.num_prompt_tokens
+        self._sampling.add(new.slot, sequence.params, sequence.sampling_key, ids[:prompt], ids[prompt:])
 
     def _forward_inputs(self, inputs: StepInputs) -> ForwardInputs:
         ends = np.cumsum(inputs.lengths)

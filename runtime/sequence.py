@@ -1,15 +1,18 @@
-"""One request inside the engine: its tokens, its text so far, and who is listening."""
+"""One request inside the engine: what it came with, its tokens, its text so far, and what its client gets to see."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
 from policies.prefix import block_keys
-from policies.request import Request
+from policies.request import Request, Slo
 from runtime.detokenizer import IncrementalDetokenizer
 from runtime.sampling.params import SamplingParams
+from runtime.sampling.stop import StopReason, check_stop, text_token_ids
 
 FinishReason = Literal["stop", "length", "cancelled", "dropped", "error"]
 
@@ -24,7 +27,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one step adds to one request. The deltas of a request's outputs, joined, are its text."""
+    """What one step adds to one request. The deltas of a request's outputs, joined, are its text.
+
+    `error` says why a request was refused, dropped by a policy, or left when the engine stopped.
+    """
 
     request_id: int
     text: str
@@ -36,9 +42,73 @@ class Output:
     num_cached_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished continuation: all its outputs together. `error` says why there is none, or not all of it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    error: str | None = None
+
+    @classmethod
+    def of(cls, outputs: list[Output], num_prompt_tokens: int) -> Completion:
+        """The outputs of one request, joined; the last of them has a finish reason."""
+        last = outputs[-1]
+        assert last.finish_reason is not None
+        return cls(
+            text="".join(output.text for output in outputs),
+            token_ids=tuple(token for output in outputs for token in output.token_ids),
+            logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            num_prompt_tokens=num_prompt_tokens,
+            num_cached_tokens=max(output.num_cached_tokens for output in outputs),
+            error=last.error,
+        )
+
+
+class Collector:
+    """Joins the outputs of one request into the completion that `generate` waits for."""
+
+    def __init__(self, future: Future[Completion], num_prompt_tokens: int) -> None:
+        self._future = future
+        self._num_prompt_tokens = num_prompt_tokens
+        self._outputs: list[Output] = []
+
+    def __call__(self, output: Output) -> None:
+        self._outputs.append(output)
+        if output.finish_reason is not None:
+            self._future.set_result(Completion.of(self._outputs, self._num_prompt_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What a request carries beside its prompt and its sampling parameters.
+
+    `forced_length`: end after exactly so many output tokens, whatever they are. Policies do not see it; it replays
+    a trace's lengths. `continuation` numbers the requests of one call with n > 1.
+    """
+
+    tenant: str = ""
+    session: int | None = None
+    priority: int = 0
+    slo: Slo | None = None
+    hints: dict[str, float] = field(default_factory=dict)
+    forced_length: int | None = None
+    continuation: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`token_ids` are the prompt's and the output's; `keys` names the full blocks among them, if prefixes are cached."""
+    """`token_ids` are the prompt's and the output's; `keys` names the full blocks among them, if prefixes are cached.
+
+    With `forced_length` the output ends after exactly so many tokens, whatever they are.
+    """
 
     request: Request
     token_ids: list[int]
@@ -51,12 +121,42 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
+        """Output tokens that the host knows; those of a step in flight are not among them."""
         return len(self.token_ids) - self.request.num_prompt_tokens
 
-    def new_keys(self, block_size: int) -> list[bytes]:
+    def new_keys(self, block_size: int) -> SequenceOf[bytes]:
         """Names of the blocks that the tokens fill and that have none yet; they are added to `keys`."""
         start = len(self.keys) * block_size
+        if len(self.token_ids) - start < block_size:
+            return ()
         parent = self.keys[-1] if self.keys else None
         new = block_keys(self.token_ids[start:], block_size, parent)
         self.keys.extend(new)
         return new
+
+    def take(self, token_id: int, eos_token_ids: Collection[int], max_model_len: int) -> tuple[str, StopReason | None]:
+        """Append a sampled token. Returns the text that is now certain, and why the output ends, if it does."""
+        self.token_ids.append(token_id)
+        reason = self._stop_reason(token_id, eos_token_ids, max_model_len)
+        if self.detokenizer is None:
+            return "", reason
+        forced = self.forced_length is not None
+        text = self.detokenizer.push([token_id] if forced else text_token_ids([token_id], reason, self.params))
+        if self.detokenizer.finished_by is not None:
+            return text, StopReason("stop", self.detokenizer.finished_by)
+        return (text, reason) if reason is None else (text + self.rest_of_text(), reason)
+
+    def rest_of_text(self) -> str:
+        """Ends the text: what was held back, since it might have become a stop string or a whole character."""
+        return "" if self.detokenizer is None else self.detokenizer.flush()
+
+    def _stop_reason(self, token_id: int, eos_token_ids: Collection[int], max_model_len: int) -> StopReason | None:
+        request, count, forced = self.request, self.num_output_tokens, self.forced_length
+        if forced is None:
+            found = check_stop(token_id, count, request.num_prompt_tokens, self.params, eos_token_ids, max_model_len)
+            if found is not None:
+                return found
+        # The cap that the policies know, which is the client's or less.
+        if count >= request.max_tokens:
+            return StopReason("length")
+        return StopReason("stop") if forced is not None and count >= forced else None

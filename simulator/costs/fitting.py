@@ -41,7 +41,6 @@ MIN_SHAPES = 10
 _FOLDS = 5
 _KNOT_RATIO = 1.5
 _REWEIGHTINGS = 8
-_BLOCK_ROWS = 1000  # far more than the columns, of which there are about thirty
 _OUTLIER = 3.0  # spreads beyond which a sample's influence falls
 _FLOOR_NS = 1000.0  # below a microsecond an error counts as if the time were a microsecond
 
@@ -179,41 +178,39 @@ def _term(shapes: Sequence[StepShape], name: str) -> Array:
 def _robust_nnls(features: Array, times: Sequence[float], counts: Sequence[int]) -> list[float]:
     """Coefficients >= 0, one a column, that minimise relative errors; far-off times count less and less.
 
-    Iteratively reweighted: beyond 3 spreads (median absolute residual, scaled as for a normal distribution) a row's
-    weight falls with the square of its residual. No rows: zeros.
+    Iteratively reweighted. Errors are relative to the measured times at first, which no large outlier survives, then
+    to the fitted ones: relative to measured times alone, noise would make every fit come out low. Beyond 3 spreads
+    (median absolute residual, scaled as for a normal distribution) a row's weight falls with the square of its
+    residual. No rows: zeros.
     """
     if not len(features):
         return [0.0] * features.shape[1]
     measured = np.asarray(times, dtype=np.float64)
-    relative = 1.0 / np.maximum(measured, _FLOOR_NS)
-    base = np.sqrt(np.asarray(counts, dtype=np.float64))
-    weights = np.ones_like(measured)
+    unit = np.maximum(measured, _FLOOR_NS)
+    weights = np.sqrt(np.asarray(counts, dtype=np.float64))
+    solution = _nnls(features * (weights / unit)[:, None], measured * weights / unit)
     for _ in range(_REWEIGHTINGS):
-        scale = base * relative * weights
-        solution = _nnls(features * scale[:, None], measured * scale)
-        residual = np.abs(features @ solution - measured) * relative
+        fitted = features @ solution
+        unit = np.maximum(fitted, _FLOOR_NS)
+        residual = np.abs(fitted - measured) / unit
         limit = _OUTLIER * 1.4826 * float(np.median(residual))
-        if limit < 1e-9:  # more than half of the rows are met exactly
+        if limit < 1e-6:  # more than half of the rows are met exactly
             break
-        weights = np.minimum(1.0, limit / np.maximum(residual, limit))
+        scale = weights / unit * np.minimum(1.0, limit / np.maximum(residual, limit))
+        solution = _nnls(features * scale[:, None], measured * scale)
     return [float(value) for value in solution]
 
 
 def _nnls(features: Array, target: Array) -> Array:
-    """As scipy's, on columns of equal length, and on a triangular factor: the rows may be many."""
+    """As scipy's, on columns of equal length, and on a square root of their products: the rows may be many."""
     norms = np.linalg.norm(features, axis=0)
     norms[norms == 0] = 1.0
-    factor = _triangular(np.column_stack([features / norms, target]))
-    solution, _ = nnls(factor[:, :-1], factor[:, -1], maxiter=100 * features.shape[1])
+    columns = np.column_stack([features / norms, target])
+    # By eigenvalues rather than by Cholesky's method: columns may depend on each other.
+    values, vectors = np.linalg.eigh(columns.T @ columns)
+    root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+    solution, _ = nnls(root[:, :-1], root[:, -1], maxiter=100 * features.shape[1])
     return np.asarray(solution / norms, dtype=np.float64)
-
-
-def _triangular(matrix: Array) -> Array:
-    """R of a QR factorisation, by blocks of rows that fit a cache: some ten times as fast as all rows at once."""
-    while len(matrix) > _BLOCK_ROWS:
-        blocks = [matrix[start : start + _BLOCK_ROWS] for start in range(0, len(matrix), _BLOCK_ROWS)]
-        matrix = np.vstack([np.linalg.qr(block).R for block in blocks])
-    return np.linalg.qr(matrix).R
 
 
 # What it is worth

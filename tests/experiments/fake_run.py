@@ -67,6 +67,7 @@ class FakeExecutor:
         self.free_at = 0
         self.in_flight: dict[int, tuple[int, int, list[Request]]] = {}
         self.sampled = dict.fromkeys(truth, 0)
+        self.token_ns: dict[int, list[int]] = {i: [] for i in truth}
 
     def launch(self, step: Step, group: Sequence[Request], now: int) -> None:
         """Start a step when the one before has ended."""
@@ -83,6 +84,7 @@ class FakeExecutor:
         for request in sampling:
             if not request.state.ended:
                 self.sampled[request.id] += 1
+                self.token_ns[request.id].append(max(now, end))
                 if self.sampled[request.id] == self.truth[request.id].output_tokens:
                     state = State.LENGTH if self.sampled[request.id] == request.max_tokens else State.STOPPED
                     finished.append((request, state, self.sampled[request.id]))
@@ -98,8 +100,11 @@ def drive(
     step_ns: Callable[[Step], int] = constant,
     max_steps: int | None = None,
     replica: int = 0,
-) -> None:
-    """Run the requests (by id) to their ends, or until `max_steps` plans; then close the control plane."""
+) -> dict[int, list[int]]:
+    """Run the requests (by id) to their ends, or until `max_steps` plans; then close the control plane.
+
+    Returns the time of each token by request, as the executor saw them.
+    """
     policies = (stack or StackSpec()).build(block_size=limits.block_size)
     plane = ControlPlane(limits, policies, replica=replica, recorder=recorder, check=True)
     executor = FakeExecutor(dict(requests), step_ns)
@@ -130,6 +135,7 @@ def drive(
                 break
             now = max(now, incoming[0][0])
     plane.close()
+    return executor.token_ns
 
 
 def fake_info(kind: str = "sim", limits: Limits = LIMITS, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""Starting the dashboard."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+
+def command(root: Path, port: int, host: str = "127.0.0.1") -> list[str]:
+    """The command line that serves the dashboard. Raises ValueError for a folder or port that cannot be."""
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root}; give the one that holds your runs")
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port must be 1 to 65535, not {port}")
+    app = Path(__file__).with_name("app.py")
+    options = {
+        "server.address": host,
+        "server.port": str(port),
+        "server.headless": "true",
+        "server.fileWatcherType": "none",
+        "browser.gatherUsageStats": "false",
+        "client.toolbarMode": "viewer",
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, "-m", "streamlit", "run", str(app), *flags, "--", str(root.resolve())]
+
+
+def launch(root: Path, port: int, host: str = "127.0.0.1") -> int:
+    """Serve the dashboard for the runs in `root` until it is interrupted. Returns its exit status.
+
+    Nobody is asked for a password: on another address than the default one, whoever reaches it reads the runs.
+    Raises ValueError for a folder or port that cannot be.
+    """
+    process = subprocess.Popen(command(root, port, host))
+
+    def stop(*_: object) -> None:
+        process.terminate()
+
+    # Whoever ends this process ends the server with it.
+    before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        stop()
+        process.wait()
+        return 0
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,29 @@
+"""The command line, `diptych`: one file a group of commands, errors of one line."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+# Importing a module adds its commands.
+from experiments.cli import demo, look, profiling, running  # noqa: F401
+from experiments.cli.app import app
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point. A mistake of the user's ends in one line on stderr and exit status 2; Ctrl-C in status 130."""
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        app()
+    except (ValueError, OSError) as error:  # every error class of the project's that a user can cause is a ValueError
+        if "--traceback" in sys.argv:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        errors.print(f"diptych: {text}", style="red", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("diptych: interrupted", style="red")
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,93 @@
+"""`diptych demo`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import TaskID
+
+from experiments.cli.app import app, console
+from experiments.cli.options import progress
+from experiments.render import comparison_table
+
+if TYPE_CHECKING:
+    from experiments.demo import Outcome
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs and plots.")] = Path("demo"),
+    model: Annotated[str, typer.Option("--model", "-m", help="The model to serve.")] = "SmolLM2-135M-Instruct",
+    dummy: Annotated[bool, typer.Option(help="Random weights of the preset --model: needs no network.")] = False,
+    profile_seconds: Annotated[float, typer.Option(help="How long to measure this machine.", min=1)] = 45.0,
+    seconds: Annotated[float, typer.Option(help="How long each policy is to serve.", min=1)] = 45.0,
+) -> None:
+    """Serve and simulate one workload under two policies on this machine, and put the panels side by side.
+
+    Example: diptych demo
+    """
+    from experiments.demo import POLICIES, Demo  # torch and matplotlib are slow to import
+    from experiments.plots import save_figures
+    from experiments.profiling import profile
+
+    started = time.monotonic()
+    show = Demo(out, model, "dummy" if dummy else "auto")
+    console.rule("1. the model")
+    loaded = show.load()
+    millions = sum(p.numel() for p in loaded.model.parameters()) / 1e6
+    console.print(f"{loaded.name}: {loaded.config.num_layers} layers, {millions:.0f} M parameters")
+
+    console.rule("2. this machine's step times")
+    with progress("measuring", 100) as bar:
+        costs = profile(
+            show.spec,
+            profile_seconds,
+            loaded=loaded,
+            on_progress=lambda x: bar.update(TaskID(0), completed=round(100 * x)),
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    costs.save(out / "calibration.json")
+    device = [error for error in costs.calibration.held_out if error.part == "device"]
+    shown = ", ".join(f"{error.regime} {100 * error.mean:.1f}%" for error in device)
+    console.print(f"cost model fitted; mean error on held-out steps: {shown}. Saved: {out / 'calibration.json'}")
+
+    workload = show.make_workload(loaded, costs, seconds)
+    console.print(
+        f"workload: {len(workload)} requests of Azure's chat lengths, scaled by 0.1, {workload.rate:.2f} a second "
+        f"(70% of what the simulator says this machine can bear)"
+    )
+    for number, policy in enumerate(POLICIES, 3):
+        console.rule(f"{number}. policy: {policy}")
+        with progress("serving", len(workload)) as bar:
+
+            def on_output(output: object, bar: object = bar) -> None:
+                if getattr(output, "finish_reason", None) is not None:
+                    bar.advance(TaskID(0))  # type: ignore[attr-defined]
+
+            outcome = show.serve_and_simulate(policy, loaded, workload, costs, on_output)
+        _report(outcome)
+        save_figures(outcome.comparison, out / f"{policy}-plots")
+
+    console.rule("done")
+    console.print(f"It took {time.monotonic() - started:.0f} s. Runs and plots: {out}")
+    console.print(f"Next, see both panels at once:  diptych dashboard {out}")
+    console.print(
+        "Or answer for hardware you do not have:  diptych simulate --workload chat -n 2000 --rate 8 "
+        "--model llama-3.1-8b --device h100-sxm"
+    )
+
+
+def _report(outcome: Outcome) -> None:
+    from experiments.demo import samples
+
+    console.print("it wrote, for instance:")
+    for line in samples(outcome.texts):
+        console.print(f"  … {line}", markup=False)
+    console.print(comparison_table(outcome.comparison))
+    if outcome.divergence is None:
+        console.print(f"[green]decision replay: zero divergences in {outcome.replayed_steps} steps[/green]")
+    else:
+        console.print(f"[red]decision replay: the panels differ. {outcome.divergence}[/red]")

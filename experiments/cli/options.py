@@ -1,0 +1,90 @@
+"""The flags that describe a run, shared by the commands that make one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from experiments.cli.app import console
+from experiments.spec import RunSpec, SpecError, check_spec, read_spec
+
+Spec = Annotated[Path | None, typer.Argument(help="A YAML file with the specification; flags win over it.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run [default: runs/NAME].")]
+Overwrite = Annotated[bool, typer.Option(help="Replace a run that the folder holds.")]
+Check = Annotated[bool, typer.Option(help="Verify the control plane's invariants after every step (slow).")]
+Workload = Annotated[
+    str | None,
+    typer.Option("--workload", "-w", help="A generator (chat, code, prefix-chat, ...) or a trace file."),
+]
+Requests = Annotated[int | None, typer.Option("--requests", "-n", help="How many requests.")]
+Rate = Annotated[float | None, typer.Option(help="Mean requests a second.")]
+Seed = Annotated[int | None, typer.Option(help="Of the workload, the prompts and the sampling.")]
+Scheduler = Annotated[str | None, typer.Option("--scheduler", "-s", help="name,knob=value,... or module:Class.")]
+Queue = Annotated[str | None, typer.Option(help="Order of the waiting requests.")]
+Admission = Annotated[str | None, typer.Option(help="When memory may be promised.")]
+Preemption = Annotated[str | None, typer.Option(help="Whom to take memory from.")]
+Eviction = Annotated[str | None, typer.Option(help="Which idle cached block goes.")]
+Router = Annotated[str | None, typer.Option(help="Which replica gets a request.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder, GGUF file, hub id or preset.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other field of the specification, as limits.lag=0; may be repeated."),
+]
+
+
+def gather(spec: Path | None, flags: Mapping[str, object], settings: list[str] | None) -> RunSpec:
+    """The specification from file, flags (dotted field -> value, None where not given) and `--set`s, checked."""
+    over: dict[str, Any] = {}
+    for field, value in flags.items():
+        if value is not None:
+            _put(over, field, value)
+    for setting in settings or []:
+        field, equals, text = setting.partition("=")
+        if not equals or not field:
+            raise SpecError(f"--set {setting}: write FIELD=VALUE, as limits.lag=0")
+        try:
+            _put(over, field.strip(), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise SpecError(f"--set {setting}: the value is not valid YAML") from error
+    if spec is not None:
+        return read_spec(spec, over)
+    if "workload" not in over:
+        raise SpecError("say what to serve: a specification file, or --workload chat --requests 100")
+    return check_spec(over, "flags")
+
+
+def _put(tree: dict[str, Any], field: str, value: object) -> None:
+    *path, last = field.split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise SpecError(f"--set {field}: {part} is no group of fields")
+    tree[last] = value
+
+
+def default_folder(spec: RunSpec, suffix: str) -> Path:
+    """runs/WORKLOAD-SCHEDULER-suffix."""
+    workload = Path(spec.workload.name).name.split(".")[0]
+    scheduler = spec.policies.scheduler.split(",")[0].rsplit(":", 1)[-1]
+    return Path("runs") / f"{workload}-{scheduler}-{suffix}"
+
+
+@contextmanager
+def progress(text: str, total: float | None) -> Iterator[Progress]:
+    """A bar with one task, id 0."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        bar.add_task(text, total=total)
+        yield bar

@@ -1,0 +1,52 @@
+"""`diptych profile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import TaskID
+from rich.table import Table
+
+from experiments.cli import options
+from experiments.cli.app import app, console
+from experiments.cli.options import gather, progress
+
+
+@app.command()
+def profile(
+    spec: options.Spec = None,
+    model: options.Model = None,
+    seconds: Annotated[float, typer.Option(help="About how long to measure.", min=1)] = 60.0,
+    settings: options.Set = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The calibration file.")] = Path("calibration.json"),
+) -> None:
+    """Measure this machine's runtime and fit the simulator's cost model to it.
+
+    Example: diptych profile --seconds 60 --set limits.max_num_seqs=16 --out calibration.json
+    """
+    from experiments.profiling import profile as measure  # torch is slow to import
+
+    specification = gather(
+        spec,
+        {"model.source": model, "workload.name": "fixed" if spec is None else None, "workload.n": None if spec else 1},
+        settings,
+    )
+    with progress("measuring", 100) as bar:
+        fitted = measure(
+            specification, seconds, on_progress=lambda share: bar.update(TaskID(0), completed=round(100 * share))
+        )
+    fitted.save(out)
+    table = Table("steps", "part", "samples", "mean error %", "p50 %", "p90 %", title="Error on held-out steps")
+    for error in fitted.calibration.held_out:
+        table.add_row(
+            error.regime,
+            error.part,
+            str(error.num_samples),
+            *(f"{100 * e:.1f}" for e in (error.mean, error.p50, error.p90)),
+        )
+    console.print(table)
+    console.print(
+        f"Calibration: {out}. Use it with: diptych simulate --calibration {out} --workload chat -n 100 --rate 1"
+    )

@@ -1,0 +1,162 @@
+"""`diptych run` and `diptych simulate`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.progress import TaskID
+
+from experiments.cli import options
+from experiments.cli.app import app, console
+from experiments.cli.options import default_folder, gather, progress
+from experiments.cli.summary import summary_table
+from experiments.compare import compare
+from experiments.records import read_run
+from experiments.render import comparison_table
+from experiments.spec import RunSpec
+from experiments.workloads import make_workload
+
+
+@app.command()
+def run(
+    spec: options.Spec = None,
+    workload: options.Workload = None,
+    requests: options.Requests = None,
+    rate: options.Rate = None,
+    seed: options.Seed = None,
+    model: options.Model = None,
+    scheduler: options.Scheduler = None,
+    queue: options.Queue = None,
+    admission: options.Admission = None,
+    preemption: options.Preemption = None,
+    eviction: options.Eviction = None,
+    settings: options.Set = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    check: options.Check = False,
+) -> None:
+    """Serve a workload with the real runtime and record the run.
+
+    Example: diptych run -w chat -n 32 --rate 2 --set workload.length_scale=0.1 --scheduler sarathi,chunk_size=128
+    """
+    specification = gather(
+        spec,
+        {
+            "workload.name": workload,
+            "workload.n": requests,
+            "workload.rate": rate,
+            "workload.seed": seed,
+            "seed": seed,
+            "model.source": model,
+            "policies.scheduler": scheduler,
+            "policies.queue": queue,
+            "policies.admission": admission,
+            "policies.preemption": preemption,
+            "policies.eviction": eviction,
+        },
+        settings,
+    )
+    if specification.target == "sim":
+        _simulate(specification, out or default_folder(specification, "sim"), overwrite, check)
+    elif specification.target == "real":
+        _serve(specification, out or default_folder(specification, "real"), overwrite, check)
+    else:
+        folder = out or default_folder(specification, "both")
+        _serve(specification, folder / "real", overwrite, check)
+        _simulate(specification, folder / "sim", overwrite, check)
+        console.print(comparison_table(compare(read_run(folder / "real"), read_run(folder / "sim"))))
+
+
+@app.command()
+def simulate(
+    spec: options.Spec = None,
+    workload: options.Workload = None,
+    requests: options.Requests = None,
+    rate: options.Rate = None,
+    seed: options.Seed = None,
+    model: options.Model = None,
+    device: str | None = None,
+    calibration: Path | None = None,
+    replicas: int | None = None,
+    scheduler: options.Scheduler = None,
+    queue: options.Queue = None,
+    admission: options.Admission = None,
+    preemption: options.Preemption = None,
+    eviction: options.Eviction = None,
+    router: options.Router = None,
+    settings: options.Set = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    check: options.Check = False,
+) -> None:
+    """Simulate a workload: on a device from its data sheet, or with measured step times (--calibration).
+
+    Example: diptych simulate --workload chat -n 2000 --rate 8 --model llama-3.1-8b --device h100-sxm --scheduler mixed
+    """
+    specification = gather(
+        spec,
+        {
+            "target": "sim",
+            "workload.name": workload,
+            "workload.n": requests,
+            "workload.rate": rate,
+            "workload.seed": seed,
+            "seed": seed,
+            "cost.model": model,
+            "cost.device": device,
+            "cost.calibration": None if calibration is None else str(calibration),
+            "cost.kind": None if calibration is None else "fitted",
+            "replicas": replicas,
+            "policies.scheduler": scheduler,
+            "policies.queue": queue,
+            "policies.admission": admission,
+            "policies.preemption": preemption,
+            "policies.eviction": eviction,
+            "policies.router": router,
+        },
+        settings,
+    )
+    _simulate(specification, out or default_folder(specification, "sim"), overwrite, check)
+
+
+def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None:
+    from experiments.simulated import run_simulated
+
+    workload = make_workload(spec.workload)
+    started = time.perf_counter()
+    with progress("simulating", len(workload)) as bar:
+        every = max(1, len(workload) // 200)  # a bar that moves costs more than a simulated step
+        ended = 0
+
+        def on_end(request: object) -> None:
+            nonlocal ended
+            ended += 1
+            if ended % every == 0:
+                bar.update(TaskID(0), completed=ended)
+
+        simulated_ns = run_simulated(spec, folder, workload=workload, overwrite=overwrite, check=check, on_end=on_end)
+    took = time.perf_counter() - started
+    finished = read_run(folder)
+    console.print(summary_table(finished))
+    console.print(
+        f"{len(workload):,} requests, {len(finished.steps):,} steps, {simulated_ns / 1e9:,.1f} s simulated in "
+        f"{took:.1f} s ({len(workload) / took:,.0f} requests a second). Records: {folder}"
+    )
+
+
+def _serve(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None:
+    from experiments.real import load, run_real  # torch is slow to import, and only needed here
+
+    workload = make_workload(spec.workload)
+    console.print(f"loading {spec.model.source}")
+    loaded = load(spec.model)
+    with progress("serving", len(workload)) as bar:
+
+        def on_output(output: object) -> None:
+            if getattr(output, "finish_reason", None) is not None:
+                bar.advance(TaskID(0))
+
+        run_real(spec, folder, workload=workload, loaded=loaded, overwrite=overwrite, check=check, on_output=on_output)
+    console.print(summary_table(read_run(folder)))
+    console.print(f"Records: {folder}")

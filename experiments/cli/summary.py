@@ -1,0 +1,28 @@
+"""One run as a table."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from experiments.compare import format_figure
+from experiments.metrics import summarize
+from experiments.records import Run
+
+
+def summary_table(run: Run) -> Table:
+    """Throughput and latencies of one run, and what became of its requests."""
+    figures = summarize(run, percentiles=(50, 90, 99))
+    table = Table("latency, ms", title=Text(run.label), title_justify="left")
+    for heading in ("mean", "p50", "p90", "p99"):
+        table.add_column(heading, justify="right")
+    for metric, name in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2E")):
+        table.add_row(name, *(format_figure(figures[f"{kind}_{metric}_ms"]) for kind in ("mean", "p50", "p90", "p99")))
+    statuses = ", ".join(f"{count} {status}" for status, count in figures["statuses"].items() if count)
+    table.caption = Text(
+        f"{format_figure(figures['request_throughput'])} requests/s, "
+        f"{format_figure(figures['output_throughput'])} output tokens/s; {statuses}; "
+        f"{figures['preemptions']} preemptions"
+    )
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,125 @@
+"""The demonstration: one machine, one small model, two policies, both panels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from experiments.compare import Comparison, compare
+from experiments.divergence import Divergence, diff_decisions
+from experiments.metrics import summarize
+from experiments.real import load, real_limits, run_real
+from experiments.records import read_run
+from experiments.replaying import replay_run
+from experiments.simulated import run_simulated
+from experiments.spec import RunSpec, check_spec
+from experiments.workloads import Workload, make_workload
+from policies.replica_state import Limits
+from runtime.sequence import Output
+from runtime.weights import LoadedModel
+from simulator.costs.fitted import FittedCost
+
+POLICIES = ("static", "mixed")
+LOAD = 0.7
+"""Of the capacity that the simulator finds for the second policy: loaded, and not overloaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One policy in both panels."""
+
+    policy: str
+    comparison: Comparison
+    replayed_steps: int
+    divergence: Divergence | None
+    texts: tuple[str, ...]
+
+
+def demo_spec(source: str, load_format: str, policy: str = POLICIES[1]) -> RunSpec:
+    """Azure's chat lengths at a tenth, so that two cores can serve them, and the limits of a small replica."""
+    return check_spec(
+        {
+            "workload": {"name": "chat", "n": 60, "rate": 1.0, "length_scale": 0.1, "max_input": 400, "seed": 1},
+            "policies": {"scheduler": "static,max_batch_size=8" if policy == "static" else policy},
+            "model": {"source": source, "load_format": load_format},
+            "limits": {
+                "num_blocks": 512,
+                "max_num_seqs": 8,
+                "max_num_batched_tokens": 128,
+                "max_model_len": 1024,
+                "lag": 0,
+            },
+        }
+    )
+
+
+class Demo:
+    """The demonstration's steps, in order: `load`, `make_workload`, `serve_and_simulate` for each policy."""
+
+    def __init__(self, folder: Path, source: str, load_format: str) -> None:
+        self.folder = folder
+        self.source, self.load_format = source, load_format
+        self.spec = demo_spec(source, load_format)
+
+    def load(self) -> LoadedModel:
+        """Get the model, from the cache where it has been fetched before."""
+        return load(self.spec.model)
+
+    def make_workload(self, loaded: LoadedModel, costs: FittedCost, seconds: float) -> Workload:
+        """Requests for about `seconds`, at a rate that the simulator says this machine can bear."""
+        limits = real_limits(self.spec, loaded)
+        workload = make_workload(self.spec.workload)
+        capacity = simulated_capacity(self.spec, workload, costs, limits)
+        rate = LOAD * capacity
+        count = max(10, min(400, round(rate * seconds)))
+        specification = self.spec.workload.model_copy(update={"rate": rate, "n": count, "arrivals": "poisson"})
+        self.spec = self.spec.model_copy(update={"workload": specification})
+        return make_workload(specification)
+
+    def serve_and_simulate(
+        self,
+        policy: str,
+        loaded: LoadedModel,
+        workload: Workload,
+        costs: FittedCost,
+        on_output: Callable[[Output], None],
+    ) -> Outcome:
+        """Serve the workload, simulate it, replay the decisions, compare."""
+        policies = demo_spec(self.source, self.load_format, policy).policies
+        spec = self.spec.model_copy(update={"policies": policies})
+        real, simulated, replayed = (self.folder / f"{policy}-{panel}" for panel in ("real", "sim", "replay"))
+        texts: dict[int, list[str]] = {}
+
+        def listen(output: Output) -> None:
+            texts.setdefault(output.request_id, []).append(output.text)
+            on_output(output)
+
+        run_real(spec, real, workload=workload, loaded=loaded, overwrite=True, on_output=listen)
+        limits = real_limits(spec, loaded)
+        run_simulated(spec, simulated, workload=workload, costs=costs, limits=limits, overwrite=True)
+        replay_run(read_run(real), replayed, overwrite=True)
+        return Outcome(
+            policy,
+            compare(read_run(real), read_run(simulated)),
+            len(read_run(real).steps),
+            diff_decisions(read_run(real), read_run(replayed)),
+            tuple("".join(parts) for _, parts in sorted(texts.items())),
+        )
+
+
+def simulated_capacity(spec: RunSpec, workload: Workload, costs: FittedCost, limits: Limits) -> float:
+    """Requests a second that the simulator finishes when all arrive at once."""
+    at_once = workload.poisson_arrivals(rate=1e6, seed=0)
+    with TemporaryDirectory() as scratch:
+        run_simulated(spec, Path(scratch) / "run", workload=at_once, costs=costs, limits=limits)
+        throughput = summarize(read_run(Path(scratch) / "run"))["request_throughput"]
+    return float(throughput)
+
+
+def samples(texts: tuple[str, ...], count: int = 2, width: int = 70) -> Iterator[str]:
+    """The beginnings of a few texts, a line each."""
+    for text in texts[:count]:
+        line = " ".join(text.split())
+        yield line if len(line) <= width else line[: width - 1] + "…"
