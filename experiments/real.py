@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from experiments.records import RunWriter, run_info
-from experiments.simulated import GIB, fit_to_model, request_details
+from experiments.simulated import GIB, request_details
 from experiments.spec import ModelSpec, RunSpec, SpecError
 from experiments.workloads import Workload, make_workload, prompt_token_ids
 from policies.contract import CostModel
@@ -48,7 +48,7 @@ def real_limits(spec: RunSpec, loaded: LoadedModel) -> Limits:
         block_size=given.block_size,
         max_num_seqs=given.max_num_seqs,
         max_num_batched_tokens=given.max_num_batched_tokens,
-        max_model_len=given.max_model_len or min(4096, loaded.config.max_model_len),
+        max_model_len=given.max_model_len or min(8192, loaded.config.max_model_len),
         prefix_caching=given.prefix_caching,
         lag=given.lag,
     )
@@ -80,7 +80,6 @@ def run_real(
     workload = workload or make_workload(spec.workload)
     loaded = loaded or load(spec.model)
     limits = real_limits(spec, loaded)
-    workload = fit_to_model(workload, limits.max_model_len)
     oracle = dict(enumerate(workload.output_tokens.tolist()))
     build = spec.policies.stack.build
     stack = build(block_size=limits.block_size, seed=spec.seed, oracle=oracle)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import TypeAdapter
 
 from experiments.records import Run, RunError, RunWriter, run_info
 from policies.replica_state import Limits
@@ -27,7 +28,7 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
         raise RunError(f"{run.folder} was recorded without decisions; there is nothing to compare a replay with")
     if run.steps["replica"].nunique() > 1:
         raise RunError(f"{run.folder} has several replicas; replay takes the run of one")
-    limits = Limits(**{**run.limits, "capture_sizes": tuple(run.limits["capture_sizes"])})
+    limits = TypeAdapter(Limits).validate_python(run.limits)
     oracle = dict(zip(run.requests["request_id"].tolist(), run.requests["output_tokens"].tolist(), strict=True))
     spec = StackSpec(**run.info["stack"])
     stack = spec.build(block_size=limits.block_size, seed=int(run.spec.get("seed", 0)), oracle=oracle)

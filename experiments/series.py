@@ -44,13 +44,13 @@ def over_time(frame: pd.DataFrame, column: str, points: int = 500) -> pd.DataFra
     t_ns, value = frame["t_ns"].to_numpy(), frame[column].to_numpy(np.float64)
     if len(t_ns) <= points:
         return pd.DataFrame({"t_s": t_ns / 1e9, "mean": value, "low": value, "high": value})
-    edges = np.linspace(t_ns[0], t_ns[-1], points + 1).astype(np.int64)
+    edges = np.unique(np.linspace(t_ns[0], t_ns[-1], points + 1).astype(np.int64))
     at = np.searchsorted(t_ns, edges, side="right") - 1  # the row that holds at each edge
     area = np.concatenate([[0.0], np.cumsum(value[:-1] * np.diff(t_ns))])
     area_at_edges = area[at] + value[at] * (edges - t_ns[at])
     mean = np.diff(area_at_edges) / np.diff(edges)
-    # From the row that holds at the begin of a span up to, not including, the one that holds at its end.
-    spans = np.stack([at[:-1], np.maximum(at[1:], at[:-1] + 1)], axis=1).ravel()
+    # From the row that holds at the begin of a span up to the last one that starts before its end.
+    spans = np.stack([at[:-1], np.searchsorted(t_ns, edges[1:], side="left")], axis=1).ravel()
     low, high = np.minimum.reduceat(value, spans)[::2], np.maximum.reduceat(value, spans)[::2]
     close = {"mean": mean, "low": low, "high": high}
     return pd.DataFrame({"t_s": edges / 1e9, **{name: np.append(v, v[-1]) for name, v in close.items()}})

@@ -26,6 +26,8 @@ from simulator.devices import load_device
 from simulator.simulation import Simulation
 
 GIB = 2**30
+SIMULATED_MODEL_LEN = 32_768
+"""Longest sequence of a simulated model where nobody says: a long context, as today's models have."""
 
 
 def run_simulated(
@@ -47,7 +49,6 @@ def run_simulated(
     workload = workload or make_workload(spec.workload)
     costs = costs or make_costs(spec.cost)
     limits = limits or simulated_limits(spec, costs)
-    workload = fit_to_model(workload, limits.max_model_len)
     oracle = dict(enumerate(workload.output_tokens.tolist()))
     build = spec.policies.stack.build
     stacks = [build(block_size=limits.block_size, seed=spec.seed, oracle=oracle) for _ in range(spec.replicas)]
@@ -81,7 +82,7 @@ def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
     """The limits of a simulated replica: as given, or as the calibration or the device's memory have them."""
     given = spec.limits
     measured = _measured_limits(costs)
-    num_blocks, max_model_len = given.num_blocks, given.max_model_len or 4096
+    num_blocks, max_model_len = given.num_blocks, given.max_model_len or SIMULATED_MODEL_LEN
     capture_sizes: tuple[int, ...] = ()
     if measured is not None:
         capture_sizes = measured.capture_sizes
@@ -124,12 +125,6 @@ def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
     if blocks < 1:
         raise SpecError(f"{model.name} leaves no memory for a KV cache on {device.name}; take a larger device")
     return blocks
-
-
-def fit_to_model(workload: Workload, max_model_len: int) -> Workload:
-    """The workload with what does not fit the context cut (the workload's provenance says so), for both panels."""
-    longest = int((workload.prompt_tokens + workload.output_tokens).max())
-    return workload.clip(max_model_len) if longest > max_model_len else workload
 
 
 def arrivals_of(workload: Workload, limits: Limits) -> Iterator[Arrival]:

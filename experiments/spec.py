@@ -31,7 +31,7 @@ class LimitsSpec(_Part):
         num_blocks: KV blocks; None: as many as `kv_cache_gib` holds.
         kv_cache_gib: memory for the KV cache; None: 1 GiB on a CPU, what is free on a GPU, and for a simulated device
             what its memory leaves beside the weights.
-        max_model_len: longest sequence, prompt and output; None: 4096 or the model's limit, whichever is less.
+        max_model_len: longest sequence, prompt and output; None: the model's limit, 8192 at most (simulated: 32768).
         lag: 1 plans a step while the one before runs; 0 takes turns.
     """
 

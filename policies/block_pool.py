@@ -46,6 +46,8 @@ class BlockPool:
 
     def allocate(self, count: int, now: int) -> list[int]:
         """`count` blocks, evicting idle ones when the free ones run out. The caller has checked `num_free`."""
+        if count == 0:
+            return []
         free = self._free
         if count > len(free):
             for _ in range(count - len(free)):
@@ -116,7 +118,8 @@ class BlockPool:
     def num_freed_by(self, block_ids: Sequence[int], already: dict[int, int]) -> int:
         """How many blocks would become allocatable if these references were given up too.
 
-        `already` counts references to shared blocks that the same plan gives up; it is updated.
+        `already` counts references to registered blocks that the same plan gives up, less those that it takes; it
+        is updated.
         """
         registered = self._registered
         if not registered:
@@ -124,7 +127,7 @@ class BlockPool:
         freed = 0
         for block_id in block_ids:
             block = registered.get(block_id)
-            if block is not None and block.references > 1:
+            if block is not None:
                 already[block_id] = already.get(block_id, 0) + 1
                 if already[block_id] < block.references:
                     continue

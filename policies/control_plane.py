@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from policies.contract import CostModel, Recorder, View
 from policies.enactment import Enactment
-from policies.plan import Plan, Report, Step
+from policies.plan import FOREVER, Plan, Report, Step
 from policies.replica_state import Limits, ReplicaState
 from policies.request import Request, State
 from policies.stack import PolicyStack
@@ -115,11 +115,11 @@ class ControlPlane:
         Its `max_tokens` is cut to what the model's limit leaves.
         """
         self._advance(now)
-        self._before_step[request.id] = self._next_index
         reason = self._refusal(request)
         if reason is not None:
             self.refuse(request, reason)
             raise RequestRefused(reason)
+        self._before_step[request.id] = self._next_index
         request.max_tokens = min(request.max_tokens, self.limits.max_model_len - request.num_prompt_tokens)
         if self.limits.prefix_caching:
             request._keys = list(keys)
@@ -176,16 +176,18 @@ class ControlPlane:
         self._advance(now)
         state = self._state
         plan = self.stack.scheduler.plan(state, now)
+        if not isinstance(plan, Plan):
+            raise TypeError(f"{type(self.stack.scheduler).__name__}.plan answered {plan!r}; it must return a Plan")
         enactment = Enactment(state, plan, self._next_index, now)
         step = enactment.run()
         self._next_index += 1
         for request, reason in step.dropped:
             self._end(request, State.DROPPED, request.num_output_tokens, now, error=reason)
         for request in enactment.back_to_queue:
-            if request.id in state.requests:
-                self.stack.scheduler.add(request, now)
-        if state.pins:
-            step.wake_at = min([*state.pins.values(), *([] if step.wake_at is None else [step.wake_at])])
+            self.stack.scheduler.add(request, now)
+        times = [until for until in state.pins.values() if until != FOREVER]
+        if times:
+            step.wake_at = min([*times, *([] if step.wake_at is None else [step.wake_at])])
         if self._recorder is not None:
             self._record_plan(plan, step)
         self._verify()
@@ -206,10 +208,12 @@ class ControlPlane:
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
                 state.pool.register(block, request._keys[depth], depth, report.end_ns)
                 request._num_registered = max(request._num_registered, depth + 1)
-        # In the order of their ids, whatever order a panel found them in: it decides which blocks are idle longest.
-        for request, end, num_output_tokens in sorted(report.finished, key=lambda finished: finished[0].id):
-            if request.id in state.requests:
-                self._end(request, end, num_output_tokens, report.end_ns)
+        # Without those that were cancelled while the step was in flight; and in the order of their ids, whatever order a
+        # panel found them in, since it decides which blocks are idle longest.
+        alive = [finished for finished in report.finished if finished[0].id in state.requests]
+        report.finished[:] = sorted(alive, key=lambda finished: finished[0].id)
+        for request, end, num_output_tokens in report.finished:
+            self._end(request, end, num_output_tokens, report.end_ns)
         self.stack.scheduler.on_report(report)
         if self._recorder is not None:
             self._record_step(report)
@@ -228,14 +232,12 @@ class ControlPlane:
 
     def _end(self, request: Request, end: State, num_output_tokens: int, now: int, error: str = "") -> None:
         state = self._state
+        if request.state in (State.WAITING, State.PAUSED) and end is not State.DROPPED:
+            self.stack.scheduler.remove(request, now)  # a plan that drops a request has taken it off the queue
         if request.state is State.WAITING:
-            if end is not State.DROPPED:  # a plan that drops a request has taken it off the queue
-                self.stack.scheduler.remove(request, now)
             state.waiting_tokens -= request.num_pending_tokens
             state.pins.pop(request.id, None)
         else:
-            if request.state is State.PAUSED:
-                self.stack.scheduler.remove(request, now)
             state.stop(request)
             self.stack.admission.on_release(request)
             if request.id in state.pins:
@@ -252,7 +254,8 @@ class ControlPlane:
     def _watch(self, step: Step) -> None:
         """Work conservation: a policy that plans nothing while it could must say when to ask again."""
         state = self._state
-        idle = not step.runs and state.last_launched == state.last_reported and step.wake_at is None
+        waits_for_a_time = step.wake_at is not None and step.wake_at > step.plan_ns
+        idle = not step.runs and state.last_launched == state.last_reported and not waits_for_a_time
         if not idle or not state.requests or step.preempted or step.dropped:
             self._empty_plans = 0
             return
@@ -261,7 +264,8 @@ class ControlPlane:
             refusals = "; ".join(sorted({reason for _, reason in step.refused}))
             raise PolicyStalled(
                 f"{type(self.stack.scheduler).__name__} planned nothing twice in a row with {len(state.requests)} "
-                f"requests alive and did not set wake_at" + (f" (refused: {refusals})" if refusals else "")
+                f"requests alive and did not set wake_at to a time to come"
+                + (f" (refused: {refusals})" if refusals else "")
             )
 
     def _verify(self) -> None:
@@ -271,7 +275,9 @@ class ControlPlane:
     # Records
 
     def _record_request(self, request: Request, num_output_tokens: int, error: str = "") -> None:
-        before = self._before_step.pop(request.id, self._next_index)
+        before = self._next_index
+        if request.state is not State.REFUSED:  # else the id may be that of another request, a live one
+            before = self._before_step.pop(request.id, before)
         if self._recorder is None:
             return
         status = request.state.value if request.state.ended else "unfinished"

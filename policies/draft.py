@@ -32,8 +32,7 @@ class Draft:
         self.admitted: list[Request] = []
         self.preempted: dict[int, Request] = {}
         self._given: dict[int, tuple[int, int]] = {}  # running request -> (tokens, blocks) planned for it
-        self._claimed: set[int] = set()  # idle cached blocks that an admission of this plan takes
-        self._released: dict[int, int] = {}  # shared block -> references given up
+        self._released: dict[int, int] = {}  # cached block -> references that this plan gives up, less those it takes
 
     # Running requests
 
@@ -144,10 +143,11 @@ class Draft:
             tokens = min(tokens, max_chunk)
 
         held = request.num_blocks if hit is None else len(hit.blocks)
-        idle = [] if hit is None else [b.id for b in hit.blocks if b.references == 0 and b.id not in self._claimed]
+        hits = () if hit is None else hit.blocks
+        idle = sum(block.references == self._released.get(block.id, 0) for block in hits)  # free until this plan
         size = self.view.block_size
-        first = max(0, -(-max(start + tokens, hold) // size) - held) + len(idle)
-        everything = max(first, -(-request.num_tokens // size) - held + len(idle))
+        first = max(0, -(-max(start + tokens, hold) // size) - held) + idle
+        everything = max(first, -(-request.num_tokens // size) - held + idle)
         if first > self.blocks_left:
             return NO_BLOCKS
         alone = not self.admitted and len(self.view.running) == len(self.preempted)
@@ -156,7 +156,8 @@ class Draft:
 
         self._spend(tokens, first)
         self.seqs_left -= 1
-        self._claimed.update(idle)
+        for block in hits:
+            self._released[block.id] = self._released.get(block.id, 0) - 1
         self.admitted.append(request)
         if paused:
             self.plan.resume.append(request)
@@ -173,7 +174,8 @@ class Draft:
         """The plan. Single decodes that turn out to be everybody's are said in one word."""
         plan = self.plan
         if plan.decodes and not plan.resume:
-            gone = sum(1 for r in self.preempted.values() if r.num_pending_tokens == 1)
+            stopped = (r for r in self.preempted.values() if r.num_output_tokens < r.max_tokens)
+            gone = sum(r.num_pending_tokens == 1 for r in stopped)
             if len(plan.decodes) == self.view.num_decoding - gone:
                 plan.decodes = []
                 plan.decode_all = True

@@ -23,7 +23,7 @@ class Enactment:
         self.plan = plan
         self.now = now
         self.step = Step(index=index, plan_ns=now, wake_at=plan.wake_at)
-        self.back_to_queue: list[Request] = []
+        self._set_back: dict[int, Request] = {}
         self._tokens_left = state.limits.max_num_batched_tokens
         self._seen: set[int] = set()
         self._hits: dict[int, Hit] = {}
@@ -47,13 +47,15 @@ class Enactment:
             self.state.last_launched = self.step.index
         return self.step
 
+    @property
+    def back_to_queue(self) -> list[Request]:
+        """Those that were preempted or refused and did not get to run by another item of the plan: each once."""
+        live, waits = self.state.requests, (State.WAITING, State.PAUSED)
+        return [r for r in self._set_back.values() if r.id in live and r.state in waits]
+
     def _refuse(self, request: Request, reason: str) -> None:
         self.step.refused.append((request, reason))
-        hit = self._hits.pop(request.id, None)
-        if hit is not None and hit.blocks:
-            self.state.pool.release([block.id for block in hit.blocks], self.now)
-        if request.id in self.state.requests and request.state in (State.WAITING, State.PAUSED):
-            self.back_to_queue.append(request)
+        self._set_back[request.id] = request
 
     # What does not compute
 
@@ -62,17 +64,24 @@ class Enactment:
         for request, until in self.plan.pin:
             if request.id in state.requests or request.id in state.pinned:
                 state.pins[request.id] = until
+            else:
+                self.step.refused.append((request, "holds no blocks any more"))
         state.lift_pins(self.now)
         for request, _ in self.plan.fetch:
             self.step.refused.append((request, "no tier to fetch from"))
 
     def _drop(self) -> None:
+        state = self.state
         for request, reason in self.plan.drop:
-            if request.id not in self.state.requests:
+            if request.id not in state.requests:
                 self._refuse(request, "not a live request")
-                continue
-            self._seen.add(request.id)
-            self.step.dropped.append((request, reason))
+            elif request.id in self._seen:
+                self._refuse(request, "planned twice")
+            else:
+                self._seen.add(request.id)
+                self.step.dropped.append((request, reason))
+                if request.id in state.running:
+                    state.stop(request)  # it takes no part in this step
 
     def _preempt(self) -> None:
         state = self.state
@@ -97,7 +106,7 @@ class Enactment:
                     state.stack.admission.on_release(request)
                     state.waiting_tokens += request.num_pending_tokens
                 self.step.preempted.append((request, mode))
-                self.back_to_queue.append(request)
+                self._set_back[request.id] = request
 
     def _resume(self) -> None:
         state = self.state
@@ -121,26 +130,55 @@ class Enactment:
     # Admissions
 
     def _bundled(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
-        """The chunks without the bundles that do not fit whole."""
+        """The chunks without the bundles that do not fit whole beside everything else in the plan."""
         if not self.plan.bundles:
             return chunks
-        size = self.state.limits.block_size
-        slots = self.state.limits.max_num_seqs - len(self.state.running)
-        blocks, tokens = self.state.pool.num_free, self._tokens_left
+        state, plan = self.state, self.plan
+        bundles: list[frozenset[int]] = []
+        for bundle in plan.bundles:  # those that share a member are one
+            for other in [b for b in bundles if b & bundle]:
+                bundles.remove(other)
+                bundle |= other
+            bundles.append(bundle)
+        bundled = frozenset().union(*bundles)
+        size = state.limits.block_size
+        opening = state.decodes_that_need_a_block()
+        if not plan.decode_all:
+            opening = [r for r in plan.decodes if r.num_computed_tokens >= r.num_blocks * size]
+        slots = state.limits.max_num_seqs - len(state.running)
+        tokens = self._tokens_left - (state.num_decoding if plan.decode_all else len(plan.decodes))
+        blocks = state.pool.num_free - len(opening)
         refused: set[int] = set()
-        by_id = {request.id: (request, n) for request, n in chunks}
-        for bundle in self.plan.bundles:
-            members = [by_id[i] for i in sorted(bundle) if i in by_id]
-            new = sum(1 for r, _ in members if r.id not in self.state.running)
-            need = sum(max(0, -(-(r.num_computed_tokens + n) // size) - r.num_blocks) for r, n in members)
+        for bundle in [frozenset({r.id}) for r, _ in chunks if r.id not in bundled] + bundles:
+            members = [(r, n) for r, n in chunks if r.id in bundle]
+            new = sum(r.state is State.WAITING for r, _ in members)
             total = sum(n for _, n in members)
-            if len(members) < len(bundle) or new > slots or need > blocks or total > tokens:
+            need = sum(self._blocks_for(r, n) for r, n in members)
+            fits = new <= slots and total <= tokens and need <= blocks and len(members) == len(bundle)
+            if bundle <= bundled and not (fits and all(self._can_run(r, n) for r, n in members)):
                 refused |= bundle
                 for request, _ in members:
                     self._refuse(request, "its bundle does not fit")
             else:
                 slots, blocks, tokens = slots - new, blocks - need, tokens - total
         return [(request, n) for request, n in chunks if request.id not in refused]
+
+    def _can_run(self, request: Request, num_tokens: int) -> bool:
+        start, _, _ = self._start_of(request)
+        return self._objection(request) is None and 1 <= num_tokens <= request.num_tokens - start
+
+    def _blocks_for(self, request: Request, num_tokens: int) -> int:
+        """Allocatable blocks that a chunk takes, the idle ones of its prefix hit included."""
+        start, held, idle = self._start_of(request)
+        target = max(start + num_tokens, self.plan.hold.get(request.id, 0))
+        return max(0, -(-target // self.state.limits.block_size) - held) + idle
+
+    def _start_of(self, request: Request) -> tuple[int, int, int]:
+        """The position it goes on from, the blocks it has by then, and how many of them are idle until then."""
+        if request.state is not State.WAITING:
+            return request.num_computed_tokens, request.num_blocks, 0
+        hit = self.state.probe(request)
+        return hit.num_tokens, len(hit.blocks), sum(block.references == 0 for block in hit.blocks)
 
     def _claim_hits(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
         state = self.state
@@ -171,6 +209,8 @@ class Enactment:
             return "paused and not resumed"
         if request.id in state.drained:
             return "nothing left to compute"
+        if request.state is State.RUNNING and request.num_pending_tokens == 1:
+            return "decodes: name it in decodes, or say decode_all"
         if request.state is State.WAITING and not state.settled(request):
             return "a step in flight still computes for it"
         return None
@@ -235,6 +275,7 @@ class Enactment:
         if group.members:
             step.decode_all = True
             step.capped = group.advance()
+            step.decode_clock = group.clock
             for request in step.capped:
                 request._busy_until = step.index
                 state.place(request)
@@ -245,7 +286,6 @@ class Enactment:
                     self._fill(request)
         for request in without_block:
             state.place(request)
-        step.decode_clock = group.clock
 
     def _fill(self, request: Request) -> None:
         depth = request.num_computed_tokens // self.state.limits.block_size - 1
@@ -257,15 +297,15 @@ class Enactment:
         start = self._hits[request.id].num_tokens if waiting else request.num_computed_tokens
         left = request.num_tokens - start
         if not 1 <= num_tokens <= left:
-            return self._refuse(request, f"{num_tokens} tokens asked for, {left} left")
+            return self._refuse_chunk(request, f"{num_tokens} tokens asked for, {left} left")
         if num_tokens > self._tokens_left:
-            return self._refuse(request, TOKEN_BUDGET)
+            return self._refuse_chunk(request, TOKEN_BUDGET)
         if waiting and len(state.running) >= state.limits.max_num_seqs:
-            return self._refuse(request, SLOTS)
+            return self._refuse_chunk(request, SLOTS)
         target = max(start + num_tokens, self.plan.hold.get(request.id, 0))
         held = len(self._hits[request.id].blocks) if waiting else request.num_blocks
         if -(-target // state.limits.block_size) - held > state.pool.num_free:
-            return self._refuse(request, NO_BLOCKS)
+            return self._refuse_chunk(request, NO_BLOCKS)
         if waiting:
             self._admit(request)
         self._grow(request, target)
@@ -279,6 +319,12 @@ class Enactment:
         self._tokens_left -= num_tokens
         self.step.chunks.append(Chunk(request, start, num_tokens, samples))
         return None
+
+    def _refuse_chunk(self, request: Request, reason: str) -> None:
+        hit = self._hits.pop(request.id, None)
+        if hit is not None and hit.blocks:
+            self.state.pool.release([block.id for block in hit.blocks], self.now)
+        self._refuse(request, reason)
 
     def _admit(self, request: Request) -> None:
         state, hit = self.state, self._hits.pop(request.id)

@@ -16,7 +16,7 @@ from policies.plan import Report, Step
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Hand the control plane what has arrived (`submit`, `cancel`), then answer with the time."""
+    """Hand the control plane what has arrived (`submit`, `cancel`), then answer with the time; None ends the loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,27 @@ class Idle:
 Action = Deliver | Launch | Collect | Idle
 
 
-def step_loop(plane: ControlPlane, lag: int) -> Generator[Action, int | Report | None, None]:
-    """Endless; the panel closes it. `Deliver` is answered with now (int), `Collect` with a Report."""
+Answer = int | Report | None
+
+
+def send(loop: Generator[Action, Answer, None], answer: Answer) -> Action | None:
+    """Answer the loop's last action. Returns its next one, or None once it has ended."""
+    try:
+        return loop.send(answer)
+    except StopIteration:
+        return None
+
+
+def step_loop(plane: ControlPlane, lag: int) -> Generator[Action, Answer, None]:
+    """The calls of one replica, in order.
+
+    `Deliver` is answered with now (int), or with None to end once the steps in flight are in; `Collect` with a Report.
+    """
     in_flight: deque[Step] = deque()
     while True:
         now = yield Deliver()
+        if now is None:
+            break
         assert isinstance(now, int)
         step = plane.plan(now)
         yield Launch(step)
@@ -59,3 +75,7 @@ def step_loop(plane: ControlPlane, lag: int) -> Generator[Action, int | Report |
             plane.report(report)
         elif not in_flight:
             yield Idle(step.wake_at)
+    while in_flight:
+        report = yield Collect(in_flight.popleft())
+        assert isinstance(report, Report)
+        plane.report(report)

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from policies.contract import CostModel, Recorder
 from policies.control_plane import ControlPlane, RequestRefused
-from policies.loop import Collect, Deliver, Idle, Launch, step_loop
+from policies.loop import Action, Collect, Deliver, Idle, Launch, send, step_loop
 from policies.plan import Report, Step
 from policies.replica_state import Limits
 from policies.request import Request, State
@@ -272,20 +272,18 @@ class Engine:
     def _drive(self) -> None:
         loop = step_loop(self._plane, self.limits.lag)
         launched: dict[int, tuple[Launched, int]] = {}
-        action = next(loop)
-        while True:
+        action: Action | None = next(loop)
+        while action is not None:
             answer: int | Report | None = None
             if isinstance(action, Deliver):
-                if self._closing:
-                    return
-                answer = self._deliver()
+                answer = None if self._closing else self._deliver()
             elif isinstance(action, Launch):
                 self._launch(action.step, launched)
             elif isinstance(action, Collect):
                 answer = self._collect(action.step, *launched.pop(action.step.index))
             elif isinstance(action, Idle):
                 self._sleep(action.wake_at)
-            action = loop.send(answer)
+            action = send(loop, answer)
 
     def _deliver(self) -> int:
         """Submissions in the order of their stamps, then cancellations: the simulator's order too."""

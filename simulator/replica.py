@@ -9,7 +9,7 @@ from typing import Any
 import simpy
 
 from policies.control_plane import ControlPlane, RequestRefused
-from policies.loop import Collect, Deliver, Idle, Launch, step_loop
+from policies.loop import Action, Answer, Collect, Deliver, Idle, Launch, send, step_loop
 from policies.plan import Report, Step
 from policies.request import Request, State
 from simulator.arrivals import Arrival
@@ -102,17 +102,16 @@ class SimulatedReplica:
     def _run(self) -> Generator[simpy.Event, Any, None]:
         env, pace = self._env, self._pace
         loop = step_loop(self.plane, self.plane.limits.lag)
-        action = next(loop)
-        while True:
-            answer: int | Report | None = None
+        action: Action | None = next(loop)
+        while action is not None:
+            answer: Answer = None
             if isinstance(action, Deliver):
                 plan_at = pace.plan_at(self.plane.next_step, int(env.now))
-                if plan_at is None:
-                    return
-                if plan_at > env.now:
-                    yield env.timeout(plan_at - env.now)
-                answer = int(env.now)
-                self._deliver(answer)
+                if plan_at is not None:
+                    if plan_at > env.now:
+                        yield env.timeout(plan_at - env.now)
+                    answer = int(env.now)
+                    self._deliver(answer)
             elif isinstance(action, Launch):
                 self._launch(action.step)
             elif isinstance(action, Collect):
@@ -124,7 +123,7 @@ class SimulatedReplica:
                 pace.reported(action.step, int(env.now))
             elif isinstance(action, Idle) and pace.waits_when_idle():
                 yield from self._sleep(action.wake_at)
-            action = loop.send(answer)
+            action = send(loop, answer)
 
     def _launch(self, step: Step) -> None:
         ended = self._endings.of(step)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
-
 # Importing a module adds its commands.
 from experiments.cli import demo, look, profiling, running  # noqa: F401
-from experiments.cli.app import app
+from experiments.cli.app import app, errors
 
 INTERRUPTED = 130
 
 
 def main() -> None:
     """Entry point. A mistake of the user's ends in one line on stderr and exit status 2; Ctrl-C in status 130."""
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         app()
     except (ValueError, OSError) as error:  # every error class of the project's that a user can cause is a ValueError

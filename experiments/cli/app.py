@@ -14,6 +14,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 console = Console()
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 @app.callback()

@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import typer
+from pydantic import TypeAdapter
 from rich.progress import TaskID
 
 from experiments.cli import options
-from experiments.cli.app import app, console
+from experiments.cli.app import app, console, errors
 from experiments.cli.options import default_folder, gather, progress
 from experiments.cli.summary import summary_table
 from experiments.compare import compare
-from experiments.records import read_run
+from experiments.records import Run, read_run
 from experiments.render import comparison_table
 from experiments.spec import RunSpec
 from experiments.workloads import make_workload
+from policies.replica_state import Limits
 
 
 @app.command()
@@ -64,7 +67,7 @@ def run(
     else:
         folder = out or default_folder(specification, "both")
         _serve(specification, folder / "real", overwrite, check)
-        _simulate(specification, folder / "sim", overwrite, check)
+        _simulate(specification, folder / "sim", overwrite, check, limits=limits_of(folder / "real"))
         console.print(comparison_table(compare(read_run(folder / "real"), read_run(folder / "sim"))))
 
 
@@ -120,7 +123,27 @@ def simulate(
     _simulate(specification, out or default_folder(specification, "sim"), overwrite, check)
 
 
-def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None:
+def limits_of(folder: Path) -> Limits:
+    """The limits that a recorded run had."""
+    return TypeAdapter(Limits).validate_python(read_run(folder).limits)
+
+
+def _say_what_was_refused(run: Run) -> None:
+    """A run with refused requests has served the others; the first refusal is said, and the exit status is 1."""
+    refused = run.requests[run.requests["status"] == "refused"]
+    if len(refused):
+        first = refused.iloc[0]
+        errors.print(
+            f"diptych: {len(refused)} of {len(run.requests)} requests were refused, the first one (request "
+            f"{first['request_id']}) because {first['error']}. To cut what is too long: "
+            f"--set workload.max_model_len={run.limits['max_model_len']}",
+            style="red",
+            markup=False,
+        )
+        raise typer.Exit(1)
+
+
+def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits: Limits | None = None) -> None:
     from experiments.simulated import run_simulated
 
     workload = make_workload(spec.workload)
@@ -135,7 +158,9 @@ def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None
             if ended % every == 0:
                 bar.update(TaskID(0), completed=ended)
 
-        simulated_ns = run_simulated(spec, folder, workload=workload, overwrite=overwrite, check=check, on_end=on_end)
+        simulated_ns = run_simulated(
+            spec, folder, workload=workload, limits=limits, overwrite=overwrite, check=check, on_end=on_end
+        )
     took = time.perf_counter() - started
     finished = read_run(folder)
     console.print(summary_table(finished))
@@ -143,6 +168,7 @@ def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None
         f"{len(workload):,} requests, {len(finished.steps):,} steps, {simulated_ns / 1e9:,.1f} s simulated in "
         f"{took:.1f} s ({len(workload) / took:,.0f} requests a second). Records: {folder}"
     )
+    _say_what_was_refused(finished)
 
 
 def _serve(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None:
@@ -158,5 +184,7 @@ def _serve(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None:
                 bar.advance(TaskID(0))
 
         run_real(spec, folder, workload=workload, loaded=loaded, overwrite=overwrite, check=check, on_output=on_output)
-    console.print(summary_table(read_run(folder)))
+    finished = read_run(folder)
+    console.print(summary_table(finished))
     console.print(f"Records: {folder}")
+    _say_what_was_refused(finished)

@@ -143,10 +143,13 @@ def _counts(points: Sequence[_Point]) -> list[int]:
 
 
 def _token_knots(sizes: Sequence[int]) -> list[int]:
-    """Where the price of a token may change: 0, and measured sizes that are at least 1.5 times the last such one."""
+    """Where the price of a token may change: 0, and measured sizes, each of them at least 1.5 times the one before.
+
+    The last stretch is as long: on a short one, noise would make a slope that larger steps are priced by.
+    """
     knots, last = [0], min(sizes)
-    for size in sorted(set(sizes))[1:-1]:
-        if size >= _KNOT_RATIO * last:
+    for size in sorted(set(sizes)):
+        if size >= _KNOT_RATIO * last and max(sizes) >= _KNOT_RATIO * size:
             knots.append(size)
             last = size
     return knots

@@ -182,7 +182,7 @@ def test_records_that_contradict_each_other_are_an_error(tmp_path: Path, changes
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize(
     ("seed", "stack"),
-    [(1, StackSpec()), (2, StackSpec(queue="lcfs")), (3, StackSpec(scheduler="prefill_first"))],
+    [(1, StackSpec()), (2, StackSpec(queue="sjf")), (3, StackSpec(scheduler="prefill_first"))],
     ids=str,
 )
 def test_token_times_are_those_at_which_the_executor_gave_out_tokens(

@@ -124,6 +124,21 @@ def test_a_few_steps_that_took_ten_times_as_long_hardly_move_the_fit() -> None:
     assert worst(fit(samples), [*grid(), *UNSEEN]) < 0.1
 
 
+def test_noise_does_not_make_the_fit_come_out_low() -> None:
+    random = np.random.default_rng(11)
+    shapes = [chunk(*map(int, random.integers((1, 0, 1), (2000, 2000, 64)))) for _ in range(3000)]
+    model = fit([machine(shape, lambda: float(random.uniform(0.5, 1.5))) for shape in shapes])
+    true = sum(machine(shape).device_ns for shape in shapes)
+    assert sum(model.cost(shape).device_ns for shape in shapes) == pytest.approx(true, rel=0.03)
+
+
+def test_one_slow_step_among_the_largest_does_not_set_the_price_of_larger_ones() -> None:
+    samples = [machine(chunk(tokens, start)) for tokens in (8, 40, 100, 200, 400, 402) for start in (0, 50, 300)]
+    slow = [replace(s, device_ns=2 * s.device_ns) if s.shape.padded_tokens == 402 else s for s in samples]
+    true = machine(chunk(600)).device_ns
+    assert true / 2 < fit(slow).cost(chunk(600)).device_ns < 2.5 * true
+
+
 def test_repeats_of_a_shape_count_as_their_median() -> None:
     samples = [machine(shape) for shape in grid() for _ in range(3)]
     spoilt = [replace(s, device_ns=s.device_ns * 50) if i % 3 == 1 else s for i, s in enumerate(samples)]

@@ -1,0 +1,141 @@
+"""Decision replay: a real run, taken through the simulator, must come out the same in every step."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.divergence import diff_decisions
+from experiments.real import load, run_real
+from experiments.records import RunWriter, read_run, run_info
+from experiments.replaying import replay_run
+from experiments.spec import RunSpec, check_spec
+from experiments.workloads import Workload
+from policies.replica_state import Limits
+from policies.stack import StackSpec
+from runtime.engine import Details, Engine
+from runtime.sampling.params import SamplingParams
+from runtime.weights import LoadedModel
+
+SCHEDULERS = [
+    "static,max_batch_size=3",
+    "prefill_first",
+    "mixed",
+    "mixed,long_prefill_threshold=24",
+    "sarathi,chunk_size=48",
+]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[LoadedModel]:
+    yield load(check_spec(_spec("mixed", 0, False)).model)
+
+
+def _spec(scheduler: str, lag: int, caching: bool, queue: str = "fcfs") -> dict[str, object]:
+    return {
+        "workload": {"name": "fixed", "n": 1},
+        "model": {"source": "tiny", "load_format": "dummy"},
+        "policies": {"scheduler": scheduler, "queue": queue},
+        "limits": {
+            "num_blocks": 24,
+            "max_num_seqs": 6,
+            "max_num_batched_tokens": 64,
+            "max_model_len": 200,
+            "prefix_caching": caching,
+            "lag": lag,
+        },
+    }
+
+
+def _workload(seed: int) -> Workload:
+    """Requests that share prefixes and want more memory than there is."""
+    draw = np.random.default_rng(seed)
+    prompts, outputs = draw.integers(20, 110, 24), draw.integers(1, 60, 24)
+    shared = [tuple(range(draw.integers(0, 4))) for _ in prompts]
+    ids = [tuple(i for i in ids if (i + 1) * 16 <= p) for ids, p in zip(shared, prompts, strict=True)]
+    arrivals = np.sort(draw.integers(0, 400_000_000, 24))
+    return Workload.build(
+        arrivals, prompts, outputs, hash_ids=ids, hash_block=16, max_tokens=outputs + draw.integers(0, 20, 24),
+        priority=draw.integers(0, 3, 24),
+    )  # fmt: skip
+
+
+def _assert_replays(folder: Path, steps_like: bool = True) -> None:
+    recorded = read_run(folder)
+    replay_run(recorded, folder.with_name("replay"), check=True)
+    replayed = read_run(folder.with_name("replay"))
+    assert diff_decisions(recorded, replayed) is None
+    assert len(recorded.decisions) > 50
+    if steps_like:
+        assert recorded.steps.equals(replayed.steps)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_real_run_replays_without_a_divergence(
+    scheduler: str, lag: int, caching: bool, tiny: LoadedModel, tmp_path: Path
+) -> None:
+    spec: RunSpec = check_spec(_spec(scheduler, lag, caching))
+    run_real(spec, tmp_path / "real", workload=_workload(3), loaded=tiny, check=True)
+    run = read_run(tmp_path / "real")
+    assert set(run.requests["status"]) <= {"stop", "length"}
+    if not scheduler.startswith("static"):
+        assert run.requests["preemptions"].sum() > 0
+    if caching:
+        assert run.requests["cached_tokens"].sum() > 0
+    _assert_replays(tmp_path / "real")
+
+
+@pytest.mark.parametrize("queue", ["priority", "sjf", "sjf,predictor=oracle"])
+def test_every_queue_replays_without_a_divergence(queue: str, tiny: LoadedModel, tmp_path: Path) -> None:
+    spec = check_spec(_spec("mixed", 1, True, queue))
+    run_real(spec, tmp_path / "real", workload=_workload(5), loaded=tiny)
+    assert read_run(tmp_path / "real").clairvoyant == ("oracle" in queue)
+    _assert_replays(tmp_path / "real")
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_with_sampling_stops_refusals_and_cancellations_replays_without_a_divergence(
+    lag: int, tiny: LoadedModel, tmp_path: Path
+) -> None:
+    limits = Limits(24, 16, 6, 64, 200, lag=lag)
+    stack = StackSpec("mixed")
+    info = run_info("real", spec={}, limits=asdict(limits), stack=stack.as_dict(), clairvoyant=False, workload={})
+    chance = random.Random(lag)
+    with RunWriter(tmp_path / "real", info) as writer, Engine(tiny, limits, stack.build(), recorder=writer) as engine:
+        ended = threading.Semaphore(0)
+
+        def listen(output: object) -> None:
+            if getattr(output, "finish_reason", None) is not None:
+                ended.release()
+
+        ids = []
+        for i in range(40):
+            prompt = [7] * 32 + [i % 200] * chance.randrange(1, 250 if i % 10 == 9 else 80)
+            params = SamplingParams(max_tokens=chance.randrange(1, 60), stop_token_ids=tuple(range(20)), seed=i)
+            ids.append(engine.submit(prompt, params, listen, Details(priority=i % 2)))
+            if chance.random() < 0.4:
+                engine.cancel(chance.choice(ids))
+            time.sleep(chance.random() * 0.02)
+        for _ in ids:
+            ended.acquire()
+    statuses = set(read_run(tmp_path / "real").requests["status"])
+    assert {"cancelled", "refused"} <= statuses
+    assert statuses & {"stop", "length"}
+    _assert_replays(tmp_path / "real")
+
+
+def test_a_changed_policy_is_found_out(tiny: LoadedModel, tmp_path: Path) -> None:
+    run_real(check_spec(_spec("mixed", 0, False)), tmp_path / "real", workload=_workload(3), loaded=tiny)
+    run = read_run(tmp_path / "real")
+    run.info["stack"]["scheduler"] = "sarathi,chunk_size=32"
+    replay_run(run, tmp_path / "replay")
+    assert diff_decisions(run, read_run(tmp_path / "replay")) is not None

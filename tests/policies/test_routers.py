@@ -1,0 +1,69 @@
+"""Where a request goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies import registry
+from policies.contract import Replica, Route
+from policies.request import Request
+
+
+@dataclass
+class Loaded:
+    """A replica that only has a load."""
+
+    id: int
+    num_outstanding_tokens: int = 0
+    num_waiting: int = 0
+    num_running: int = 0
+    num_free_blocks: int = 100
+
+    def match(self, keys: Sequence[bytes]) -> int:
+        return 0
+
+
+def replicas(loads: list[int]) -> list[Replica]:
+    return [Loaded(i, load) for i, load in enumerate(loads)]
+
+
+def routed(name: str, loads: list[int], times: int) -> list[Route | None]:
+    router = registry.make("router", name)
+    return [router.route(Request(i, i, 4, 4), [], replicas(loads), i) for i in range(times)]
+
+
+def test_round_robin_takes_turns_whatever_the_load() -> None:
+    assert routed("round_robin", [9, 0, 5], 7) == [Route(i) for i in (0, 1, 2, 0, 1, 2, 0)]
+
+
+def test_round_robin_goes_on_when_a_replica_comes_or_goes() -> None:
+    router = registry.make("router", "round_robin")
+    chosen = [router.route(Request(i, i, 4, 4), [], replicas([0] * (3 if i < 3 else 2)), i).replica for i in range(7)]
+    assert set(chosen[3:]) == {0, 1}
+    assert all(a != b for a, b in zip(chosen[3:], chosen[4:], strict=False))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8))
+def test_least_tokens_picks_the_smallest_load_and_of_equal_ones_the_lowest_id(loads: list[int]) -> None:
+    assert routed("least_tokens", loads, 1) == [Route(loads.index(min(loads)))]
+
+
+def test_least_tokens_does_not_go_by_the_order_in_which_the_replicas_are_listed() -> None:
+    router = registry.make("router", "least_tokens")
+    listed = [Loaded(2, 3), Loaded(1, 3), Loaded(0, 4)]
+    assert router.route(Request(0, 0, 4, 4), [], listed, 0) == Route(1)
+
+
+@pytest.mark.parametrize("name", registry.names("router"))
+def test_a_router_hears_of_ends_and_goes_on(name: str) -> None:
+    router = registry.make("router", name)
+    request = Request(0, 0, 4, 4)
+    route = router.route(request, [], replicas([0]), 0)
+    assert route.replica == 0
+    router.on_end(request, 0, 5)
+    assert router.route(Request(1, 5, 4, 4), [], replicas([0]), 5).replica == 0

@@ -1,0 +1,106 @@
+"""The simulated panel as a whole: routing, determinism, refusals, lag, what a recorder gets."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import pytest
+
+from policies.records import REQUESTS, STEPS
+from policies.registry import make
+from policies.replica_state import Limits
+from policies.request import Request, State
+from policies.stack import StackSpec
+from simulator.arrivals import Arrival
+from simulator.costs.base import StepCost
+from simulator.costs.constant import ConstantCost, LinearCost
+from simulator.simulation import Simulation
+from tests.policies.harness import Log
+
+
+class HostAndDevice(ConstantCost):
+    """Every step: 2 ms to prepare, 5 ms on the device, 1 ms to finish."""
+
+    def cost(self, shape: object) -> StepCost:
+        return StepCost(2_000_000, 5_000_000, 1_000_000)
+
+
+def rows(log: Log) -> list[dict]:
+    return [dict(zip(REQUESTS, row, strict=True)) for row in log.requests]
+
+
+def simulate(
+    requests: list[tuple[int, int, int]], limits: Limits, costs: ConstantCost | LinearCost, replicas: int = 1
+) -> tuple[list[Request], Log, int]:
+    """(arrival ns, prompt, output) requests under the mixed policy."""
+    log = Log()
+    router = make("router", "least_tokens") if replicas > 1 else None
+    stacks = [StackSpec().build() for _ in range(replicas)]
+    made = [Request(i, at, prompt, output) for i, (at, prompt, output) in enumerate(requests)]
+    simulation = Simulation(limits, stacks, costs, router, recorder=log, check=True)
+    end = simulation.run(Arrival(r, o) for r, (_, _, o) in zip(made, requests, strict=True))
+    return made, log, end
+
+
+def test_without_lag_a_step_takes_host_and_device_time_one_after_the_other() -> None:
+    requests, _, _ = simulate([(0, 8, 4)], Limits(64, prefix_caching=False, lag=0), HostAndDevice(1))
+    assert requests[0].first_token_ns == 7_000_000
+    assert requests[0].finish_ns == 7_000_000 + 3 * 8_000_000
+
+
+def test_with_lag_the_hosts_work_hides_behind_the_device() -> None:
+    requests, _, _ = simulate([(0, 8, 4)], Limits(64, prefix_caching=False, lag=1), HostAndDevice(1))
+    # Step 1 is prepared while step 0 runs, so the device goes from one to the next without a pause.
+    assert requests[0].first_token_ns == 7_000_000
+    assert requests[0].finish_ns == 7_000_000 + 3 * 5_000_000
+
+
+def test_with_lag_a_request_that_stops_before_its_cap_costs_one_discarded_token() -> None:
+    log = Log()
+    limits = Limits(64, prefix_caching=False, lag=1)
+    simulation = Simulation(limits, [StackSpec().build()], ConstantCost(1_000_000), recorder=log, check=True)
+    early, capped = Request(0, 0, 8, 50), Request(1, 10_000_000_000, 8, 5)
+    simulation.run([Arrival(early, 5), Arrival(capped, 5)])
+    assert (early.state, capped.state) == (State.STOPPED, State.LENGTH)
+    decodes = [dict(zip(STEPS, row, strict=True))["num_decodes"] for row in log.steps]
+    assert sum(decodes) == 4 + 1 + 4  # the one more was in flight when the end became known
+
+
+def test_the_router_spreads_requests_over_replicas_and_hears_of_every_end() -> None:
+    requests, log, _ = simulate([(0, 100, 5)] * 9, Limits(64, prefix_caching=False), LinearCost(1_000, 10, 1), 3)
+    replicas = [row["replica"] for row in rows(log)]
+    assert sorted(replicas) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert all(request.state is State.LENGTH for request in requests)
+
+
+def test_a_request_that_could_never_fit_is_refused_and_the_others_are_served() -> None:
+    requests, log, _ = simulate(
+        [(0, 10, 5), (0, 100, 2000), (5, 3999, 5), (6, 5000, 1), (7, 10, 5)],
+        Limits(16, max_model_len=4000, prefix_caching=False),
+        ConstantCost(1_000),
+    )
+    assert [r.state for r in requests] == [State.LENGTH, State.REFUSED, State.REFUSED, State.REFUSED, State.LENGTH]
+    errors = {row["request_id"]: row["error"] for row in rows(log) if row["status"] == "refused"}
+    assert "132 KV blocks" in errors[1]
+    assert "5000" in errors[3]
+    assert "4000" in errors[3]
+
+
+def test_the_same_arrivals_give_the_same_records() -> None:
+    work = [(i * 300, 20 + 7 * i % 90, 1 + 13 * i % 50) for i in range(60)]
+    runs = [simulate(work, Limits(20, max_num_seqs=6, max_num_batched_tokens=64), LinearCost(900, 70, 1)) for _ in "ab"]
+    assert astuple(runs[0][1]) == astuple(runs[1][1])
+    assert sum(r.num_preemptions for r in runs[0][0]) > 0
+
+
+def test_a_run_cut_off_at_a_time_records_what_was_unfinished() -> None:
+    log = Log()
+    limits = Limits(64, prefix_caching=False)
+    simulation = Simulation(limits, [StackSpec().build()], ConstantCost(1_000_000), recorder=log)
+    simulation.run([Arrival(Request(0, 0, 8, 500), 500)], until_ns=20_000_000)
+    assert [row["status"] for row in rows(log)] == ["unfinished"]
+
+
+def test_several_replicas_without_a_router_are_an_error() -> None:
+    with pytest.raises(ValueError, match="router"):
+        Simulation(Limits(8), [StackSpec().build(), StackSpec().build()], ConstantCost(1))
