@@ -208,8 +208,8 @@ class ControlPlane:
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
                 state.pool.register(block, request._keys[depth], depth, report.end_ns)
                 request._num_registered = max(request._num_registered, depth + 1)
-        # Without those that were cancelled while the step was in flight; and in the order of their ids, whatever order a
-        # panel found them in, since it decides which blocks are idle longest.
+        # Without those that were cancelled while the step was in flight; and in the order of their ids, whatever order
+        # a panel found them in, since it decides which blocks are idle longest.
         alive = [finished for finished in report.finished if finished[0].id in state.requests]
         report.finished[:] = sorted(alive, key=lambda finished: finished[0].id)
         for request, end, num_output_tokens in report.finished:
@@ -353,6 +353,7 @@ class ControlPlane:
             state.pool.num_idle,
             len(state.running),
             state.num_waiting,
+            len(state.paused),
             step.wake_at,
         )
         if not step.runs:
@@ -380,7 +381,7 @@ class ControlPlane:
     def _step_row(
         self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int
     ) -> tuple[object, ...]:
-        admitted, preempted, free, idle, running, waiting, wake = self._plan_rows.pop(step.index)
+        admitted, preempted, free, idle, running, waiting, paused, wake = self._plan_rows.pop(step.index)
         s = step.shape
         return (
             self.replica,
@@ -407,5 +408,6 @@ class ControlPlane:
             idle,
             running,
             waiting,
+            paused,
             wake,
         )  # fmt: skip

@@ -31,8 +31,6 @@ class DecodeGroup:
     def join(self, request: Request) -> None:
         """Take in a request with one token to compute."""
         clock = self.clock
-        remaining = request.max_tokens - (request._tokens - request.num_prompt_tokens)
-        heapq.heappush(self._caps, (clock + remaining, request.id))
         request._computed -= clock
         request._tokens -= clock
         request._group = self
@@ -41,8 +39,9 @@ class DecodeGroup:
         self.members[request.id] = request
         self._ring[relative % self._block_size][request.id] = request
         heapq.heappush(self._longest, (-relative, request.id))
+        heapq.heappush(self._caps, self._cap_of(request))
         self._relative_sum += relative
-        if len(self._longest) > 2 * len(self.members) + 64:
+        if max(len(self._longest), len(self._caps)) > 2 * len(self.members) + 64:
             self._forget_stale_entries()
 
     def leave(self, request: Request) -> None:
@@ -73,11 +72,14 @@ class DecodeGroup:
                 capped.append(request)
         return capped
 
+    def _cap_of(self, member: Request) -> tuple[int, int]:
+        return (self.clock + member.max_tokens - member.num_output_tokens, member.id)
+
     def _forget_stale_entries(self) -> None:
-        self._longest = [(-member._computed, member.id) for member in self.members.values()]
+        members = self.members.values()
+        self._longest = [(-member._computed, member.id) for member in members]
+        self._caps = [self._cap_of(member) for member in members]
         heapq.heapify(self._longest)
-        members = self.members
-        self._caps = [entry for entry in set(self._caps) if entry[1] in members]
         heapq.heapify(self._caps)
 
     @property

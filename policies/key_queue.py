@@ -9,15 +9,19 @@ from policies.plan import Report
 from policies.request import Request
 
 
+Entry = tuple[float, int, int, Request]
+
+
 class KeyQueue(ABC):
     """Smallest key first, ties by (arrival, id). Push and pop O(log n), remove O(1) amortised.
 
-    A removed request leaves its entry in the heap behind, which is skipped when it comes up.
+    A removed request leaves its entry in the heap behind, which is skipped when it comes up, also where the request
+    waits again by then: to give it another rank, remove it and push it again.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, int, Request]] = []
-        self._waiting: dict[int, Request] = {}
+        self._heap: list[Entry] = []
+        self._waiting: dict[int, Entry] = {}
 
     @abstractmethod
     def rank(self, request: Request) -> float:
@@ -25,14 +29,15 @@ class KeyQueue(ABC):
 
     def push(self, request: Request, now: int) -> None:
         if request.id not in self._waiting:
-            self._waiting[request.id] = request
-            heapq.heappush(self._heap, (self.rank(request), *request.key, request))
+            entry = (self.rank(request), *request.key, request)
+            self._waiting[request.id] = entry
+            heapq.heappush(self._heap, entry)
 
     def peek(self, now: int) -> Request | None:
         heap = self._heap
         while heap:
             request = heap[0][3]
-            if self._waiting.get(request.id) is request:
+            if self._waiting.get(request.id) is heap[0]:
                 return request
             heapq.heappop(heap)
         return None
@@ -48,7 +53,7 @@ class KeyQueue(ABC):
     def remove(self, request: Request) -> None:
         self._waiting.pop(request.id, None)
         if len(self._heap) > 2 * len(self._waiting) + 64:
-            self._heap = [entry for entry in self._heap if entry[3].id in self._waiting]
+            self._heap = list(self._waiting.values())
             heapq.heapify(self._heap)
 
     def on_report(self, report: Report) -> None:  # noqa: B027  (an answer, not a gap)

@@ -56,6 +56,7 @@ STEPS: dict[str, str] = {
     "idle_blocks": "int32",  # cached, held by nobody
     "num_running": "int32",
     "num_waiting": "int32",
+    "num_paused": "int32",  # preempted, with their blocks kept
     "wake_ns": "int64?",
 }
 """steps.parquet, one row a call of plan(), steps counted from 0 on each replica.

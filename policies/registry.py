@@ -131,7 +131,11 @@ def make(role: str, spec: PolicySpec | str | Mapping[str, Any], **context: objec
         spec = PolicySpec.parse(spec)
     policy = find(role, spec.name)
     accepted = knobs(policy)
-    hints = typing.get_type_hints(vars(policy).get("__init__", object.__init__))
+    try:
+        hints = typing.get_type_hints(getattr(policy, "__init__"))  # noqa: B009  (inherited ones too)
+    except NameError as error:
+        message = f"{role} {spec.name}: cannot read the annotations of its constructor: {error}"
+        raise PolicyError(message) from error
     arguments = {name: value for name, value in context.items() if name in accepted}
     for knob, value in spec.knobs.items():
         if knob not in accepted or knob in arguments:
@@ -160,7 +164,7 @@ def _load_from_path(role: str, path: str) -> type:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise PolicyError(f"{role} {path}: importing {module_name} failed: {error}") from error
         raise PolicyError(f"{role} {path}: there is no module {module_name!r} on the Python path") from error
     except Exception as error:
@@ -192,7 +196,8 @@ def _methods(protocol: type) -> list[str]:
 
 def _convert(what: str, value: object, wanted: Any) -> object:
     """A knob's value as its annotation wants it; text from the command line is read as such."""
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    union = typing.get_origin(wanted) in (types.UnionType, typing.Union)
+    options = typing.get_args(wanted) if union else (wanted,)
     if type(None) in options and value in (None, "none", "None", ""):
         return None
     for option in (bool, int, float, str):
@@ -209,7 +214,7 @@ def _convert(what: str, value: object, wanted: Any) -> object:
             return number
         except (KeyError, ValueError):
             continue
-    if any(not isinstance(option, type) or option not in (bool, int, float, str) for option in options):
+    if any(option not in (bool, int, float, str, type(None)) for option in options):
         return value
-    wanted_name = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    wanted_name = " or ".join("None" if option is type(None) else option.__name__ for option in options)
     raise PolicyError(f"{what} must be {wanted_name}, not {value!r}")

@@ -18,10 +18,20 @@ class ReserveMax:
         self._block_size = block_size
         self._promised: dict[int, int] = {}
         self._total = 0
+        self._draft: Draft | None = None
+        self._num_counted = 0  # of the admissions in that draft
+        self._planned = 0  # what they may need
 
     def allows(self, request: Request, first_blocks: int, all_blocks: int, draft: Draft) -> bool:
-        planned = sum(map(self._most, draft.admitted))
-        return self._total + planned + self._most(request) <= draft.view.num_blocks
+        if request.id in self._promised:  # it was paused, and kept its promise as it kept its blocks
+            return True
+        if draft is not self._draft:
+            self._draft, self._num_counted, self._planned = draft, 0, 0
+        for other in draft.admitted[self._num_counted :]:
+            if other.id not in self._promised:
+                self._planned += self._most(other)
+        self._num_counted = len(draft.admitted)
+        return self._total + self._planned + self._most(request) <= draft.view.num_blocks
 
     def on_admit(self, request: Request) -> None:
         self._promised[request.id] = self._most(request)
