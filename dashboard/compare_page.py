@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -56,7 +57,10 @@ def _choose(entries: list[Entry]) -> tuple[Entry, Entry]:
     """The reference run and the one compared with it: where there are both, a real and a simulated one at first."""
     first = next((i for i, entry in enumerate(entries) if entry.kind == "real"), 0)
     others = [i for i in range(len(entries)) if i != first]
-    second = next((i for i in others if entries[i].kind != "real"), others[0])
+    simulated = [i for i in others if entries[i].kind == "sim"]
+    # Of several simulations, the one whose name begins most like the reference's.
+    alike = {i: len(os.path.commonprefix([entries[i].name, entries[first].name])) for i in simulated}
+    second = max(alike, key=lambda i: alike[i]) if alike else others[0]
     by_name = {entry.name: entry for entry in entries}
     names = list(by_name)
     a = st.sidebar.selectbox("Reference run", names, index=first, format_func=lambda name: by_name[name].label)

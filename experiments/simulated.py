@@ -128,8 +128,9 @@ def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
 
 
 def arrivals_of(workload: Workload, limits: Limits) -> Iterator[Arrival]:
-    """The workload's requests, ids 0, 1, ... in order, with block keys where prefixes are cached."""
-    keys = block_keys(workload, limits.block_size) if limits.prefix_caching else None
+    """The workload's requests, ids 0, 1, ... in order, with block keys where prefixes are cached and may be shared."""
+    shares = limits.prefix_caching and workload.hash_ids is not None
+    keys = block_keys(workload, limits.block_size) if shares else None
     rows = zip(
         *(column.tolist() for column in (workload.arrival_ns, workload.prompt_tokens, workload.max_tokens)), strict=True
     )

@@ -8,11 +8,9 @@ import sys
 from experiments.cli import demo, look, profiling, running  # noqa: F401
 from experiments.cli.app import app, errors
 
-INTERRUPTED = 130
-
 
 def main() -> None:
-    """Entry point. A mistake of the user's ends in one line on stderr and exit status 2; Ctrl-C in status 130."""
+    """Entry point. A mistake of the user's ends in one line on stderr and exit status 2, Ctrl-C in status 130."""
     try:
         app()
     except (ValueError, OSError) as error:  # every error class of the project's that a user can cause is a ValueError
@@ -21,6 +19,3 @@ def main() -> None:
         text = " ".join(str(error).split()) or type(error).__name__
         errors.print(f"diptych: {text}", style="red", markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("diptych: interrupted", style="red")
-        sys.exit(INTERRUPTED)

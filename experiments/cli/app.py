@@ -13,6 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+INTERRUPTED = 130
 console = Console()
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 

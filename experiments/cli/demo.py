@@ -10,7 +10,7 @@ import typer
 from rich.progress import TaskID
 
 from experiments.cli.app import app, console
-from experiments.cli.options import progress
+from experiments.cli.options import interruptible, progress
 from experiments.render import comparison_table
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def demo(
     )
     for number, policy in enumerate(POLICIES, 3):
         console.rule(f"{number}. policy: {policy}")
-        with progress("serving", len(workload)) as bar:
+        with interruptible(out), progress("serving", len(workload)) as bar:
 
             def on_output(output: object, bar: object = bar) -> None:
                 if getattr(output, "finish_reason", None) is not None:

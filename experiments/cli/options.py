@@ -11,7 +11,7 @@ import typer
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments.cli.app import console
+from experiments.cli.app import INTERRUPTED, console, errors
 from experiments.spec import RunSpec, SpecError, check_spec, read_spec
 
 Spec = Annotated[Path | None, typer.Argument(help="A YAML file with the specification; flags win over it.")]
@@ -73,6 +73,16 @@ def default_folder(spec: RunSpec, suffix: str) -> Path:
     workload = Path(spec.workload.name).name.split(".")[0]
     scheduler = spec.policies.scheduler.split(",")[0].rsplit(":", 1)[-1]
     return Path("runs") / f"{workload}-{scheduler}-{suffix}"
+
+
+@contextmanager
+def interruptible(folder: Path) -> Iterator[None]:
+    """On Ctrl-C say where the record is that was written so far, and end with the status that shells expect."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"diptych: interrupted; what was recorded until then is in {folder}", style="red", markup=False)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager

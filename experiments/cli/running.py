@@ -11,7 +11,7 @@ from rich.progress import TaskID
 
 from experiments.cli import options
 from experiments.cli.app import app, console, errors
-from experiments.cli.options import default_folder, gather, progress
+from experiments.cli.options import default_folder, gather, interruptible, progress
 from experiments.cli.summary import summary_table
 from experiments.compare import compare
 from experiments.records import Run, read_run
@@ -148,7 +148,7 @@ def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits:
 
     workload = make_workload(spec.workload)
     started = time.perf_counter()
-    with progress("simulating", len(workload)) as bar:
+    with interruptible(folder), progress("simulating", len(workload)) as bar:
         every = max(1, len(workload) // 200)  # a bar that moves costs more than a simulated step
         ended = 0
 
@@ -177,7 +177,7 @@ def _serve(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None:
     workload = make_workload(spec.workload)
     console.print(f"loading {spec.model.source}")
     loaded = load(spec.model)
-    with progress("serving", len(workload)) as bar:
+    with interruptible(folder), progress("serving", len(workload)) as bar:
 
         def on_output(output: object) -> None:
             if getattr(output, "finish_reason", None) is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,8 +33,8 @@ SCHEDULERS = [
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Iterator[LoadedModel]:
-    yield load(check_spec(_spec("mixed", 0, False)).model)
+def tiny() -> LoadedModel:
+    return load(check_spec(_spec("mixed", 0, False)).model)
 
 
 def _spec(scheduler: str, lag: int, caching: bool, queue: str = "fcfs") -> dict[str, object]:

@@ -35,7 +35,9 @@ class ByHand:
 
     def plan(self, view: View, now: int) -> Plan:
         plan = self.answer(view, now)
-        named = {r.id for r, _ in [*plan.chunks, *plan.drop, *plan.preempt]} | {r.id for r in [*plan.resume, *plan.decodes]}
+        named = {r.id for r, _ in [*plan.chunks, *plan.drop, *plan.preempt]} | {
+            r.id for r in [*plan.resume, *plan.decodes]
+        }
         self.queue = [r for r in self.queue if r.id not in named]
         return plan
 

@@ -116,7 +116,7 @@ def test_a_stack_spells_its_policies_in_one_way() -> None:
     }
 
 
-KNOBS = '''
+KNOBS = """
 from __future__ import annotations
 from typing import Optional, Union
 from policies.admission.watermark import Watermark
@@ -126,7 +126,7 @@ class Knobs(Watermark):
     def __init__(self, whole: int = 1, real: float = 1.0, flag: bool = False, text: str = "a",
                  maybe: int | None = 3, old: Optional[float] = None, either: Union[int, str] = 0) -> None:
         self.values = dict(whole=whole, real=real, flag=flag, text=text, maybe=maybe, old=old, either=either)
-'''
+"""
 
 
 @pytest.mark.parametrize(
@@ -176,9 +176,7 @@ def test_a_knob_is_read_as_its_annotation_says(
         ("old", "inf", "float or None"),
     ],
 )
-def test_a_knob_of_the_wrong_kind_is_refused(
-    write_module: WriteModule, knob: str, value: object, wanted: str
-) -> None:
+def test_a_knob_of_the_wrong_kind_is_refused(write_module: WriteModule, knob: str, value: object, wanted: str) -> None:
     with pytest.raises(PolicyError, match=f"{knob} must be {wanted}, not "):
         make("admission", {"name": f"{write_module(KNOBS)}:Knobs", knob: value})
 
@@ -228,7 +226,10 @@ def test_a_path_that_leads_nowhere_says_where_it_ends(write_module: WriteModule,
     ("source", "why"),
     [
         ("import a_package_that_is_not_here\n", "importing .* failed: No module named 'a_package_that_is_not_here'"),
-        ("import users_policies\n", "importing .* failed: No module named 'users_policies'"),  # a prefix of its own name
+        (
+            "import users_policies\n",
+            "importing .* failed: No module named 'users_policies'",
+        ),  # a prefix of its own name
         ("1 / 0\n", "importing .* failed: division by zero"),
         ("def broken(:\n", "importing .* failed"),
     ],
