@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test check lint bench clean
+.PHONY: help demo test check lint gpu-test bench clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -32,6 +32,9 @@ lint: $(VENV)/.dev             ## style, types, and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+gpu-test: $(VENV)/.dev         ## the tests that need a CUDA card, on this machine's
+	$(BIN)/python -m pytest -m gpu
 
 bench: $(VENV)/.base           ## the benchmarks that need no GPU
 	$(BIN)/python -m benchmarks.plan_time

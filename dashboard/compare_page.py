@@ -58,8 +58,8 @@ def _choose(entries: list[Entry]) -> tuple[Entry, Entry]:
     first = next((i for i, entry in enumerate(entries) if entry.kind == "real"), 0)
     others = [i for i in range(len(entries)) if i != first]
     simulated = [i for i in others if entries[i].kind == "sim"]
-    # Of several simulations, the one whose name begins most like the reference's.
-    alike = {i: len(os.path.commonprefix([entries[i].name, entries[first].name])) for i in simulated}
+    # Of several simulations, the one whose name begins most like the reference's, letter by letter.
+    alike = {i: len(os.path.commonprefix([entries[i].name, entries[first].name])) for i in simulated}  # noqa: RUF071
     second = max(alike, key=lambda i: alike[i]) if alike else others[0]
     by_name = {entry.name: entry for entry in entries}
     names = list(by_name)

@@ -75,7 +75,7 @@ def make_costs(spec: CostSpec) -> CostModel:
     if spec.kind == "constant":
         assert spec.step_ms is not None
         return ConstantCost(round(spec.step_ms * 1e6))
-    return RooflineCost(ModelShape.preset(spec.model), load_device(spec.device))
+    return RooflineCost(ModelShape.preset(spec.model).in_dtype(spec.dtype), load_device(spec.device))
 
 
 def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:

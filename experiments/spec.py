@@ -74,6 +74,7 @@ class CostSpec(_Part):
             device's data sheet; `constant`, every step the same.
         calibration: the file, for `fitted`.
         model, device: for `roofline`; a device by name, `cpu` for this one's, or a file of one.
+        dtype: of weights and KV cache, for `roofline`.
         step_ms: for `constant`.
     """
 
@@ -81,6 +82,7 @@ class CostSpec(_Part):
     calibration: str | None = None
     model: str = "llama-3.1-8b"
     device: str = "h100-sxm"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     step_ms: Positive | None = None
 
     @model_validator(mode="after")
