@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,8 @@ from experiments.simulated import run_simulated
 from experiments.spec import RunSpec, check_spec
 from experiments.workloads import Workload, make_workload
 from policies.replica_state import Limits
+from runtime.engine import Engine
+from runtime.sampling.params import SamplingParams
 from runtime.sequence import Output
 from runtime.weights import LoadedModel
 from simulator.costs.fitted import FittedCost
@@ -34,7 +36,6 @@ class Outcome:
     comparison: Comparison
     replayed_steps: int
     divergence: Divergence | None
-    texts: tuple[str, ...]
 
 
 def demo_spec(source: str, load_format: str, policy: str = POLICIES[1]) -> RunSpec:
@@ -56,7 +57,7 @@ def demo_spec(source: str, load_format: str, policy: str = POLICIES[1]) -> RunSp
 
 
 class Demo:
-    """The demonstration's steps, in order: `load`, `make_workload`, `serve_and_simulate` for each policy."""
+    """The demonstration's steps, in order: `load`, `ask`, `make_workload`, `serve_and_simulate` for each policy."""
 
     def __init__(self, folder: Path, source: str, load_format: str) -> None:
         self.folder = folder
@@ -66,6 +67,17 @@ class Demo:
     def load(self) -> LoadedModel:
         """Get the model, from the cache where it has been fetched before."""
         return load(self.spec.model)
+
+    def ask(self, loaded: LoadedModel, question: str) -> str:
+        """The model's answer to a question, by the engine; nothing where it has no tokenizer or no chat template."""
+        if loaded.tokenizer is None or loaded.chat_template is None:
+            return ""
+        prompt = loaded.tokenizer.apply_chat_template([{"role": "user", "content": question}])
+        limits = real_limits(self.spec, loaded)
+        params = SamplingParams(temperature=0, max_tokens=48)
+        with Engine(loaded, limits, self.spec.policies.stack.build(block_size=limits.block_size)) as engine:
+            ((completion,),) = engine.generate([loaded.tokenizer.encode(prompt, add_special_tokens=False)], params)
+        return completion.text.strip()
 
     def make_workload(self, loaded: LoadedModel, costs: FittedCost, seconds: float) -> Workload:
         """Requests for about `seconds`, at a rate that the simulator says this machine can bear."""
@@ -90,13 +102,7 @@ class Demo:
         policies = demo_spec(self.source, self.load_format, policy).policies
         spec = self.spec.model_copy(update={"policies": policies})
         real, simulated, replayed = (self.folder / f"{policy}-{panel}" for panel in ("real", "sim", "replay"))
-        texts: dict[int, list[str]] = {}
-
-        def listen(output: Output) -> None:
-            texts.setdefault(output.request_id, []).append(output.text)
-            on_output(output)
-
-        run_real(spec, real, workload=workload, loaded=loaded, overwrite=True, on_output=listen)
+        run_real(spec, real, workload=workload, loaded=loaded, overwrite=True, on_output=on_output)
         limits = real_limits(spec, loaded)
         run_simulated(spec, simulated, workload=workload, costs=costs, limits=limits, overwrite=True)
         replay_run(read_run(real), replayed, overwrite=True)
@@ -105,7 +111,6 @@ class Demo:
             compare(read_run(real), read_run(simulated)),
             len(read_run(real).steps),
             diff_decisions(read_run(real), read_run(replayed)),
-            tuple("".join(parts) for _, parts in sorted(texts.items())),
         )
 
 
@@ -116,10 +121,3 @@ def simulated_capacity(spec: RunSpec, workload: Workload, costs: FittedCost, lim
         run_simulated(spec, Path(scratch) / "run", workload=at_once, costs=costs, limits=limits)
         throughput = summarize(read_run(Path(scratch) / "run"))["request_throughput"]
     return float(throughput)
-
-
-def samples(texts: tuple[str, ...], count: int = 2, width: int = 70) -> Iterator[str]:
-    """The beginnings of a few texts, a line each."""
-    for text in texts[:count]:
-        line = " ".join(text.split())
-        yield line if len(line) <= width else line[: width - 1] + "…"

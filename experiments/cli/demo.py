@@ -16,6 +16,8 @@ from experiments.render import comparison_table
 if TYPE_CHECKING:
     from experiments.demo import Outcome
 
+QUESTION = "What is the capital of France, and what is it known for?"
+
 
 @app.command()
 def demo(
@@ -39,6 +41,9 @@ def demo(
     loaded = show.load()
     millions = sum(p.numel() for p in loaded.model.parameters()) / 1e6
     console.print(f"{loaded.name}: {loaded.config.num_layers} layers, {millions:.0f} M parameters")
+    answer = show.ask(loaded, QUESTION)
+    if answer:
+        console.print(f"asked: {QUESTION}\nit says: {answer}", markup=False)
 
     console.rule("2. this machine's step times")
     with progress("measuring", 100) as bar:
@@ -81,11 +86,6 @@ def demo(
 
 
 def _report(outcome: Outcome) -> None:
-    from experiments.demo import samples
-
-    console.print("it wrote, for instance:")
-    for line in samples(outcome.texts):
-        console.print(f"  … {line}", markup=False)
     console.print(comparison_table(outcome.comparison))
     if outcome.divergence is None:
         console.print(f"[green]decision replay: zero divergences in {outcome.replayed_steps} steps[/green]")
