@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.cli.app import INTERRUPTED, console, errors
 from experiments.spec import RunSpec, SpecError, check_spec, read_spec
+from policies import registry
 
 Spec = Annotated[Path | None, typer.Argument(help="A YAML file with the specification; flags win over it.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run [default: runs/NAME].")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run (runs/WORKLOAD-SCHEDULER-PANEL).")]
 Overwrite = Annotated[bool, typer.Option(help="Replace a run that the folder holds.")]
 Check = Annotated[bool, typer.Option(help="Verify the control plane's invariants after every step (slow).")]
 Workload = Annotated[
@@ -38,13 +39,31 @@ Set = Annotated[
 ]
 
 
-def gather(spec: Path | None, flags: Mapping[str, object], settings: list[str] | None) -> RunSpec:
-    """The specification from file, flags (dotted field -> value, None where not given) and `--set`s, checked."""
+FIELDS: dict[str, tuple[str, ...]] = {
+    "workload": ("workload.name",),
+    "requests": ("workload.n",),
+    "rate": ("workload.rate",),
+    "seed": ("workload.seed", "seed"),
+    "replicas": ("replicas",),
+    **{role: (f"policies.{role}",) for role in registry.ROLES},
+}
+"""Flag -> the fields of the specification that it sets, where that is the same for all commands."""
+
+
+def gather(context: typer.Context, **fields: object) -> RunSpec:
+    """The specification of a command: its file, then its flags, then `fields` (dots written as __), then its `--set`s.
+
+    Raises SpecError with the first thing that is wrong.
+    """
     over: dict[str, Any] = {}
-    for field, value in flags.items():
+    for flag, value in context.params.items():
+        for field in FIELDS.get(flag, ()):
+            if value is not None:
+                _put(over, field, value)
+    for name, value in fields.items():
         if value is not None:
-            _put(over, field, value)
-    for setting in settings or []:
+            _put(over, name.replace("__", "."), value)
+    for setting in context.params.get("settings") or ():
         field, equals, text = setting.partition("=")
         if not equals or not field:
             raise SpecError(f"--set {setting}: write FIELD=VALUE, as limits.lag=0")
@@ -52,6 +71,7 @@ def gather(spec: Path | None, flags: Mapping[str, object], settings: list[str] |
             _put(over, field.strip(), yaml.safe_load(text))
         except yaml.YAMLError as error:
             raise SpecError(f"--set {setting}: the value is not valid YAML") from error
+    spec = context.params.get("spec")
     if spec is not None:
         return read_spec(spec, over)
     if "workload" not in over:

@@ -16,6 +16,7 @@ from experiments.cli.options import gather, progress
 
 @app.command()
 def profile(
+    context: typer.Context,
     spec: options.Spec = None,
     model: options.Model = None,
     seconds: Annotated[float, typer.Option(help="About how long to measure.", min=1)] = 60.0,
@@ -28,11 +29,9 @@ def profile(
     """
     from experiments.profiling import profile as measure  # torch is slow to import
 
-    specification = gather(
-        spec,
-        {"model.source": model, "workload.name": "fixed" if spec is None else None, "workload.n": None if spec else 1},
-        settings,
-    )
+    # What is measured does not depend on the workload, but a specification has one.
+    fields = {} if spec is not None else {"workload__name": "fixed", "workload__n": 1}
+    specification = gather(context, model__source=model, **fields)
     with progress("measuring", 100) as bar:
         fitted = measure(
             specification, seconds, on_progress=lambda share: bar.update(TaskID(0), completed=round(100 * share))

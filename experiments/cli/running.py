@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from pydantic import TypeAdapter
@@ -23,6 +24,7 @@ from policies.replica_state import Limits
 
 @app.command()
 def run(
+    context: typer.Context,
     spec: options.Spec = None,
     workload: options.Workload = None,
     requests: options.Requests = None,
@@ -43,23 +45,7 @@ def run(
 
     Example: diptych run -w chat -n 32 --rate 2 --set workload.length_scale=0.1 --scheduler sarathi,chunk_size=128
     """
-    specification = gather(
-        spec,
-        {
-            "workload.name": workload,
-            "workload.n": requests,
-            "workload.rate": rate,
-            "workload.seed": seed,
-            "seed": seed,
-            "model.source": model,
-            "policies.scheduler": scheduler,
-            "policies.queue": queue,
-            "policies.admission": admission,
-            "policies.preemption": preemption,
-            "policies.eviction": eviction,
-        },
-        settings,
-    )
+    specification = gather(context, model__source=model)
     if specification.target == "sim":
         _simulate(specification, out or default_folder(specification, "sim"), overwrite, check)
     elif specification.target == "real":
@@ -73,15 +59,16 @@ def run(
 
 @app.command()
 def simulate(
+    context: typer.Context,
     spec: options.Spec = None,
     workload: options.Workload = None,
     requests: options.Requests = None,
     rate: options.Rate = None,
     seed: options.Seed = None,
     model: options.Model = None,
-    device: str | None = None,
-    calibration: Path | None = None,
-    replicas: int | None = None,
+    device: Annotated[str | None, typer.Option(help="h100-sxm, h200, a100-80gb, l4, cpu, or a file of one.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A file that `diptych profile` wrote.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="How many, behind --router.")] = None,
     scheduler: options.Scheduler = None,
     queue: options.Queue = None,
     admission: options.Admission = None,
@@ -98,27 +85,12 @@ def simulate(
     Example: diptych simulate --workload chat -n 2000 --rate 8 --model llama-3.1-8b --device h100-sxm --scheduler mixed
     """
     specification = gather(
-        spec,
-        {
-            "target": "sim",
-            "workload.name": workload,
-            "workload.n": requests,
-            "workload.rate": rate,
-            "workload.seed": seed,
-            "seed": seed,
-            "cost.model": model,
-            "cost.device": device,
-            "cost.calibration": None if calibration is None else str(calibration),
-            "cost.kind": None if calibration is None else "fitted",
-            "replicas": replicas,
-            "policies.scheduler": scheduler,
-            "policies.queue": queue,
-            "policies.admission": admission,
-            "policies.preemption": preemption,
-            "policies.eviction": eviction,
-            "policies.router": router,
-        },
-        settings,
+        context,
+        target="sim",
+        cost__model=model,
+        cost__device=device,
+        cost__calibration=None if calibration is None else str(calibration),
+        cost__kind=None if calibration is None else "fitted",
     )
     _simulate(specification, out or default_folder(specification, "sim"), overwrite, check)
 

@@ -168,8 +168,10 @@ def test_requests_that_can_never_be_served_are_said_and_the_others_are_served(
 
 @pytest.mark.parametrize("command", ["run", "simulate"])
 def test_ctrl_c_leaves_a_readable_record_and_no_process_behind(command: str) -> None:
+    sizes = ["--set", "workload.prompt_tokens=20", "--set", "workload.output_tokens=100"]
     long = {
-        "run": ["run", "-w", "chat", "-n", "2000", "--rate", "20", *TINY],
+        # Longer than the pauses between them, so that some are always being served.
+        "run": ["run", "-w", "fixed", "-n", "5000", "--rate", "50", *TINY[:-2], *sizes],
         "simulate": ["simulate", "-w", "chat", "-n", "200000", "--rate", "8"],
     }
     process = subprocess.Popen(
