@@ -208,10 +208,10 @@ class ControlPlane:
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
                 state.pool.register(block, request._keys[depth], depth, report.end_ns)
                 request._num_registered = max(request._num_registered, depth + 1)
-        # Without those that were cancelled while the step was in flight; and in the order of their ids, whatever order
-        # a panel found them in, since it decides which blocks are idle longest.
+        # Without those that were cancelled while the step was in flight; and in order of arrival, whatever order a
+        # panel found them in, since it decides which blocks are idle longest.
         alive = [finished for finished in report.finished if finished[0].id in state.requests]
-        report.finished[:] = sorted(alive, key=lambda finished: finished[0].id)
+        report.finished[:] = sorted(alive, key=lambda finished: finished[0].key)
         for request, end, num_output_tokens in report.finished:
             self._end(request, end, num_output_tokens, report.end_ns)
         self.stack.scheduler.on_report(report)

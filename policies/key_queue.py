@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from policies.plan import Report
 from policies.request import Request
 
-
 Entry = tuple[float, int, int, Request]
 
 

@@ -271,7 +271,7 @@ class Engine:
 
     def _drive(self) -> None:
         loop = step_loop(self._plane, self.limits.lag)
-        launched: dict[int, tuple[Launched, int]] = {}
+        launched: dict[int, Launched] = {}
         action: Action | None = next(loop)
         while action is not None:
             answer: int | Report | None = None
@@ -280,7 +280,7 @@ class Engine:
             elif isinstance(action, Launch):
                 self._launch(action.step, launched)
             elif isinstance(action, Collect):
-                answer = self._collect(action.step, *launched.pop(action.step.index))
+                answer = self._collect(launched.pop(action.step.index))
             elif isinstance(action, Idle):
                 self._sleep(action.wake_at)
             action = send(loop, answer)
@@ -290,7 +290,7 @@ class Engine:
         with self._inbox:
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
-        now = self.now()
+            now = self.now()  # what is stamped later comes before a later step
         for sequence in submitted:
             keys = sequence.new_keys(self.limits.block_size) if self.limits.prefix_caching else ()
             self._sequences[sequence.request.id] = sequence
@@ -304,13 +304,12 @@ class Engine:
                 self._plane.cancel(request_id, now, live.num_output_tokens)
         return now
 
-    def _launch(self, step: Step, launched: dict[int, tuple[Launched, int]]) -> None:
+    def _launch(self, step: Step, launched: dict[int, Launched]) -> None:
         for request, reason in step.dropped:
             self._finish(self._sequences[request.id], "dropped", reason)
-        launch_ns = self.now()
         started = self._runner.launch(step, self._sequences.__getitem__)
         if started is not None:
-            launched[step.index] = (started, launch_ns)
+            launched[step.index] = started
 
     def _sleep(self, wake_at: int | None) -> None:
         if wake_at is None and self._plane.num_live:
@@ -321,9 +320,10 @@ class Engine:
         with self._inbox:
             self._inbox.wait_for(lambda: self._submitted or self._cancelled or self._closing, timeout)
 
-    def _collect(self, step: Step, launched: Launched, launch_ns: int) -> Report:
+    def _collect(self, launched: Launched) -> Report:
         result = self._runner.collect(launched)
-        report = Report(step, launch_ns, self.now(), result.device_ns)
+        times = (launched.launched_at - self._start, result.known_at - self._start)
+        report = Report(launched.step, *times, result.device_ns)
         for row, request in enumerate(result.requests):
             sequence = self._sequences.get(request.id)
             if sequence is not None:  # else it ended while this step was in flight

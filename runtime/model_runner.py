@@ -53,12 +53,18 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Sampled token ids, in the order of `requests`; the device was busy for `device_ns`. All on the host."""
+    """Sampled token ids, in the order of `requests`, on the host.
+
+    `device_ns`: from when the device could begin (the launch, or the end of the step before) until the result was
+    there. The hand-over to the device and back is in it, so that in a simulation with these times nothing is missing.
+    `known_at`: when the host knew (`monotonic_ns`): at once where it was waiting, else when it came to ask.
+    """
 
     requests: list[Request]
     token_ids: list[int]
     logprobs: Logprobs | None
     device_ns: int
+    known_at: int
 
     def logprobs_of(self, row: int, wanted: int | None) -> tuple[TokenLogprobs, ...]:
         """Of one row, with its `wanted` most probable tokens (-1: all): the table is as wide as the widest row's."""
@@ -73,10 +79,11 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A step on its way."""
+    """A step on its way. The result has the time (`monotonic_ns`) at which it was there."""
 
     step: Step
     requests: list[Request]
+    launched_at: int
     result: Future[tuple[Tensor, Logprobs | None, int]]
 
 
@@ -126,6 +133,7 @@ class ModelRunner:
         # What the device does not know yet. It waits here where a step gives a request a slot and runs nothing.
         self._arrived: list[Arrived] = []
         self._grown: list[Request] = []
+        self._last_end = 0  # when the last collected step ended
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model-runner")
 
     def close(self) -> None:
@@ -160,7 +168,7 @@ class ModelRunner:
         if not step.runs:
             return None
         inputs, requests = self._prepare(step)
-        return Launched(step, requests, self._thread.submit(self._run, inputs))
+        return Launched(step, requests, time.monotonic_ns(), self._thread.submit(self._run, inputs))
 
     def _leave_group(self, request: Request) -> None:
         if self._group.pop(request.id, None) is not None:
@@ -229,7 +237,6 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _run(self, inputs: StepInputs) -> tuple[Tensor, Logprobs | None, int]:
-        started = time.perf_counter_ns()
         for new in inputs.arrived:
             self._take_in(new)
         if inputs.new_blocks.size:
@@ -243,7 +250,7 @@ class ModelRunner:
             logprobs = Logprobs(
                 logprobs.row_numbers, logprobs.sampled.cpu(), logprobs.top_ids.cpu(), logprobs.top.cpu()
             )
-        return token_ids.cpu(), logprobs, time.perf_counter_ns() - started
+        return token_ids.cpu(), logprobs, time.monotonic_ns()  # the copy waits for the device
 
     def _take_in(self, new: Arrived) -> None:
         ids, sequence = new.token_ids, new.sequence
@@ -293,5 +300,11 @@ class ModelRunner:
 
     def collect(self, launched: Launched) -> StepResult:
         """Wait for a step's sampled tokens. Raises what went wrong on the device."""
-        token_ids, logprobs, device_ns = launched.result.result()
-        return StepResult(launched.requests, token_ids.tolist(), logprobs, device_ns)
+        waiting = not launched.result.done()
+        token_ids, logprobs, ended_at = launched.result.result()
+        known_at = time.monotonic_ns()
+        if waiting:
+            ended_at = known_at  # being woken takes its time too
+        device_ns = ended_at - max(launched.launched_at, self._last_end)
+        self._last_end = ended_at
+        return StepResult(launched.requests, token_ids.tolist(), logprobs, device_ns, known_at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,7 +77,48 @@ def test_a_preempted_request_with_nothing_left_to_compute_is_no_decode_that_went
     assert decodes[2].num_output_tokens == 1
 
 
-@settings(max_examples=200, deadline=None)
+def test_who_was_preempted_waits_until_the_step_that_still_computes_for_it_is_in() -> None:
+    desk = Desk(Limits(20, 4, 4, 32, 80, prefix_caching=False, lag=1))
+    request = desk.submit(6)
+    first = desk.plan(Plan(chunks=[(request, 6)]))
+    other = desk.submit(4)
+    desk.plan(Plan(preempt=[(request, Mode.RECOMPUTE)], chunks=[(other, 4)]))
+    draft = desk.plane.view.draft()
+    assert not draft.admit(request)
+    assert draft.plan.blocked == [(request, "in flight")]
+    desk.report(first)
+    assert desk.view_admits(request)
+
+
+def test_what_a_plan_had_given_a_victim_goes_back_to_its_budgets() -> None:
+    desk = Desk(Limits(20, 4, 4, 32, 80, prefix_caching=False))
+    decode, prefill = desk.submit(4), desk.submit(28)
+    desk.run(Plan(chunks=[(decode, 4), (prefill, 8)]))
+    draft = desk.plane.view.draft()
+    draft.run(decode, 1)
+    draft.run(prefill, 20)
+    assert (draft.tokens_left, draft.blocks_left, draft.seqs_left) == (11, 17 - 1 - 5, 2)
+    draft.preempt(prefill, Mode.RECOMPUTE)
+    assert (draft.tokens_left, draft.blocks_left, draft.seqs_left) == (31, 17 - 1 + 2, 3)
+    draft.preempt(decode, Mode.KEEP)
+    assert (draft.tokens_left, draft.blocks_left, draft.seqs_left) == (32, 17 + 2, 4)
+    assert (draft.plan.chunks, draft.plan.decodes, draft.num_tokens) == ([], [], 0)
+
+
+@pytest.mark.parametrize(
+    ("spent", "reason"),
+    [("seqs_left", "slots"), ("tokens_left", "token budget"), ("blocks_left", "no blocks")],
+)
+def test_a_request_passed_over_is_on_record_with_the_reason(spent: str, reason: str) -> None:
+    desk = Desk(Limits(20, 4, 4, 32, 80, prefix_caching=False))
+    request = desk.submit(6)
+    draft = desk.plane.view.draft()
+    setattr(draft, spent, 0)
+    assert not draft.admit(request)
+    assert draft.plan.blocked == [(request, reason)]
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_whatever_is_drafted_is_enacted(data: st.DataObject) -> None:
     """Preempt, pause, resume, run and admit at random, with shared prefixes, in one draft a step: no refusals."""

@@ -1,4 +1,4 @@
-"""What the control plane does with a plan that cannot be carried out: it refuses the item, says why, touches nothing else."""
+"""A plan that cannot be carried out: the control plane refuses the item, says why, and touches nothing else."""
 
 from __future__ import annotations
 
@@ -68,6 +68,11 @@ def preempt(name: str, mode: Mode) -> Callable[[Plan, Scene], None]:
     return lambda plan, scene: plan.preempt.append((getattr(scene, name), mode))
 
 
+def half_a_bundle(plan: Plan, scene: Scene) -> None:
+    plan.chunks.append((scene.waiting, 4))
+    plan.bundles.append(frozenset({scene.waiting.id, 99}))
+
+
 BAD_ITEMS: dict[str, tuple[Callable[[Plan, Scene], None], str, str]] = {
     "chunk_of_an_ended_request": (chunk("ended", 1), "ended", "not a live request"),
     "chunk_of_a_paused_request": (chunk("paused", 1), "paused", "paused and not resumed"),
@@ -87,11 +92,7 @@ BAD_ITEMS: dict[str, tuple[Callable[[Plan, Scene], None], str, str]] = {
     "fetching_without_a_tier": (lambda p, s: p.fetch.append((s.waiting, "host")), "waiting", "no tier to fetch from"),
     "dropping_who_ended": (lambda p, s: p.drop.append((s.ended, "late")), "ended", "not a live request"),
     "pinning_who_ended": (lambda p, s: p.pin.append((s.ended, FOREVER)), "ended", "holds no blocks any more"),
-    "half_a_bundle": (
-        lambda p, s: (p.chunks.append((s.waiting, 4)), p.bundles.append(frozenset({s.waiting.id, 99}))),  # type: ignore[dict-item,misc]
-        "waiting",
-        "its bundle does not fit",
-    ),
+    "half_a_bundle": (half_a_bundle, "waiting", "its bundle does not fit"),
 }
 
 
@@ -552,7 +553,7 @@ def test_a_policy_that_answers_no_plan_is_told_so() -> None:
     desk = Desk(LIMITS)
     desk.scheduler.answer = lambda view, now: None  # type: ignore[assignment,return-value]
     desk.scheduler.plan = lambda view, now: None  # type: ignore[assignment,method-assign,return-value]
-    with pytest.raises(TypeError, match="ByHand.plan answered None; it must return a Plan"):
+    with pytest.raises(TypeError, match=r"ByHand\.plan answered None; it must return a Plan"):
         desk.plane.plan(0)
 
 

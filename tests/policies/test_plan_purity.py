@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.control_plane import RequestRefused
+from policies.plan import Plan
 from policies.prefix import block_keys
 from policies.replica_state import Limits
+from policies.request import Request
 from policies.stack import StackSpec
+from tests.policies.byhand import Desk
 from tests.policies.decisions import Decision, decisions, outcomes
 from tests.policies.harness import Drive, Job
 
@@ -89,7 +92,7 @@ LIMITS = st.builds(
 STACKS = st.builds(StackSpec, st.sampled_from(SCHEDULERS), st.sampled_from(QUEUES), st.sampled_from(ADMISSIONS))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(LIMITS, jobs(), STACKS, st.data())
 def test_other_ids_and_another_order_of_submission_change_no_decision(
     limits: Limits, work: list[StampedJob], stack: StackSpec, data: st.DataObject
@@ -103,6 +106,25 @@ def test_other_ids_and_another_order_of_submission_change_no_decision(
         assert a == b
     fates = sorted((names[row[0]], *row[1:]) for row in outcomes(plain))  # type: ignore[call-overload]
     assert fates == outcomes(other)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("found", [[0, 1], [1, 0]])
+def test_of_requests_that_end_together_the_first_to_arrive_gives_its_blocks_up_first(
+    swap: bool, found: list[int]
+) -> None:
+    """Whatever their ids are and whichever the panel found first: it decides whose blocks are evicted first."""
+    desk = Desk(Limits(4, 4, 4, 32, 16))
+    chains = [tuple(block_keys([i] * 8, 4)) for i in (0, 1)]
+    requests = [Request(1 - i if swap else i, i, 8, 4) for i in (0, 1)]
+    desk.now = 5
+    for request, keys in zip(requests, chains, strict=True):
+        desk.plane.submit(request, desk.now, keys)
+    desk.run(Plan(chunks=[(r, 8) for r in requests]), *(requests[i] for i in found))
+    late = Request(2, 10, 8, 4)
+    desk.plane.submit(late, desk.now)
+    desk.run(Plan(chunks=[(late, 8)]))
+    assert [desk.plane.match(keys) for keys in chains] == [0, 2]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

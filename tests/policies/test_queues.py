@@ -22,11 +22,11 @@ KEYS = {
 ORACLE = {i: 1000 - i % 3 for i in range(1000)}
 
 REQUESTS = st.builds(
-    lambda arrival, cap, priority, declared: (arrival, cap, priority, {} if declared is None else {"output_tokens": declared}),
+    lambda *fixed, declared: (*fixed, {} if declared is None else {"output_tokens": declared}),
     st.integers(0, 5),
     st.integers(1, 6),
     st.integers(-2, 2),
-    st.one_of(st.none(), st.floats(0, 6)),
+    declared=st.one_of(st.none(), st.floats(0, 6)),
 )  # fmt: skip
 
 

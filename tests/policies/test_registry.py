@@ -74,7 +74,7 @@ def test_every_built_in_policy_plays_its_role_and_says_what_it_does(role: str) -
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(PolicyError, match=r"there is no scheduler 'sarati'; did you mean 'sarathi'\?.*mixed"):
         make("scheduler", "sarati", queue=None)
-    with pytest.raises(PolicyError, match="there is no queue 'zzz'; known: .*fcfs.*package.module:Class"):
+    with pytest.raises(PolicyError, match=r"there is no queue 'zzz'; known: .*fcfs.*package\.module:Class"):
         make("queue", "zzz")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -45,7 +46,7 @@ def test_round_robin_goes_on_when_a_replica_comes_or_goes() -> None:
     router = registry.make("router", "round_robin")
     chosen = [router.route(Request(i, i, 4, 4), [], replicas([0] * (3 if i < 3 else 2)), i).replica for i in range(7)]
     assert set(chosen[3:]) == {0, 1}
-    assert all(a != b for a, b in zip(chosen[3:], chosen[4:], strict=False))
+    assert all(a != b for a, b in pairwise(chosen[3:]))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -56,7 +57,7 @@ def compare(limits: Limits, work: list[Job], gate: tuple[str, str, float], order
     return assert_same_run(limits, work, StackSpec(fast, order, admission), StackSpec(reference, order, admission))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(LIMITS, jobs(), GATES, ORDERS, st.sampled_from([0, 1, 5, 16]))
 def test_mixed_decides_like_vllm_v1_written_down_plainly(
     limits: Limits, work: list[Job], gate: tuple[str, str, float], order: str, threshold: int
@@ -65,7 +66,7 @@ def test_mixed_decides_like_vllm_v1_written_down_plainly(
     compare(limits, work, gate, order, fast, f"ReferenceMixed,threshold={threshold}")
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(LIMITS, jobs(), GATES, ORDERS, st.sampled_from([1, 4, 12, 64]))
 def test_sarathi_decides_like_its_algorithm_written_down_plainly(
     limits: Limits, work: list[Job], gate: tuple[str, str, float], order: str, chunk_size: int
@@ -73,7 +74,7 @@ def test_sarathi_decides_like_its_algorithm_written_down_plainly(
     compare(limits, work, gate, order, f"sarathi,chunk_size={chunk_size}", f"ReferenceSarathi,chunk_size={chunk_size}")
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(LIMITS, jobs(), GATES, ORDERS)
 def test_prefill_first_decides_like_vllm_v0_written_down_plainly(
     limits: Limits, work: list[Job], gate: tuple[str, str, float], order: str
@@ -81,7 +82,7 @@ def test_prefill_first_decides_like_vllm_v0_written_down_plainly(
     compare(limits, work, gate, order, "prefill_first", "ReferencePrefillFirst")
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(LIMITS, jobs(), GATES, ORDERS, st.sampled_from([1, 3, 8]), st.sampled_from([0, 0.004]))
 def test_static_decides_like_faster_transformer_written_down_plainly(
     limits: Limits, work: list[Job], gate: tuple[str, str, float], order: str, size: int, timeout_ms: float
@@ -217,7 +218,7 @@ def test_under_prefill_first_a_burst_of_prompts_stalls_the_decodes_and_under_sar
     for scheduler in ("prefill_first", "sarathi,chunk_size=16"):
         drive = Drive(limits, StackSpec(scheduler), work)
         ran = [made.step for made in decisions(drive) if 0 in made.tokens]
-        gaps[scheduler] = max(b - a for a, b in zip(ran, ran[1:], strict=False))
+        gaps[scheduler] = max(b - a for a, b in pairwise(ran))
     assert gaps == {"prefill_first": 6, "sarathi,chunk_size=16": 1}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import transformers
 
 from policies.contract import Scheduler
 from policies.records import DECISIONS, REQUESTS, STEPS
@@ -37,6 +38,29 @@ def _sharp_tiny() -> LoadedModel:
 def tiny(tokenizer: Tokenizer | None = None) -> LoadedModel:
     """A random model of 512 tokens with sharp logits; `tokenizer` may be any whose first 512 ids are tokens."""
     return replace(_sharp_tiny(), tokenizer=tokenizer)
+
+
+def transformers_model(loaded: LoadedModel) -> Any:
+    """transformers' own Llama on the weights we run; that we read them right is tested beside the model."""
+    config = loaded.config
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.max_model_len,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+    ).eval()
+    left = theirs.load_state_dict(dict(loaded.model.weight_slots()), strict=False)
+    assert not left.unexpected_keys
+    assert left.missing_keys == ["lm_head.weight"]  # tied to the embedding
+    return theirs
 
 
 @dataclass
@@ -128,3 +152,12 @@ class Listener:
         with self._changed:
             assert self._changed.wait_for(lambda: self.ended, PATIENCE), "the request never ended"
         return self.outputs[-1]
+
+
+def submit_together(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[Listener]:
+    """Hand in all prompts before the engine's next plan: what happens then does not hang on the threads' timing."""
+    listeners = [Listener() for _ in prompts]
+    with engine._inbox:
+        for prompt, listener in zip(prompts, listeners, strict=True):
+            engine.submit(prompt, params, listener)
+    return listeners

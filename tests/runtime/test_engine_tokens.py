@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from policies.contract import View
 from policies.plan import Mode, Plan, Report
 from policies.request import Request, State
 from runtime.engine import Details
 from runtime.weights import LoadedModel
-from tests.runtime.serving import Rows, greedy, serve, tiny, tokens_of
+from tests.runtime.serving import Rows, greedy, serve, tiny, tokens_of, transformers_model
 
 TOKENS = 64
 SCHEDULERS = ("mixed", "sarathi,chunk_size=40", "prefill_first", "static,max_batch_size=8")
@@ -46,26 +44,20 @@ def reference(smollm2: LoadedModel, token_prompts: list[list[int]], together: li
     """Tokens that are transformers' own greedy ones.
 
     If each token is transformers' choice after the ones before it, then by induction all are what it would generate.
-    One forward pass a prompt shows that, where generating takes one a token.
+    One forward pass shows that for a whole prompt, where generating takes one a token.
     """
-    model = _transformers_model(smollm2)
-    for prompt, output in zip(token_prompts, together, strict=True):
+    model = transformers_model(smollm2)
+    sequences = [[*prompt, *output] for prompt, output in zip(token_prompts, together, strict=True)]
+    for group in (range(start, start + 5) for start in range(0, 20, 5)):
+        length = max(len(sequences[i]) for i in group)
+        padded = torch.tensor([sequences[i] + [0] * (length - len(sequences[i])) for i in group])
         with torch.inference_mode():
-            logits = model(torch.tensor([[*prompt, *output]]), logits_to_keep=TOKENS + 1).logits[0]
-        assert tuple(logits[:-1].argmax(-1).tolist()) == output
+            hidden = model.model(padded).last_hidden_state  # causal: what follows a sequence does not touch it
+            for row, i in enumerate(group):
+                before = len(token_prompts[i]) - 1
+                chosen = model.lm_head(hidden[row, before : before + TOKENS]).argmax(-1)
+                assert tuple(chosen.tolist()) == together[i]
     return together
-
-
-def _transformers_model(loaded: LoadedModel) -> Any:
-    path = loaded.source_path
-    assert path is not None
-    if path.is_dir():
-        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    shape = load_gguf_checkpoint(str(path))["config"]
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
-    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    model.load_state_dict(tensors, strict=False)
-    return model
 
 
 def test_tokens_of_a_batch_equal_those_of_transformers(reference: list[Tokens]) -> None:
@@ -76,7 +68,7 @@ def test_tokens_of_a_prompt_alone_equal_those_in_a_batch(
     smollm2: LoadedModel, token_prompts: list[list[int]], reference: list[Tokens]
 ) -> None:
     with serve(smollm2, lag=1) as engine:
-        for i in (0, 7, 13):
+        for i in (0, 13):
             assert tokens_of(engine.generate([token_prompts[i]], greedy(TOKENS))) == [reference[i]]
 
 
@@ -84,7 +76,7 @@ def test_tokens_survive_small_chunks_one_step_late(
     smollm2: LoadedModel, token_prompts: list[list[int]], reference: list[Tokens]
 ) -> None:
     with serve(smollm2, "sarathi,chunk_size=40", lag=1, max_num_batched_tokens=64, prefix_caching=False) as engine:
-        assert tokens_of(engine.generate(token_prompts, greedy(TOKENS))) == reference
+        assert tokens_of(engine.generate(token_prompts[::2], greedy(TOKENS))) == reference[::2]
 
 
 @pytest.mark.parametrize(("scheduler", "lag"), [("mixed", 1), ("prefill_first", 0)])
@@ -92,22 +84,22 @@ def test_tokens_survive_preemption(
     smollm2: LoadedModel, token_prompts: list[list[int]], reference: list[Tokens], scheduler: str, lag: int
 ) -> None:
     rows = Rows()
-    with serve(smollm2, scheduler, recorder=rows, num_blocks=70, lag=lag, max_num_batched_tokens=256) as engine:
-        assert tokens_of(engine.generate(token_prompts, greedy(TOKENS))) == reference
+    with serve(smollm2, scheduler, recorder=rows, num_blocks=40, lag=lag, max_num_batched_tokens=256) as engine:
+        assert tokens_of(engine.generate(token_prompts[1::2], greedy(TOKENS))) == reference[1::2]
     assert rows.num_preemptions > 0
 
 
 def test_tokens_survive_prefix_hits(
     smollm2: LoadedModel, token_prompts: list[list[int]], reference: list[Tokens]
 ) -> None:
-    chosen = [0, 5, 12, 13, 14, 15]
+    chosen = [0, 12, 13, 14, 15]
     asked = [token_prompts[i] for i in chosen]
     with serve(smollm2, lag=1, max_num_batched_tokens=48) as engine:
         first = engine.generate(asked, greedy(TOKENS))
         again = engine.generate(asked, greedy(TOKENS))
     assert tokens_of(first) == tokens_of(again) == [reference[i] for i in chosen]
     # The second of those that begin alike found what the first had computed, and the second time round all did.
-    assert any(c.num_cached_tokens > 0 for (c,) in first[3:])
+    assert any(c.num_cached_tokens > 0 for (c,) in first[2:])
     assert all(c.num_cached_tokens >= (c.num_prompt_tokens - 1) // 16 * 16 for (c,) in again)
 
 
@@ -121,7 +113,7 @@ def test_tokens_do_not_depend_on_the_policy(
     reference: list[Tokens],
     scheduler: str,
     lag: int,
-    limits: dict[str, int],
+    limits: dict[str, Any],
 ) -> None:
     with serve(smollm2, scheduler, lag=lag, **limits) as engine:
         assert tokens_of(engine.generate(token_prompts, greedy(TOKENS))) == reference
@@ -148,15 +140,18 @@ def tiny_alone() -> list[Tokens]:
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("caching", [False, True], ids=["uncached", "cached"])
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-@pytest.mark.parametrize("tokens", [9, 256], ids=["small steps", "large steps"])
+@pytest.mark.parametrize(("block_size", "tokens"), [(1, 256), (4, 9), (16, 64)])
 def test_a_small_models_tokens_do_not_depend_on_the_policy(
     tiny_alone: list[Tokens], scheduler: str, lag: int, caching: bool, block_size: int, tokens: int
 ) -> None:
     rows = Rows()
-    limits = {"block_size": block_size, "num_blocks": 320 // block_size, "max_num_batched_tokens": tokens}
+    limits: dict[str, Any] = {
+        "block_size": block_size,
+        "num_blocks": 320 // block_size,
+        "max_num_batched_tokens": tokens,
+    }
     with serve(tiny(), scheduler, recorder=rows, prefix_caching=caching, lag=lag, max_num_seqs=7, **limits) as engine:
-        for _ in range(2):
+        for _ in range(1 + caching):
             assert tokens_of(engine.generate(_random_prompts(1), greedy(40))) == tiny_alone
     if scheduler in ("mixed", "prefill_first"):
         assert rows.num_preemptions > 0

@@ -1,0 +1,322 @@
+"""How long a policy takes to plan a step: `python -m benchmarks.plan_time [--json PATH] [--quick]`.
+
+256 requests run while 1,000, 10,000 or 100,000 wait. Three kinds of step are timed, under every scheduler and queue,
+and under every admission rule with the default of both:
+
+decode   nothing changes: everybody who runs decodes, nobody can be admitted
+admit    requests have ended, and waiting ones take their places
+preempt  blocks are missing, and somebody gives up his
+
+Two times are taken of each: all of `ControlPlane.plan` (the policy, and carrying out what it says), and the policy's
+own `Scheduler.plan`. They are times of this thread on the processor, so that other work on the machine counts little.
+The reference in the same process is a scheduler that sorts its list of waiting requests in every step and is otherwise
+`mixed`. The target is less than a millisecond with 100,000 waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from policies import registry
+from policies.contract import Scheduler, View
+from policies.control_plane import ControlPlane
+from policies.plan import Plan, Report, Step
+from policies.replica_state import Limits
+from policies.request import Request, State
+from policies.stack import PolicyStack, StackSpec
+
+RUNNING = 256
+BLOCK_SIZE = 16
+BUDGET = 2048
+WAITING = (1_000, 10_000, 100_000)
+TARGET_US = 1_000.0
+STEP_NS = 10_000_000
+MOST_STEPS = 1_000
+MOST_SECONDS = 4.0  # for the steps of one case
+KNOBS = {"static": f"static,max_batch_size={RUNNING}", "sarathi": f"sarathi,chunk_size={BUDGET}"}
+NAIVE = "sort every step"
+NAIVE_KEYS: dict[str, Callable[[Request], float]] = {
+    "fcfs": lambda r: 0.0,
+    "priority": lambda r: r.priority,
+    "sjf": lambda r: r.hints["output_tokens"],
+}
+
+
+class SortEveryStep:
+    """`mixed` with a waiting list that is sorted in every step: what an indexed queue saves."""
+
+    def __init__(self, key: Callable[[Request], float]) -> None:
+        self._key = key
+        self._waiting: list[Request] = []
+
+    def add(self, request: Request, now: int) -> None:
+        self._waiting.append(request)
+
+    def remove(self, request: Request, now: int) -> None:
+        self._waiting.remove(request)
+
+    def on_report(self, report: Report) -> None:
+        """The order does not depend on it."""
+
+    def plan(self, view: View, now: int) -> Plan:
+        self._waiting.sort(key=lambda request: (self._key(request), *request.key))
+        draft = view.draft()
+        if not draft.run_everyone():
+            for request in list(view.running.values()):
+                tokens = min(request.num_pending_tokens, draft.tokens_left)
+                if request.id not in draft.preempted and tokens and draft.make_room(request, tokens, now):
+                    draft.run(request, tokens)
+        taken = 0
+        while not draft.preempted and taken < len(self._waiting) and draft.admit(self._waiting[taken]):
+            taken += 1
+        del self._waiting[:taken]
+        return draft.finish()
+
+
+class Timed:
+    """A scheduler whose `plan` is timed. Everything else is the scheduler's own."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.add, self.remove, self.on_report = scheduler.add, scheduler.remove, scheduler.on_report
+        self.last_ns = 0
+
+    def plan(self, view: View, now: int) -> Plan:
+        start = time.thread_time_ns()
+        plan = self._scheduler.plan(view, now)
+        self.last_ns = time.thread_time_ns() - start
+        return plan
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of step, and the load in which it comes up: memory, and the span of output lengths."""
+
+    name: str
+    num_blocks: int
+    shortest: int
+    longest: int
+
+    def shows(self, step: Step) -> bool:
+        """Whether the step is of this kind."""
+        full = step.num_decodes >= RUNNING // 2
+        return {
+            "decode": not step.chunks and not step.preempted and full,
+            "admit": bool(step.admitted) and not step.preempted,
+            "preempt": bool(step.preempted),
+        }[self.name]
+
+
+KINDS = (
+    Kind("decode", 40_000, 2_000, 2_000),
+    Kind("admit", 40_000, 16, 48),
+    Kind("preempt", 1_300, 16, 48),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Times of one kind of step under one stack, in microseconds."""
+
+    scheduler: str
+    queue: str
+    admission: str
+    kind: str
+    waiting: int
+    steps: int
+    plan_us_median: float
+    plan_us_p99: float
+    scheduler_us_median: float
+    scheduler_us_p99: float
+    admitted_mean: float
+    preempted_mean: float
+
+
+class Load:
+    """A replica with `waiting` requests behind those that run; each end is followed by an arrival."""
+
+    def __init__(self, kind: Kind, scheduler: str, queue: str, waiting: int, admission: str) -> None:
+        self._kind = kind
+        limits = Limits(kind.num_blocks, BLOCK_SIZE, RUNNING, BUDGET, 4096, prefix_caching=False)
+        stack = StackSpec("mixed", queue, admission).build(block_size=BLOCK_SIZE)
+        if scheduler == NAIVE:
+            inner: Scheduler = SortEveryStep(NAIVE_KEYS[queue])
+        else:
+            inner = StackSpec(KNOBS.get(scheduler, scheduler), queue).build(block_size=BLOCK_SIZE).scheduler
+        self.timed = Timed(inner)
+        stack = PolicyStack(self.timed, stack.admission, stack.preemption, stack.eviction)
+        self.plane = ControlPlane(limits, stack)
+        self.now = 0
+        self._next_id = 0
+        for _ in range(waiting + RUNNING):
+            self._submit()
+
+    def _submit(self) -> None:
+        i, kind = self._next_id, self._kind
+        self._next_id += 1
+        scattered = i * 7919  # lengths and classes that follow no order of arrival, the same in every run
+        length = kind.shortest + scattered % (kind.longest - kind.shortest + 1)
+        request = Request(i, self.now, 64, length, priority=scattered % 5, hints={"output_tokens": float(length)})
+        self.plane.submit(request, self.now)
+
+    def step(self) -> tuple[Step, int]:
+        """Plan, run and report one step. Returns it with the time that planning took."""
+        start = time.thread_time_ns()
+        step = self.plane.plan(self.now)
+        taken = time.thread_time_ns() - start
+        self.now += STEP_NS
+        sampled = [*step.capped, *step.decodes, *(c.request for c in step.chunks if c.samples)]
+        ended = [(r, State.LENGTH, r.max_tokens) for r in sampled if r.num_output_tokens >= r.max_tokens]
+        if step.runs:
+            self.plane.report(Report(step, self.now - STEP_NS, self.now, STEP_NS, ended))
+        for _ in ended:
+            self._submit()
+        return step, taken
+
+
+def measure(kind: Kind, scheduler: str, queue: str, admission: str, waiting: int, samples: int) -> Row | None:
+    """Times of steps of this kind, or None where the scheduler has none."""
+    load = Load(kind, scheduler, queue, waiting, admission)
+    while load.plane.num_running < RUNNING // 2:
+        load.step()
+    for _ in range(5):
+        load.step()
+    gc.collect()
+    plans, schedules, admitted, preempted = [], [], [], []
+    give_up_at = time.perf_counter() + MOST_SECONDS
+    for _ in range(MOST_STEPS):
+        if time.perf_counter() > give_up_at:
+            break
+        step, taken = load.step()
+        if kind.shows(step):
+            plans.append(taken / 1e3)
+            schedules.append(load.timed.last_ns / 1e3)
+            admitted.append(len(step.admitted))
+            preempted.append(len(step.preempted))
+            if len(plans) == samples:
+                break
+    if not plans:
+        return None
+    return Row(
+        scheduler=scheduler,
+        queue=queue,
+        admission=admission,
+        kind=kind.name,
+        waiting=waiting,
+        steps=len(plans),
+        plan_us_median=round(statistics.median(plans), 1),
+        plan_us_p99=round(sorted(plans)[int(0.99 * (len(plans) - 1))], 1),
+        scheduler_us_median=round(statistics.median(schedules), 1),
+        scheduler_us_p99=round(sorted(schedules)[int(0.99 * (len(plans) - 1))], 1),
+        admitted_mean=round(statistics.mean(admitted), 2),
+        preempted_mean=round(statistics.mean(preempted), 2),
+    )
+
+
+def measure_all(samples: int, console: Console) -> list[Row]:
+    """Every scheduler and queue, and the naive reference with fewer samples, as it is slow."""
+    default = StackSpec()
+    stacks = [
+        (scheduler, queue, default.admission)
+        for scheduler in (*registry.names("scheduler"), NAIVE)
+        for queue in registry.names("queue")
+        if scheduler != NAIVE or queue in NAIVE_KEYS
+    ]
+    others = [name for name in registry.names("admission") if name != default.admission]
+    stacks += [(default.scheduler, default.queue, admission) for admission in others]
+    cases = [(kind, *stack, waiting) for stack in stacks for kind in KINDS for waiting in WAITING]
+    rows = []
+    for kind, scheduler, queue, admission, waiting in track(cases, "timing", console=console, transient=True):
+        wanted = samples if scheduler != NAIVE else samples // 4
+        rows.append(measure(kind, scheduler, queue, admission, waiting, wanted))
+    return [row for row in rows if row is not None]
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """One table for each kind of step."""
+    at = {(row.scheduler, row.queue, row.admission, row.kind, row.waiting): row for row in rows}
+    few, many = WAITING[0], WAITING[-1]
+    for kind in KINDS:
+        table = Table(title=f"{kind.name}: median microseconds a plan, {RUNNING} running")
+        for title in ("scheduler", "queue", "admission"):
+            table.add_column(title, no_wrap=True)
+        titles = [*(f"{n // 1000}k waiting" for n in WAITING), "its p99", "policy", "growth", "naive/this"]
+        for title in titles:
+            table.add_column(title, justify="right")
+        for last in rows:
+            if last.kind != kind.name or last.waiting != many:
+                continue
+            key = (last.scheduler, last.queue, last.admission, last.kind)
+            cells = [at.get((*key, n)) for n in WAITING]
+            first, naive = at.get((*key, few)), at.get((NAIVE, *key[1:], many))
+            table.add_row(
+                *key[:3],
+                *(f"{row.plan_us_median:,.0f}" if row else "" for row in cells),
+                f"{last.plan_us_p99:,.0f}",
+                f"{last.scheduler_us_median:,.0f}",
+                f"{last.plan_us_median / first.plan_us_median:.2f}x" if first else "",
+                f"{naive.plan_us_median / last.plan_us_median:,.0f}x" if naive else "",
+                style="red" if last.plan_us_median > TARGET_US and last.scheduler != NAIVE else None,
+            )
+        console.print(table)
+    own = [row for row in rows if row.scheduler != NAIVE and row.waiting == many]
+    slow = [row for row in own if row.plan_us_median > TARGET_US]
+    worst = max(own, key=lambda row: row.plan_us_median)
+    console.print(
+        f"{len(own) - len(slow)} of {len(own)} within {TARGET_US:,.0f} microseconds with {many:,} waiting; "
+        f"the slowest is {worst.scheduler}, {worst.queue}, {worst.admission}, {worst.kind}: {worst.plan_us_median:,.0f}"
+    )
+
+
+def cpu_name() -> str:
+    """The processor's model name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="save the figures here")
+    parser.add_argument("--quick", action="store_true", help="20 steps of each kind instead of 100")
+    options = parser.parse_args()
+    console = Console()
+    rows = measure_all(20 if options.quick else 100, console)
+    show(rows, console)
+    if options.json is not None:
+        result = {
+            "benchmark": "plan_time",
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "device": cpu_name(),
+            "python": platform.python_version(),
+            "settings": {
+                "running": RUNNING,
+                "block_size": BLOCK_SIZE,
+                "max_num_batched_tokens": BUDGET,
+                "prompt_tokens": 64,
+                "preemption": "last_admitted",
+            },
+            "rows": [asdict(row) for row in rows],
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        console.print(f"saved to {options.json}")
+
+
+if __name__ == "__main__":
+    main()
