@@ -127,7 +127,11 @@ class Comparison:
         """Whether the runs decided alike, in one line."""
         if not self.decisions_compared:
             return "decisions were not recorded in both runs"
-        return "the decisions are the same in every step" if self.divergence is None else str(self.divergence)
+        if self.divergence is None:
+            return "the decisions are the same in every step"
+        kinds = {self.a.kind, self.b.kind}
+        free = " (as step times differ; at equal times: diptych replay)" if kinds == {"real", "sim"} else ""
+        return f"{self.divergence}{free}"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values: everything but the records themselves."""
