@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from policies.contract import Eviction
+from policies.request import Request
 
 
 @dataclass(slots=True, eq=False)
@@ -21,6 +22,8 @@ class CachedBlock:
     id: int
     key: bytes
     depth: int  # index within its chain: 0 is a prompt's first block
+    parent: bytes | None = None  # key of the block before it in its chain
+    owner: Request | None = None  # who computed it, or hit it last
     references: int = 1
     hits: int = 0
     last_used_ns: int = 0
@@ -77,22 +80,31 @@ class BlockPool:
             found.append(block)
         return found
 
-    def claim(self, blocks: Sequence[CachedBlock], now: int) -> None:
-        """Take a reference to each of these registered blocks: a prefix hit."""
+    def claim(self, blocks: Sequence[CachedBlock], now: int, owner: Request | None = None) -> None:
+        """Take a reference to each of these registered blocks: a prefix hit of `owner`."""
         assert self.eviction is not None
         for block in blocks:
             if block.references == 0:
                 self.num_idle -= 1
             block.references += 1
             block.hits += 1
+            block.owner = owner
             block.last_used_ns = now
             self.eviction.on_hit(block, now)
 
-    def register(self, block_id: int, key: bytes, depth: int, now: int) -> bool:
+    def register(
+        self,
+        block_id: int,
+        key: bytes,
+        depth: int,
+        now: int,
+        parent: bytes | None = None,
+        owner: Request | None = None,
+    ) -> bool:
         """Enter a held, full block in the prefix index. False where the key has a block already."""
         if key in self._index:
             return False
-        block = CachedBlock(block_id, key, depth, last_used_ns=now)
+        block = CachedBlock(block_id, key, depth, parent, owner, last_used_ns=now)
         self._index[key] = block
         self._registered[block_id] = block
         return True

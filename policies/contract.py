@@ -113,7 +113,8 @@ class Scheduler(Protocol):
         ...
 
     def remove(self, request: Request, now: int) -> None:
-        """A waiting request is gone (cancelled)."""
+        """A request is gone without a report that says so: cancelled in whatever state, or ended while it waited after
+        a preemption. It may not be in the queue."""
         ...
 
     def plan(self, view: View, now: int) -> Plan:
@@ -157,7 +158,7 @@ class Admission(Protocol):
         ...
 
     def on_release(self, request: Request) -> None:
-        """It gave its memory back (it ended, or was preempted)."""
+        """It gave its memory back: it was preempted, or has ended (`request.state` says how, with its tokens)."""
         ...
 
 

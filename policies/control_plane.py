@@ -206,8 +206,7 @@ class ControlPlane:
         for request, depth, block in step.filled:
             held = request._blocks
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
-                state.pool.register(block, request._keys[depth], depth, report.end_ns)
-                request._num_registered = max(request._num_registered, depth + 1)
+                state.register(request, depth, report.end_ns)
         # Without those that were cancelled while the step was in flight; and in order of arrival, whatever order a
         # panel found them in, since it decides which blocks are idle longest.
         alive = [finished for finished in report.finished if finished[0].id in state.requests]
@@ -232,9 +231,14 @@ class ControlPlane:
 
     def _end(self, request: Request, end: State, num_output_tokens: int, now: int, error: str = "") -> None:
         state = self._state
-        if request.state in (State.WAITING, State.PAUSED) and end is not State.DROPPED:
-            self.stack.scheduler.remove(request, now)  # a plan that drops a request has taken it off the queue
-        if request.state is State.WAITING:
+        waited = request.state is State.WAITING
+        queued = waited or request.state is State.PAUSED
+        request.state = end
+        request.finish_ns = now
+        # A plan that drops a request has taken it off the queue; what ends while it runs is in the report.
+        if end is State.CANCELLED or (queued and end is not State.DROPPED):
+            self.stack.scheduler.remove(request, now)
+        if waited:
             state.waiting_tokens -= request.num_pending_tokens
             state.pins.pop(request.id, None)
         else:
@@ -245,8 +249,6 @@ class ControlPlane:
             else:
                 state.free(request, now)
         del state.requests[request.id]
-        request.state = end
-        request.finish_ns = now
         self._record_request(request, num_output_tokens, error)
         if self.on_end is not None:
             self.on_end(request)

@@ -86,10 +86,11 @@ class Draft:
         return True
 
     def preempt(self, request: Request, mode: Mode) -> None:
-        """Stop a running request; what this plan had given it goes back to the budgets."""
+        """Stop a running request (or take a paused one's blocks); what this plan had given it goes back."""
         self.plan.preempt.append((request, mode))
-        self.preempted[request.id] = request
-        self.seqs_left += 1
+        if request.state is State.RUNNING:
+            self.preempted[request.id] = request
+            self.seqs_left += 1
         if mode is not Mode.KEEP:
             self.blocks_left += self.view.num_freed_by(request, self._released)
         if request.id in self._given:

@@ -86,7 +86,7 @@ class Enactment:
     def _preempt(self) -> None:
         state = self.state
         for request, mode in self.plan.preempt:
-            if request.id not in state.running:
+            if request.id not in state.running and (mode is Mode.KEEP or request.id not in state.paused):
                 self._refuse(request, "not running")
             elif request.id in self._seen:
                 self._refuse(request, "planned twice")
@@ -193,9 +193,9 @@ class Enactment:
             if request.state is State.WAITING:
                 hit = state.probe(request)
                 self._hits[request.id] = hit
-        for hit in self._hits.values():
+        for request_id, hit in self._hits.items():
             if hit.blocks:
-                state.pool.claim(hit.blocks, self.now)
+                state.pool.claim(hit.blocks, self.now, state.requests[request_id])
         return probed
 
     def _objection(self, request: Request) -> str | None:

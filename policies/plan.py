@@ -37,6 +37,7 @@ class Plan:
     hold: dict[int, int] = field(default_factory=dict)
     """Request id -> tokens to have blocks for after this step, where that is more than the chunk needs."""
     preempt: list[tuple[Request, Mode]] = field(default_factory=list)
+    """Running requests; a paused one too, to take back the memory it keeps."""
     resume: list[Request] = field(default_factory=list)
     """Paused requests that run again from this step on."""
     drop: list[tuple[Request, str]] = field(default_factory=list)

@@ -173,8 +173,14 @@ class ReplicaState:
         """Enter the request's full blocks whose keys are known in the prefix index."""
         full = min(request.num_computed_tokens // self.limits.block_size, len(request._keys))
         for depth in range(request._num_registered, full):
-            self.pool.register(request._blocks[depth], request._keys[depth], depth, now)
-        request._num_registered = max(request._num_registered, full)
+            self.register(request, depth, now)
+
+    def register(self, request: Request, depth: int, now: int) -> None:
+        """Enter one full block of the request in the prefix index."""
+        keys = request._keys
+        parent = keys[depth - 1] if depth else None
+        self.pool.register(request._blocks[depth], keys[depth], depth, now, parent, request)
+        request._num_registered = max(request._num_registered, depth + 1)
 
     def lift_pins(self, now: int) -> None:
         """Free what ended requests held until now."""

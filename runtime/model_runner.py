@@ -161,6 +161,8 @@ class ModelRunner:
         for request, mode in step.preempted:
             if mode is Mode.KEEP:
                 self._paused[request.id] = int(self._computed[self._slot_of[request.id]])
+            else:
+                self._paused.pop(request.id, None)
             self.release(request)
         starting = [*step.resumed, *step.admitted]
         self._arrived += [self._arrive(sequence_of(request.id)) for request in starting]

@@ -11,6 +11,7 @@ from experiments.cli.app import app, errors
 
 def main() -> None:
     """Entry point. A mistake of the user's ends in one line on stderr and exit status 2, Ctrl-C in status 130."""
+    sys.path.insert(0, "")  # so that module:Class finds a policy in the current folder
     try:
         app()
     except (ValueError, OSError) as error:  # every error class of the project's that a user can cause is a ValueError

@@ -30,7 +30,8 @@ class Reference:
         self.waiting.append(request)
 
     def remove(self, request: Request, now: int) -> None:
-        self.waiting.remove(request)
+        if request in self.waiting:
+            self.waiting.remove(request)
 
     def on_report(self, report: Report) -> None:
         """Nothing to learn."""

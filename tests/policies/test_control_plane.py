@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policies.control_plane import ControlPlane
+from policies.plan import Report
 from policies.prefix import block_keys
 from policies.records import DECISIONS, REQUESTS, STEPS
 from policies.replica_state import Limits
+from policies.request import Request
 from policies.stack import StackSpec
 from tests.policies.harness import Drive, Job
 
@@ -96,3 +99,26 @@ def test_short_memory_preempts_and_everybody_still_ends(scheduler: str, lag: int
     drive = Drive(Limits(30, 4, 6, 32, 110, prefix_caching=False, lag=lag), StackSpec(scheduler), work)
     assert sum(request.num_preemptions for request in drive.requests) > 0
     assert all(request.state.value == "length" for request in drive.requests)
+
+
+@pytest.mark.parametrize("cancelled_before", [0, 1, 5])
+def test_a_scheduler_hears_of_a_cancellation_in_whatever_state(cancelled_before: int) -> None:
+    heard: list[tuple[int, str]] = []
+    limits = Limits(40, 4, 6, 32, 110, prefix_caching=False)
+    stack = StackSpec().build()
+    scheduler = stack.scheduler
+    remove = scheduler.remove
+
+    def listen(request: Request, now: int) -> None:
+        heard.append((request.id, request.state.value))
+        remove(request, now)
+
+    scheduler.remove = listen  # type: ignore[method-assign]
+    plane = ControlPlane(limits, stack, check=True)
+    plane.submit(Request(0, 0, 60, 20), 0)
+    for now in range(cancelled_before):
+        step = plane.plan(now)
+        plane.report(Report(step, now, now, 0))
+    assert plane.cancel(0, cancelled_before)
+    assert heard == [(0, "cancelled")]
+    assert plane.num_free_blocks == 40

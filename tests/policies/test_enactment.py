@@ -348,6 +348,23 @@ def test_a_paused_request_keeps_its_blocks_and_goes_on_where_it_stopped() -> Non
     assert request.num_preemptions == 1
 
 
+def test_the_blocks_that_a_paused_request_keeps_can_be_taken_from_it() -> None:
+    desk = Desk(LIMITS)
+    request = desk.submit(6)
+    desk.run(Plan(chunks=[(request, 6)]))
+    other = desk.submit(4)
+    desk.run(Plan(preempt=[(request, Mode.KEEP)], chunks=[(other, 4)]))
+    free = desk.plane.num_free_blocks
+    step = desk.run(Plan(decode_all=True, preempt=[(request, Mode.RECOMPUTE)]))
+    assert step.preempted == [(request, Mode.RECOMPUTE)]
+    assert request.state is State.WAITING
+    assert desk.plane.num_free_blocks == free + 2 - 1  # its two come back, and the other's decode opens one
+    assert desk.scheduler.queue == [request]
+    assert desk.plane.num_waiting == 1
+    step = desk.run(Plan(decode_all=True, chunks=[(request, 7)]))
+    assert [(c.start, c.num_tokens, c.samples) for c in step.chunks] == [(0, 7, True)]
+
+
 def test_a_request_paused_in_its_prefill_goes_on_with_its_next_chunk() -> None:
     desk = Desk(LIMITS)
     request = desk.submit(20)
