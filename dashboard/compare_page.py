@@ -14,7 +14,7 @@ from dashboard.store import Entry, fingerprint, list_runs, open_run
 from experiments.compare import Comparison, compare
 from experiments.metrics import per_request
 from experiments.records import RunError
-from experiments.render import headings
+from experiments.render import difference_heading, headings
 from experiments.timeline import timeline
 
 TILES = ("Output tokens", "TTFT p50", "TPOT p50", "E2E p50")
@@ -90,7 +90,7 @@ def _draw(comparison: Comparison) -> None:
     st.dataframe(
         pd.DataFrame(
             [(r.metric, r.unit, r.a, r.b, r.error) for r in rows],
-            columns=["metric", "unit", *_apart(name_a, name_b), "error"],
+            columns=["metric", "unit", *_apart(name_a, name_b), difference_heading(comparison)],
         ),
         hide_index=True,
         height=38 + 35 * len(rows),

@@ -164,11 +164,11 @@ def _duration_s(run: Run) -> float:
 def _statuses(run: Run) -> dict[str, int]:
     """Requests by status. Of a run that died, those still alive by its last steps count as unfinished."""
     counts = {status: int((run.requests["status"] == status).sum()) for status in STATUSES}
-    if not run.complete:
+    if not run.complete and not counts["unfinished"]:  # an orderly end has recorded them
         lag = int(run.limits.get("lag", 0))
         for _, rows in run.steps.groupby("replica"):
             last = rows.sort_values("step").tail(1 + lag)
-            alive = int(last["num_running"].iloc[-1]) + int(last["num_waiting"].iloc[-1])
+            alive = int(last[["num_running", "num_waiting", "num_paused"]].iloc[-1].sum())
             counts["unfinished"] += max(0, alive - int(last["num_finished"].sum()))
     return counts
 

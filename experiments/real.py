@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from experiments.records import RunWriter, run_info
-from experiments.simulated import GIB, request_details
+from experiments.simulated import GIB, oracle_entry, request_details
 from experiments.spec import ModelSpec, RunSpec, SpecError
 from experiments.workloads import Workload, make_workload, prompt_token_ids
 from policies.contract import CostModel
@@ -92,6 +92,7 @@ def run_real(
         limits=asdict(limits),
         stack=spec.policies.stack.as_dict(),
         clairvoyant=stack.clairvoyant,
+        **oracle_entry(oracle, stack.clairvoyant),
         workload=workload.provenance,
         model=loaded.name,
     )

@@ -18,6 +18,11 @@ def headings(comparison: Comparison) -> tuple[str, str]:
     return (a.name, b.name) if a.name != b.name else (str(a.folder), str(b.folder))
 
 
+def difference_heading(comparison: Comparison) -> str:
+    """A simulation has an error against its real run; two runs of a kind differ."""
+    return "error" if comparison.a.kind == "real" and comparison.b.kind != "real" else "difference"
+
+
 def comparison_table(comparison: Comparison) -> Table:
     """Latencies and throughput of both runs with the signed error of the second; notes in the caption."""
     a, b = headings(comparison)
@@ -29,7 +34,7 @@ def comparison_table(comparison: Comparison) -> Table:
     )
     table.add_column("metric")
     table.add_column("unit")
-    for heading in (a, b, "error"):
+    for heading in (a, b, difference_heading(comparison)):
         table.add_column(Text(heading), justify="right")
     previous = ""
     for row in comparison.rows():

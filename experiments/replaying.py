@@ -29,9 +29,9 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
     if run.steps["replica"].nunique() > 1:
         raise RunError(f"{run.folder} has several replicas; replay takes the run of one")
     limits = TypeAdapter(Limits).validate_python(run.limits)
-    oracle = dict(zip(run.requests["request_id"].tolist(), run.requests["output_tokens"].tolist(), strict=True))
+    _check_whole(run)
     spec = StackSpec(**run.info["stack"])
-    stack = spec.build(block_size=limits.block_size, seed=int(run.spec.get("seed", 0)), oracle=oracle)
+    stack = spec.build(block_size=limits.block_size, seed=int(run.spec.get("seed", 0)), oracle=oracle_of(run))
     info = run_info(
         "replay",
         spec=run.spec,
@@ -43,6 +43,23 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
     )
     with RunWriter(folder, info, overwrite=overwrite) as writer:
         replay(limits, stack, _timings(run.steps), _scheduled(run), recorder=writer, check=check)
+
+
+def oracle_of(run: Run) -> dict[int, int] | None:
+    """The true lengths that a clairvoyant policy was given, which may be more than what came of them."""
+    lengths = run.info.get("oracle")
+    return None if lengths is None else dict(enumerate(lengths))
+
+
+def _check_whole(run: Run) -> None:
+    """A run that was killed lacks the rows of those that were alive; their arrivals are not known."""
+    if run.complete or (run.requests["status"] == "unfinished").any() or not len(run.steps):
+        return
+    if run.steps[["num_running", "num_waiting", "num_paused"]].iloc[-1].sum() > 0:
+        raise RunError(
+            f"{run.folder} was killed while requests were alive, and those are not in its record: it cannot be "
+            "replayed (a run ended by Ctrl-C can)"
+        )
 
 
 def _timings(steps: pd.DataFrame) -> list[tuple[int, Timing]]:

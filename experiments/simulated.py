@@ -59,12 +59,18 @@ def run_simulated(
         limits=asdict(limits),
         stack=spec.policies.stack.as_dict(),
         clairvoyant=stacks[0].clairvoyant,
+        **oracle_entry(oracle, stacks[0].clairvoyant),
         workload=workload.provenance,
         cost=costs.describe(),
     )
     with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer:
         simulation = Simulation(limits, stacks, costs, router, recorder=writer, on_end=on_end, check=check)
         return simulation.run(arrivals_of(workload, limits))
+
+
+def oracle_entry(oracle: dict[int, int], clairvoyant: bool) -> dict[str, list[int]]:
+    """For run.json: the true lengths, by request id, where a policy was told them; a replay tells them again."""
+    return {"oracle": list(oracle.values())} if clairvoyant else {}
 
 
 def make_costs(spec: CostSpec) -> CostModel:

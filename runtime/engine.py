@@ -115,11 +115,15 @@ class Engine:
         EngineDead when the engine has stopped.
         """
         details = details or Details()
+        if not -(2**31) <= details.priority < 2**31:
+            raise ValueError(f"priority must fit in 32 bits, not {details.priority}")
         token_ids = self._encode(prompt)
         params.check_vocab(self.loaded.config.vocab_size)
         detokenizer = self._detokenizer(params, details)
         max_tokens = params.max_tokens
-        if max_tokens is None:
+        if max_tokens is not None:
+            max_tokens = min(max_tokens, 2**31 - 1)  # as wide as the record's column, and more than any model's limit
+        else:
             longest = min(self.limits.max_model_len, self.limits.num_blocks * self.limits.block_size)
             max_tokens = max(1, longest - len(token_ids))
         with self._inbox:
@@ -286,19 +290,20 @@ class Engine:
             action = send(loop, answer)
 
     def _deliver(self) -> int:
-        """Submissions in the order of their stamps, then cancellations: the simulator's order too."""
+        """Submissions in the order of their stamps, then cancellations by id: the simulator's order too."""
         with self._inbox:
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
             now = self.now()  # what is stamped later comes before a later step
+        # All of them first: if anything fails below, whoever is known here is told.
+        self._sequences.update((sequence.request.id, sequence) for sequence in submitted)
         for sequence in submitted:
             keys = sequence.new_keys(self.limits.block_size) if self.limits.prefix_caching else ()
-            self._sequences[sequence.request.id] = sequence
             try:
                 self._plane.submit(sequence.request, now, keys)
             except RequestRefused as refusal:
                 self._finish(sequence, "error", str(refusal))
-        for request_id in cancelled:
+        for request_id in sorted(cancelled):
             live = self._sequences.get(request_id)
             if live is not None:
                 self._plane.cancel(request_id, now, live.num_output_tokens)

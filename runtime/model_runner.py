@@ -5,7 +5,6 @@ never has to come back to the host before the next step, and a step sends only w
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,19 +61,29 @@ class StepResult:
 
     requests: list[Request]
     token_ids: list[int]
-    logprobs: Logprobs | None
+    logprobs: dict[int, TokenLogprobs]
     device_ns: int
     known_at: int
 
     def logprobs_of(self, row: int, wanted: int | None) -> tuple[TokenLogprobs, ...]:
         """Of one row, with its `wanted` most probable tokens (-1: all): the table is as wide as the widest row's."""
-        found = self.logprobs
-        if found is None or wanted is None:
+        if wanted is None:
             return ()
-        i = bisect_left(found.row_numbers, row)
-        width = found.top.shape[1] if wanted == -1 else wanted
-        top = zip(found.top_ids[i, :width].tolist(), found.top[i, :width].tolist(), strict=True)
-        return (TokenLogprobs(float(found.sampled[i]), tuple(top)),)
+        found = self.logprobs[row]
+        if wanted in (-1, len(found.top)):
+            return (found,)
+        return (TokenLogprobs(found.sampled, found.top[:wanted]),)
+
+
+def _by_row(found: Logprobs | None) -> dict[int, TokenLogprobs]:
+    """The device's table as the host wants it."""
+    if found is None:
+        return {}
+    sampled, ids, values = found.sampled.tolist(), found.top_ids.tolist(), found.top.tolist()
+    return {
+        row: TokenLogprobs(sampled[i], tuple(zip(ids[i], values[i], strict=True)))
+        for i, row in enumerate(found.row_numbers)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +316,8 @@ class ModelRunner:
         known_at = time.monotonic_ns()
         if waiting:
             ended_at = known_at  # being woken takes its time too
-        device_ns = ended_at - max(launched.launched_at, self._last_end)
-        self._last_end = ended_at
-        return StepResult(launched.requests, token_ids.tolist(), logprobs, device_ns, known_at)
+        # A short step may have ended before the host was awake from waiting for the one before.
+        began_at = max(launched.launched_at, self._last_end)
+        self._last_end = max(began_at, ended_at)
+        device_ns = self._last_end - began_at
+        return StepResult(launched.requests, token_ids.tolist(), _by_row(logprobs), device_ns, known_at)

@@ -83,13 +83,13 @@ class SimulatedReplica:
             self._asleep.succeed()
 
     def _deliver(self, now: int) -> None:
-        """Submissions in the order of their stamps, then cancellations: the engine's order too."""
+        """Submissions in the order of their stamps, then cancellations by id: the engine's order too."""
         for arrival in self._arrivals:
             with suppress(RequestRefused):  # which the control plane has recorded
                 self.plane.submit(arrival.request, now, arrival.keys)
                 self._endings.expect(arrival.request, arrival.output_tokens)
         self._arrivals = []
-        for request_id in self._cancellations:
+        for request_id in sorted(self._cancellations):
             self.plane.cancel(request_id, now)
         self._cancellations = []
 
@@ -134,6 +134,8 @@ class SimulatedReplica:
     def _sleep(self, wake_at: int | None) -> Generator[simpy.Event, Any, None]:
         if self._arrivals or self._cancellations:
             return
+        if wake_at is None and self.plane.num_live:
+            return  # the policy is asked once more; the control plane does not let it plan nothing twice
         self._asleep = self._env.event()
         if wake_at is None:
             yield self._asleep

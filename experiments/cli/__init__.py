@@ -14,9 +14,12 @@ def main() -> None:
     sys.path.insert(0, "")  # so that module:Class finds a policy in the current folder
     try:
         app()
-    except (ValueError, OSError) as error:  # every error class of the project's that a user can cause is a ValueError
+    except (ValueError, OSError, RuntimeError) as error:
+        # What a user can cause is a ValueError or an OSError; what a policy, a model or a device does in mid-run is a
+        # RuntimeError.
         if "--traceback" in sys.argv:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        errors.print(f"diptych: {text}", style="red", markup=False)
+        hint = " (diptych --traceback ... shows where)" if isinstance(error, RuntimeError) else ""
+        errors.print(f"diptych: {text}{hint}", style="red", markup=False)
         sys.exit(2)

@@ -80,6 +80,7 @@ class Static(QueuedScheduler):
                 break
             self.queue.pop(now)
             self._arrivals.pop(request.id, None)
-            self._members.append(request)
+            if request not in self._members:  # it is a member already if its first plan was refused
+                self._members.append(request)
             draft.plan.pin.append((request, FOREVER))
         self._forming = False

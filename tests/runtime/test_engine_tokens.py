@@ -172,7 +172,7 @@ class PauseAndResume:
         self.waiting.append(request)
 
     def remove(self, request: Request, now: int) -> None:
-        self.waiting.remove(request)
+        self.waiting = [r for r in self.waiting if r is not request]
 
     def on_report(self, report: Report) -> None:
         """Nothing is charged."""
@@ -188,8 +188,10 @@ class PauseAndResume:
         self.waiting = [r for r in self.waiting if r.id not in taken]
         if self.idle_resume and paused:
             return Plan(resume=paused, wake_at=now + 1_000_000)
-        prefills = [*view.prefilling.values(), *(r for r in paused if r.num_pending_tokens > 1), *new]
-        chunks = [(r, min(5, r.num_pending_tokens)) for r in prefills]
+        prefills = [*view.prefilling.values(), *(r for r in paused if r.num_pending_tokens > 1)]
+        left = [(r, r.num_pending_tokens) for r in prefills]
+        left += [(r, r.num_tokens - view.probe(r).num_tokens) for r in new]
+        chunks = [(r, min(5, tokens)) for r, tokens in left]
         return Plan(decode_all=True, chunks=chunks, resume=paused, wake_at=now + 1_000_000)
 
 
