@@ -14,7 +14,7 @@ from experiments.real import load, real_limits, run_real
 from experiments.records import read_run
 from experiments.replaying import replay_run
 from experiments.simulated import run_simulated
-from experiments.spec import RunSpec, check_spec
+from experiments.spec import CostSpec, RunSpec, check_spec
 from experiments.workloads import Workload, make_workload
 from policies.replica_state import Limits
 from runtime.engine import Engine
@@ -80,14 +80,18 @@ class Demo:
         return completion.text.strip()
 
     def make_workload(self, loaded: LoadedModel, costs: FittedCost, seconds: float) -> Workload:
-        """Requests for about `seconds`, at a rate that the simulator says this machine can bear."""
+        """Requests for about `seconds`, at a rate that the simulator says this machine can bear.
+
+        `costs` is what calibration.json in the folder holds.
+        """
         limits = real_limits(self.spec, loaded)
         workload = make_workload(self.spec.workload)
         capacity = simulated_capacity(self.spec, workload, costs, limits)
         rate = LOAD * capacity
         count = max(10, min(400, round(rate * seconds)))
         specification = self.spec.workload.model_copy(update={"rate": rate, "n": count, "arrivals": "poisson"})
-        self.spec = self.spec.model_copy(update={"workload": specification})
+        cost = CostSpec(kind="fitted", calibration=str(self.folder / "calibration.json"))
+        self.spec = self.spec.model_copy(update={"workload": specification, "cost": cost})
         return make_workload(specification)
 
     def serve_and_simulate(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from experiments.records import RunWriter, run_info
-from experiments.simulated import GIB, oracle_entry, request_details
+from experiments.simulated import GIB, make_costs, oracle_entry, request_details
 from experiments.spec import ModelSpec, RunSpec, SpecError
 from experiments.workloads import Workload, make_workload, prompt_token_ids
 from policies.contract import CostModel
@@ -79,6 +79,8 @@ def run_real(
     """
     workload = workload or make_workload(spec.workload)
     loaded = loaded or load(spec.model)
+    if cost is None and spec.cost is not None:
+        cost = make_costs(spec.cost)
     limits = real_limits(spec, loaded)
     oracle = dict(enumerate(workload.output_tokens.tolist()))
     build = spec.policies.stack.build

@@ -9,10 +9,13 @@ import pandas as pd
 from pydantic import TypeAdapter
 
 from experiments.records import Run, RunError, RunWriter, run_info
+from experiments.simulated import make_costs
+from experiments.spec import CostSpec
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.stack import StackSpec
 from simulator.arrivals import Arrival, Scheduled
+from simulator.costs.base import CostModel
 from simulator.pace import Timing
 from simulator.simulation import replay
 
@@ -42,13 +45,19 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
         replay_of=run.name,
     )
     with RunWriter(folder, info, overwrite=overwrite) as writer:
-        replay(limits, stack, _timings(run.steps), _scheduled(run), recorder=writer, check=check)
+        replay(limits, stack, _timings(run.steps), _scheduled(run), cost=_cost(run), recorder=writer, check=check)
 
 
 def oracle_of(run: Run) -> dict[int, int] | None:
     """The true lengths that a clairvoyant policy was given, which may be more than what came of them."""
     lengths = run.info.get("oracle")
     return None if lengths is None else dict(enumerate(lengths))
+
+
+def _cost(run: Run) -> CostModel | None:
+    """The cost model that the run's policies could plan by."""
+    recorded = run.spec.get("cost")
+    return None if recorded is None else make_costs(CostSpec.model_validate(recorded))
 
 
 def _check_whole(run: Run) -> None:

@@ -26,6 +26,16 @@ from simulator.devices import load_device
 from simulator.simulation import Simulation
 
 GIB = 2**30
+LIMITS = (
+    "num_blocks",
+    "block_size",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "prefix_caching",
+    "lag",
+)
+"""The fields of `Limits` that a specification gives under the same names."""
 SIMULATED_MODEL_LEN = 32_768
 """Longest sequence of a simulated model where nobody says: a long context, as today's models have."""
 
@@ -47,7 +57,7 @@ def run_simulated(
     Interrupted, it leaves a readable, incomplete record.
     """
     workload = workload or make_workload(spec.workload)
-    costs = costs or make_costs(spec.cost)
+    costs = costs or make_costs(spec.cost or CostSpec())
     limits = limits or simulated_limits(spec, costs)
     oracle = dict(enumerate(workload.output_tokens.tolist()))
     build = spec.policies.stack.build
@@ -85,28 +95,22 @@ def make_costs(spec: CostSpec) -> CostModel:
 
 
 def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
-    """The limits of a simulated replica: as given, or as the calibration or the device's memory have them."""
-    given = spec.limits
-    measured = _measured_limits(costs)
-    num_blocks, max_model_len = given.num_blocks, given.max_model_len or SIMULATED_MODEL_LEN
-    capture_sizes: tuple[int, ...] = ()
+    """The limits of a simulated replica: as given, else as the calibration, or the device's memory, has them."""
+    given, measured = spec.limits, _measured_limits(costs)
+    fields = {name: getattr(given, name) for name in LIMITS}
     if measured is not None:
-        capture_sizes = measured.capture_sizes
-        max_model_len = given.max_model_len or measured.max_model_len
-        if num_blocks is None and given.kv_cache_gib is None:
-            num_blocks = measured.num_blocks
-    if num_blocks is None:
-        num_blocks = _blocks_that_fit(spec, costs)
-    return Limits(
-        num_blocks=num_blocks,
-        block_size=given.block_size,
-        max_num_seqs=given.max_num_seqs,
-        max_num_batched_tokens=given.max_num_batched_tokens,
-        max_model_len=max_model_len,
-        prefix_caching=given.prefix_caching,
-        capture_sizes=capture_sizes,
-        lag=given.lag,
-    )
+        fields |= {name: getattr(measured, name) for name in LIMITS if name not in given.model_fields_set}
+        if given.num_blocks is None and given.kv_cache_gib is None:
+            if fields["block_size"] != measured.block_size:
+                raise SpecError(
+                    "limits.num_blocks: with another block size than the calibration's, say how many blocks"
+                )
+            fields["num_blocks"] = measured.num_blocks
+    if fields["max_model_len"] is None:
+        fields["max_model_len"] = SIMULATED_MODEL_LEN
+    if fields["num_blocks"] is None:
+        fields["num_blocks"] = _blocks_that_fit(spec, costs)
+    return Limits(**fields, capture_sizes=measured.capture_sizes if measured is not None else ())
 
 
 def _measured_limits(costs: CostModel) -> Limits | None:

@@ -121,6 +121,8 @@ class RunSpec(_Part):
         target: the panel that `diptych run` uses.
         seed: of prompts' content and of sampling; the workload has a seed of its own.
         replicas: of the simulated panel.
+        cost: how the simulated panel turns steps into time (a roofline of an 8B model on an H100 where nobody says);
+            policies of either panel that plan by predicted cost use it too.
         forced_lengths: the real panel ends each request after its recorded output tokens, whatever they are.
         decisions: record every decision; off makes long simulations smaller.
     """
@@ -130,11 +132,17 @@ class RunSpec(_Part):
     policies: PoliciesSpec = PoliciesSpec()
     limits: LimitsSpec = LimitsSpec()
     model: ModelSpec = ModelSpec()
-    cost: CostSpec = CostSpec()
+    cost: CostSpec | None = None
     replicas: Annotated[int, Field(ge=1, le=100_000)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
     forced_lengths: bool = True
     decisions: bool = True
+
+    @model_validator(mode="after")
+    def _comparable(self) -> RunSpec:
+        if self.target == "both" and self.cost is None:
+            raise ValueError("target 'both' needs cost: what the simulation is to take the real panel for")
+        return self
 
 
 def read_spec(path: str | Path, overrides: dict[str, Any] | None = None) -> RunSpec:

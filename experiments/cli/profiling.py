@@ -46,6 +46,9 @@ def profile(
             *(f"{100 * e:.1f}" for e in (error.mean, error.p50, error.p90)),
         )
     console.print(table)
+    longest = specification.limits.max_model_len or 1024
     console.print(
-        f"Calibration: {out}. Use it with: diptych simulate --calibration {out} --workload chat -n 100 --rate 1"
+        f"Calibration: {out}. Use it with: diptych simulate --calibration {out} --workload chat -n 100 --rate 1 "
+        f"--set workload.length_scale=0.1 --set workload.max_model_len={longest}",
+        soft_wrap=True,
     )

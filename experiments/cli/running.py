@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +18,12 @@ from experiments.cli.summary import summary_table
 from experiments.compare import compare
 from experiments.records import Run, read_run
 from experiments.render import comparison_table
-from experiments.spec import RunSpec
+from experiments.spec import CostSpec, RunSpec, SpecError
 from experiments.workloads import make_workload
 from policies.replica_state import Limits
+from policies.shapes import StepShape
+from simulator.costs.base import CostModel
+from simulator.costs.fitted import FittedCost
 
 
 @app.command()
@@ -92,12 +96,26 @@ def simulate(
         cost__calibration=None if calibration is None else str(calibration),
         cost__kind=None if calibration is None else "fitted",
     )
+    if calibration is not None and (model or device):
+        raise SpecError("--calibration has measured a model on a device; leave --model and --device out")
     _simulate(specification, out or default_folder(specification, "sim"), overwrite, check)
 
 
 def limits_of(folder: Path) -> Limits:
     """The limits that a recorded run had."""
     return TypeAdapter(Limits).validate_python(read_run(folder).limits)
+
+
+def share_outside(costs: CostModel, run: Run) -> float:
+    """Share of a run's steps whose cost a fitted model had to extrapolate; 0 for a model that was not measured."""
+    if not isinstance(costs, FittedCost):
+        return 0.0
+    ran = run.steps[(run.steps["num_decodes"] > 0) | (run.steps["num_chunks"] > 0)]
+    names = [field.name for field in fields(StepShape)]
+    shapes = {StepShape(*row) for row in ran[names].itertuples(index=False, name=None)}
+    unmeasured = {shape for shape in shapes if not costs.inside(shape)}
+    rows = (StepShape(*row) in unmeasured for row in ran[names].itertuples(index=False, name=None))
+    return sum(rows) / len(ran) if len(ran) else 0.0
 
 
 def _say_what_was_refused(run: Run) -> None:
@@ -116,8 +134,11 @@ def _say_what_was_refused(run: Run) -> None:
 
 
 def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits: Limits | None = None) -> None:
-    from experiments.simulated import run_simulated
+    from experiments.simulated import make_costs, run_simulated
 
+    cost = spec.cost or CostSpec()
+    spec = spec.model_copy(update={"cost": cost})
+    costs = make_costs(cost)
     workload = make_workload(spec.workload)
     started = time.perf_counter()
     with interruptible(folder), progress("simulating", len(workload)) as bar:
@@ -131,7 +152,7 @@ def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits:
                 bar.update(TaskID(0), completed=ended)
 
         simulated_ns = run_simulated(
-            spec, folder, workload=workload, limits=limits, overwrite=overwrite, check=check, on_end=on_end
+            spec, folder, workload=workload, costs=costs, limits=limits, overwrite=overwrite, check=check, on_end=on_end
         )
     took = time.perf_counter() - started
     finished = read_run(folder)
@@ -140,6 +161,9 @@ def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits:
         f"{len(workload):,} requests, {len(finished.steps):,} steps, {simulated_ns / 1e9:,.1f} s simulated in "
         f"{took:.1f} s ({len(workload) / took:,.0f} requests a second). Records: {folder}"
     )
+    outside = share_outside(costs, finished)
+    if outside:
+        console.print(f"{100 * outside:.1f}% of the steps lie outside what the calibration measured")
     _say_what_was_refused(finished)
 
 

@@ -65,6 +65,8 @@ BROKEN_TRACE = (
         ([*SIMULATE, "--calibration", "missing.json"], ["missing.json"]),
         (["run", "-w", "fixed", "-n", "1", "--model", "missing.gguf"], ["missing.gguf"]),
         (["run", "-w", "fixed", "-n", "1", "--model", "broken.gguf"], ["broken.gguf"]),
+        (["run", "-w", "fixed", "-n", "1", "--set", "target=both"], ["'both' needs cost"]),
+        ([*SIMULATE, "--calibration", "c.json", "--device", "l4"], ["leave --model and --device out"]),
         (["compare", "missing", "other"], ["missing"]),
         (["replay", "missing"], ["missing"]),
         (["policies", "sarrathi"], ["did you mean 'sarathi'"]),
@@ -197,6 +199,35 @@ def test_ctrl_c_leaves_a_readable_record_and_no_process_behind(command: str) -> 
     assert "unfinished" in statuses
     assert statuses & {"stop", "length"}
     assert len(run.steps) > 10
+
+
+def test_a_measured_machine_is_simulated_with_the_limits_it_was_measured_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = ["--set", "limits.max_num_seqs=4", "--set", "limits.lag=1"]
+    status, out, err = diptych(monkeypatch, capsys, "profile", "--seconds", "4", *TINY[:-2], *limits, "-o", "c.json")
+    assert (status, err) == (0, "")
+    assert "Error on held-out steps" in out
+    work = ["-w", "chat", "-n", "40", "--rate", "20", "--set", "workload.length_scale=0.02"]
+    status, out, err = diptych(monkeypatch, capsys, "simulate", "--calibration", "c.json", *work, "-o", "sim")
+    assert (status, err) == (0, "")
+    run = read_run("sim")
+    assert (run.limits["num_blocks"], run.limits["max_num_seqs"], run.limits["lag"]) == (64, 4, 1)
+    assert run.limits["max_model_len"] == 128
+
+
+def test_the_demo_shows_both_panels_under_two_policies_and_replays_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ["--dummy", "--model", "tiny", "--profile-seconds", "4", "--seconds", "2"]
+    status, out, err = diptych(monkeypatch, capsys, "demo", *quick)
+    assert (status, err) == (0, "")
+    assert out.count("decision replay: zero divergences") == 2
+    assert "diptych dashboard demo" in out
+    for policy in ("static", "mixed"):
+        for panel in ("real", "sim", "replay"):
+            assert read_run(f"demo/{policy}-{panel}").complete
+        assert list(Path(f"demo/{policy}-plots").glob("*.png"))
 
 
 def test_policies_are_listed_by_role_and_shown_with_their_knobs(

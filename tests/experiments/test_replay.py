@@ -13,7 +13,7 @@ import pytest
 
 from experiments.divergence import diff_decisions
 from experiments.real import load, run_real
-from experiments.records import RunWriter, read_run, run_info
+from experiments.records import RunError, RunWriter, read_run, run_info
 from experiments.replaying import replay_run
 from experiments.spec import RunSpec, check_spec
 from experiments.workloads import Workload
@@ -138,3 +138,21 @@ def test_a_changed_policy_is_found_out(tiny: LoadedModel, tmp_path: Path) -> Non
     run.info["stack"]["scheduler"] = "sarathi,chunk_size=32"
     replay_run(run, tmp_path / "replay")
     assert diff_decisions(run, read_run(tmp_path / "replay")) is not None
+
+
+def test_a_clairvoyant_policy_is_told_the_same_lengths_in_a_replay(tiny: LoadedModel, tmp_path: Path) -> None:
+    # Longer than the model's limit lets them become: what came of them is not what the policy was told.
+    work = Workload.build([0] * 12, [150] * 12, [50 + 30 * (i % 5) for i in range(12)], max_tokens=[300] * 12)
+    run_real(
+        check_spec(_spec("mixed", 1, False, "sjf,predictor=oracle")), tmp_path / "real", workload=work, loaded=tiny
+    )
+    _assert_replays(tmp_path / "real")
+
+
+def test_a_killed_run_is_not_replayed(tiny: LoadedModel, tmp_path: Path) -> None:
+    run_real(check_spec(_spec("mixed", 0, False)), tmp_path / "real", workload=_workload(3), loaded=tiny)
+    run = read_run(tmp_path / "real")
+    run.complete = False
+    run.steps.loc[run.steps.index[-1], "num_running"] = 2
+    with pytest.raises(RunError, match="killed"):
+        replay_run(run, tmp_path / "replay")

@@ -6,6 +6,9 @@ from dataclasses import astuple
 
 import pytest
 
+from policies.contract import View
+from policies.control_plane import PolicyStalled
+from policies.plan import Plan
 from policies.records import REQUESTS, STEPS
 from policies.registry import make
 from policies.replica_state import Limits
@@ -104,3 +107,47 @@ def test_a_run_cut_off_at_a_time_records_what_was_unfinished() -> None:
 def test_several_replicas_without_a_router_are_an_error() -> None:
     with pytest.raises(ValueError, match="router"):
         Simulation(Limits(8), [StackSpec().build(), StackSpec().build()], ConstantCost(1))
+
+
+class OneAtATime:
+    """Drops what waits longest in a plan of its own, every third time; else serves one request."""
+
+    def __init__(self) -> None:
+        self.queue: list[Request] = []
+        self.plans = 0
+
+    def add(self, request: Request, now: int) -> None:
+        self.queue.append(request)
+
+    def remove(self, request: Request, now: int) -> None:
+        self.queue = [r for r in self.queue if r is not request]
+
+    def on_report(self, report: object) -> None:
+        """Nothing to learn."""
+
+    def plan(self, view: View, now: int) -> Plan:
+        self.plans += 1
+        if not self.queue or view.running:
+            return Plan(decode_all=view.num_decoding > 0)
+        head = self.queue.pop(0)
+        if self.plans % 3 == 1:
+            return Plan(drop=[(head, "shed")])
+        return Plan(chunks=[(head, head.num_tokens)])
+
+
+def test_a_policy_that_plans_nothing_to_run_is_asked_again_while_requests_wait() -> None:
+    stack = StackSpec().build()
+    stack.scheduler = OneAtATime()
+    log = Log()
+    simulation = Simulation(Limits(64, prefix_caching=False), [stack], ConstantCost(1_000), recorder=log, check=True)
+    simulation.run([Arrival(Request(i, 0, 8, 1), 1) for i in range(5)])
+    assert {row["status"] for row in rows(log)} == {"dropped", "length"}
+
+
+def test_a_policy_that_never_plans_anything_is_an_error() -> None:
+    stack = StackSpec().build()
+    stack.scheduler = OneAtATime()
+    stack.scheduler.plan = lambda view, now: Plan()  # type: ignore[method-assign]
+    simulation = Simulation(Limits(64, prefix_caching=False), [stack], ConstantCost(1_000))
+    with pytest.raises(PolicyStalled):
+        simulation.run([Arrival(Request(0, 0, 8, 1), 1)])
