@@ -92,14 +92,14 @@ def test_tokens_survive_preemption(
 def test_tokens_survive_prefix_hits(
     smollm2: LoadedModel, token_prompts: list[list[int]], reference: list[Tokens]
 ) -> None:
-    chosen = [0, 12, 13, 14, 15]
+    chosen = [12, 13, 14]
     asked = [token_prompts[i] for i in chosen]
     with serve(smollm2, lag=1, max_num_batched_tokens=48) as engine:
         first = engine.generate(asked, greedy(TOKENS))
         again = engine.generate(asked, greedy(TOKENS))
     assert tokens_of(first) == tokens_of(again) == [reference[i] for i in chosen]
     # The second of those that begin alike found what the first had computed, and the second time round all did.
-    assert any(c.num_cached_tokens > 0 for (c,) in first[2:])
+    assert any(c.num_cached_tokens > 0 for (c,) in first[1:])
     assert all(c.num_cached_tokens >= (c.num_prompt_tokens - 1) // 16 * 16 for (c,) in again)
 
 
