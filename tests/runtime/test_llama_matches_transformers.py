@@ -12,8 +12,6 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from runtime.weights import LoadedModel, load_model
 
-TOKENS = 64
-
 TINY = {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -68,12 +66,6 @@ def token_prompts(smollm2: LoadedModel, prompts: list[str]) -> list[list[int]]:
     return [smollm2.tokenizer.encode(prompt) for prompt in prompts]
 
 
-@pytest.fixture(scope="module")
-def mixed_tokens(smollm2: LoadedModel, token_prompts: list[list[int]], hand_runner: Any) -> list[list[int]]:
-    """Greedy tokens of all prompts, decodes and prefill chunks mixed in the same steps."""
-    return hand_runner(smollm2.model, num_blocks=400, shuffle=1).generate(token_prompts, TOKENS, chunk=32)
-
-
 def test_logits_of_the_default_model_equal_those_of_transformers(
     smollm2: LoadedModel, hf_smollm2: Any, token_prompts: list[list[int]], hand_runner: Any
 ) -> None:
@@ -86,27 +78,6 @@ def test_logits_of_the_default_model_equal_those_of_transformers(
             theirs = hf_smollm2(torch.tensor([tokens])).logits[0]
         # Logits span some 40 units; float32 in another order of summation differs in the fifth digit.
         torch.testing.assert_close(ours[key], theirs, atol=2e-3, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_greedy_tokens_of_a_mixed_batch_equal_those_of_transformers(
-    hf_smollm2: Any, token_prompts: list[list[int]], mixed_tokens: list[list[int]]
-) -> None:
-    # If each of our tokens is transformers' choice after the ones before it, its greedy output is ours, by induction.
-    for prompt, output in zip(token_prompts, mixed_tokens, strict=True):
-        with torch.inference_mode():
-            logits = hf_smollm2(torch.tensor([prompt + output]), logits_to_keep=TOKENS + 1).logits[0]
-        assert logits[:-1].argmax(-1).tolist() == output
-
-
-@pytest.mark.slow
-def test_greedy_tokens_do_not_depend_on_who_shares_the_batch(
-    smollm2: LoadedModel, token_prompts: list[list[int]], mixed_tokens: list[list[int]], hand_runner: Any
-) -> None:
-    # That the other prompts' tokens equal those of transformers, which runs one at a time, says the same of them.
-    runner = hand_runner(smollm2.model, num_blocks=60, block_size=32)
-    alone = [runner.generate([prompt], TOKENS, chunk=10**6)[0] for prompt in token_prompts[::4]]
-    assert alone == mixed_tokens[::4]
 
 
 @pytest.mark.parametrize("name", MODELS)
