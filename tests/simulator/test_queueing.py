@@ -21,6 +21,7 @@ def serve(outputs: np.ndarray, utilisation: float, seed: int, costs: CostModel |
     random = np.random.default_rng(seed)
     mean_service = outputs.mean() * STEP_NS
     gaps = random.exponential(mean_service / utilisation, len(outputs))
+    gaps *= mean_service / utilisation / gaps.mean()  # the sample's utilisation is exactly the one that is meant
     arrivals = np.rint(np.cumsum(gaps)).astype(np.int64).tolist()
     limits = Limits(num_blocks=4096, max_num_seqs=1, max_model_len=4096, prefix_caching=False)
     simulation = Simulation(limits, [StackSpec().build()], costs or ConstantCost(STEP_NS))
