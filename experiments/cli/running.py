@@ -112,10 +112,8 @@ def share_outside(costs: CostModel, run: Run) -> float:
         return 0.0
     ran = run.steps[(run.steps["num_decodes"] > 0) | (run.steps["num_chunks"] > 0)]
     names = [field.name for field in fields(StepShape)]
-    shapes = {StepShape(*row) for row in ran[names].itertuples(index=False, name=None)}
-    unmeasured = {shape for shape in shapes if not costs.inside(shape)}
-    rows = (StepShape(*row) in unmeasured for row in ran[names].itertuples(index=False, name=None))
-    return sum(rows) / len(ran) if len(ran) else 0.0
+    shapes = (StepShape(*row) for row in ran[names].itertuples(index=False, name=None))
+    return sum(not costs.inside(shape) for shape in shapes) / len(ran) if len(ran) else 0.0
 
 
 def _say_what_was_refused(run: Run) -> None:
