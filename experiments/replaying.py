@@ -11,8 +11,9 @@ from pydantic import TypeAdapter
 from experiments.records import Run, RunError, RunWriter, run_info
 from experiments.simulated import make_costs
 from experiments.spec import CostSpec
+from experiments.token_times import COMPLETED
 from policies.replica_state import Limits
-from policies.request import Request
+from policies.request import Request, Slo, State
 from policies.stack import StackSpec
 from simulator.arrivals import Arrival, Scheduled
 from simulator.costs.base import CostModel
@@ -80,26 +81,31 @@ def _timings(steps: pd.DataFrame) -> list[tuple[int, Timing]]:
 
 
 def _scheduled(run: Run) -> list[Scheduled]:
-    rows: list[Any] = run.requests.to_dict("records")
-    return [_one(row, keys) for row, keys in zip(rows, run.block_keys(), strict=True)]
+    return [_one(row) for row in run.table("requests").to_pylist()]
 
 
-def _one(row: dict[str, Any], keys: list[bytes]) -> Scheduled:
-    declared = row["declared_tokens"]
+def _one(row: dict[str, Any]) -> Scheduled:
     request = Request(
-        int(row["request_id"]),
-        int(row["arrival_ns"]),
-        int(row["prompt_tokens"]),
-        int(row["max_tokens"]),
+        row["request_id"],
+        row["arrival_ns"],
+        row["prompt_tokens"],
+        row["max_tokens"],
         tenant=row["tenant"],
-        session=None if pd.isna(row["session"]) else int(row["session"]),
-        priority=int(row["priority"]),
-        hints={} if pd.isna(declared) else {"output_tokens": float(declared)},
+        session=row["session"],
+        program=row["program"],
+        parents=tuple(row["parents"]),
+        priority=row["priority"],
+        slo=_slo(row),
+        hints=dict(row["hints"]),
     )
-    finished = row["status"] in ("stop", "length")
-    cancelled = row["end_before_step"]
+    end = State(row["status"]) if row["status"] in COMPLETED else None
+    output_tokens = NEVER if end is None else row["output_tokens"]
     return Scheduled(
-        Arrival(request, int(row["output_tokens"]) if finished else NEVER, keys),
-        int(row["before_step"]),
-        None if pd.isna(cancelled) else int(cancelled),
+        Arrival(request, output_tokens, row["block_keys"], end), row["before_step"], row["end_before_step"]
     )
+
+
+def _slo(row: dict[str, Any]) -> Slo | None:
+    if row["slo_value"] is None:
+        return None
+    return Slo(row["slo_ttft_ns"], row["slo_tpot_ns"], row["slo_e2e_ns"], row["slo_value"], row["slo_droppable"])

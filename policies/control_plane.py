@@ -11,7 +11,7 @@ from policies.contract import CostModel, Recorder, View
 from policies.enactment import Enactment
 from policies.plan import FOREVER, Plan, Report, Step
 from policies.replica_state import Limits, ReplicaState
-from policies.request import Request, State
+from policies.request import Request, Slo, State
 from policies.stack import PolicyStack
 
 
@@ -286,6 +286,7 @@ class ControlPlane:
         runs = request._decode_runs
         if request._group is not None:  # still decoding when the run was closed
             runs = [*runs, request._group.clock]
+        slo = request.slo or Slo()
         self._recorder.request((
             request.id,
             self.replica,
@@ -293,7 +294,15 @@ class ControlPlane:
             before,
             request.tenant,
             request.session,
+            request.program,
+            list(request.parents),
             request.priority,
+            slo.ttft_ns,
+            slo.tpot_ns,
+            slo.e2e_ns,
+            None if request.slo is None else slo.value,
+            slo.droppable,
+            list(request.hints.items()),
             request.num_prompt_tokens,
             request.max_tokens,
             num_output_tokens,
@@ -305,7 +314,6 @@ class ControlPlane:
             self._next_index if request.state is State.CANCELLED else None,
             status,
             error,
-            request.hints.get("output_tokens"),
             request._token_steps,
             runs,
             request._keys,

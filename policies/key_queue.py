@@ -8,7 +8,8 @@ from abc import ABC, abstractmethod
 from policies.plan import Report
 from policies.request import Request
 
-Entry = tuple[float, int, int, Request]
+Rank = float | tuple[float, ...]
+Entry = tuple[Rank, int, int, Request]
 
 
 class KeyQueue(ABC):
@@ -23,8 +24,8 @@ class KeyQueue(ABC):
         self._waiting: dict[int, Entry] = {}
 
     @abstractmethod
-    def rank(self, request: Request) -> float:
-        """The request's place in the order; lower goes first. Must not change while it waits."""
+    def rank(self, request: Request) -> Rank:
+        """The request's place, a number or (for all) a tuple; lower goes first. Must not change while it waits."""
 
     def push(self, request: Request, now: int) -> None:
         if request.id not in self._waiting:

@@ -12,7 +12,15 @@ REQUESTS: dict[str, str] = {
     "before_step": "int64",  # handed to the control plane before the plan with this index
     "tenant": "string",
     "session": "int64?",
+    "program": "int64?",
+    "parents": "list<int64>",
     "priority": "int32",
+    "slo_ttft_ns": "int64?",
+    "slo_tpot_ns": "int64?",
+    "slo_e2e_ns": "int64?",
+    "slo_value": "float64?",  # null where the request has no SLO
+    "slo_droppable": "bool",
+    "hints": "map<string,float64>",  # declared or predicted: "output_tokens", ...
     "prompt_tokens": "int32",
     "max_tokens": "int32",  # the client's cap, within the model's limit
     "output_tokens": "int32",
@@ -24,12 +32,13 @@ REQUESTS: dict[str, str] = {
     "end_before_step": "int64?",  # for a cancelled request: cancelled before the plan with this index
     "status": "string",  # stop, length, cancelled, dropped, refused, unfinished
     "error": "string",
-    "declared_tokens": "float64?",  # the declared output length, where the client gave one
     "token_steps": "list<int64>",  # steps that produced a token of it, where it did not run with the decode group
     "decode_runs": "list<int64>",  # pairs (a, b): a token in each step with a < decode_clock <= b of the group
     "block_keys": "list<binary>",  # hash chain of its full blocks, with prefix caching
 }
-"""requests.parquet, one row a request, when it ends. Tokens beyond `output_tokens` in the last run were discarded."""
+"""requests.parquet, one row a request, when it ends: all that a policy was told of it, and what became of it.
+
+Tokens beyond `output_tokens` in the last run were discarded."""
 
 STEPS: dict[str, str] = {
     "replica": "int32",

@@ -135,6 +135,8 @@ class Engine:
                 max_tokens,
                 tenant=details.tenant,
                 session=details.session,
+                program=details.program,
+                parents=details.parents,
                 priority=details.priority,
                 slo=details.slo,
                 hints=details.hints,

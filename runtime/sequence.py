@@ -91,11 +91,14 @@ class Details:
     """What a request carries beside its prompt and its sampling parameters.
 
     `forced_length`: end after exactly so many output tokens, whatever they are. Policies do not see it; it replays
-    a trace's lengths. `continuation` numbers the requests of one call with n > 1.
+    a trace's lengths. `continuation` numbers the requests of one call with n > 1. The rest is as in
+    `policies.request.Request`.
     """
 
     tenant: str = ""
     session: int | None = None
+    program: int | None = None
+    parents: tuple[int, ...] = ()
     priority: int = 0
     slo: Slo | None = None
     hints: dict[str, float] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from policies.request import Request
+from policies.request import Request, State
 
 
 @dataclass(slots=True)
@@ -13,12 +13,14 @@ class Arrival:
     """A request on its way in at `request.arrival_ns`.
 
     `output_tokens` is its true length: the executor stops it there and no policy sees it. `keys`: hash chain of its
-    full blocks, prompt first, as far as they are known; needed only with prefix caching.
+    full blocks, prompt first, as far as they are known; needed only with prefix caching. `end`: how it ends after that
+    many tokens; None: `LENGTH` where they are its cap, else `STOPPED`.
     """
 
     request: Request
     output_tokens: int
     keys: Sequence[bytes] = ()
+    end: State | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,19 +6,22 @@ import heapq
 
 from policies.plan import Step
 from policies.request import Request, State
+from simulator.arrivals import Arrival
 
 
 class Endings:
     """Finds the ends of a step at a cost that follows what changed: a heap by the decode group's clock."""
 
     def __init__(self) -> None:
-        self._output_tokens: dict[int, int] = {}
+        self._truth: dict[int, tuple[int, State]] = {}  # request id -> output tokens, how it ends
         self._due: list[tuple[int, int]] = []  # (decode clock, request id)
         self._members: dict[int, Request] = {}
 
-    def expect(self, request: Request, output_tokens: int) -> None:
-        """This request will end with so many output tokens, or at its cap."""
-        self._output_tokens[request.id] = min(output_tokens, request.max_tokens)
+    def expect(self, arrival: Arrival) -> None:
+        """This request will end after its output tokens, or at its cap."""
+        cap = arrival.request.max_tokens
+        end = arrival.end or (State.STOPPED if arrival.output_tokens < cap else State.LENGTH)
+        self._truth[arrival.request.id] = (min(arrival.output_tokens, cap), end)
 
     def of(self, step: Step) -> list[tuple[Request, State, int]]:
         """(request, how, output tokens) of those whose last token this step samples. Ask once, right after the plan."""
@@ -31,7 +34,7 @@ class Endings:
         for request in step.left:
             self._members.pop(request.id, None)
         for request in step.joined:
-            if request.id in self._output_tokens:
+            if request.id in self._truth:
                 self._members[request.id] = request
                 self._push(request, step.decode_clock)
         for request in step.capped:
@@ -40,26 +43,26 @@ class Endings:
         while step.decode_all and self._due and self._due[0][0] <= step.decode_clock:
             request_id = heapq.heappop(self._due)[1]
             member = self._members.get(request_id)
-            if member is None or request_id not in self._output_tokens:
+            if member is None or request_id not in self._truth:
                 continue  # it has left the group, or has ended
             if not self._check(member, ended):
                 self._push(member, step.decode_clock)
         return ended
 
     def _push(self, request: Request, clock: int) -> None:
-        left = self._output_tokens[request.id] - request.num_output_tokens
+        left = self._truth[request.id][0] - request.num_output_tokens
         heapq.heappush(self._due, (clock + left, request.id))
 
     def _check(self, request: Request, ended: list[tuple[Request, State, int]]) -> bool:
-        length = self._output_tokens.get(request.id)
-        if length is None or request.num_output_tokens < length:
+        truth = self._truth.get(request.id)
+        if truth is None or request.num_output_tokens < truth[0]:
             return False
-        del self._output_tokens[request.id]
+        del self._truth[request.id]
         self._members.pop(request.id, None)
-        ended.append((request, State.LENGTH if length == request.max_tokens else State.STOPPED, length))
+        ended.append((request, truth[1], truth[0]))
         return True
 
     def forget(self, request_id: int) -> None:
         """The request was cancelled, dropped or refused."""
-        self._output_tokens.pop(request_id, None)
+        self._truth.pop(request_id, None)
         self._members.pop(request_id, None)

@@ -87,7 +87,7 @@ class SimulatedReplica:
         for arrival in self._arrivals:
             with suppress(RequestRefused):  # which the control plane has recorded
                 self.plane.submit(arrival.request, now, arrival.keys)
-                self._endings.expect(arrival.request, arrival.output_tokens)
+                self._endings.expect(arrival)
         self._arrivals = []
         for request_id in sorted(self._cancellations):
             self.plane.cancel(request_id, now)

@@ -86,16 +86,17 @@ class Simulation:
         target = 0
         if self._router is not None:
             route = self._router.route(arrival.request, arrival.keys, self.replicas, int(self.env.now))
-            target = 0 if route is None else route.replica
-            self._replica_of[arrival.request.id] = target
             if route is None:
                 self.replicas[0].plane.refuse(arrival.request, "refused by the router")
                 return
+            target = route.replica
+            self._replica_of[arrival.request.id] = target
         self.replicas[target].receive(arrival)
 
     def _on_end(self, request: Request) -> None:
-        if self._router is not None:
-            self._router.on_end(request, self._replica_of.pop(request.id), int(self.env.now))
+        replica = self._replica_of.pop(request.id, None)
+        if self._router is not None and replica is not None:  # None: the router itself has refused it
+            self._router.on_end(request, replica, int(self.env.now))
         if self._user_on_end is not None:
             self._user_on_end(request)
 

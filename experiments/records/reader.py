@@ -84,10 +84,6 @@ class Run:
         """One row a decision, in order. Raises RunError where the run was recorded without them."""
         return _to_pandas(self.table("decisions"))
 
-    def block_keys(self) -> list[list[bytes]]:
-        """The hash chain of each request's full blocks, in the order of `requests`."""
-        return list(self.table("requests")["block_keys"].to_pylist())
-
     def __repr__(self) -> str:
         return f"Run({self.label})"
 

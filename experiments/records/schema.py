@@ -23,6 +23,7 @@ _TYPES = {
     "string": pa.string(),
     "list<int64>": pa.list_(pa.int64()),
     "list<binary>": pa.list_(pa.binary()),
+    "map<string,float64>": pa.map_(pa.string(), pa.float64()),
 }
 
 

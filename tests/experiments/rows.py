@@ -8,7 +8,7 @@ from typing import Any
 from experiments.records import TABLES, Run, RunWriter, read_run
 from tests.experiments.fake_run import fake_info
 
-_EMPTY = {"string": "", "bool": False, "list<int64>": [], "list<binary>": []}
+_EMPTY = {"string": "", "bool": False, "list<int64>": [], "list<binary>": [], "map<string,float64>": []}
 
 
 def row(table: str, **values: Any) -> tuple[object, ...]:

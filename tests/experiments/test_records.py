@@ -196,7 +196,7 @@ def test_a_request_may_change_after_its_row_was_taken(tmp_path: Path) -> None:
     with RunWriter(tmp_path / "run", fake_info(), flush_seconds=None) as writer:
         writer.request(row("requests", block_keys=keys))
         keys.append(b"b")
-    assert read_run(tmp_path / "run").block_keys() == [[b"a"]]
+    assert read_run(tmp_path / "run").table("requests")["block_keys"].to_pylist() == [[b"a"]]
 
 
 def test_rows_after_the_end_are_refused_and_closing_twice_is_not(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from experiments.records import RunError, RunWriter, read_run, run_info
 from experiments.replaying import replay_run
 from experiments.spec import RunSpec, check_spec
 from experiments.workloads import Workload
+from policies.key_queue import KeyQueue
+from policies.plan import Report
 from policies.replica_state import Limits
+from policies.request import Request, Slo, State
 from policies.stack import StackSpec
 from runtime.engine import Details, Engine
 from runtime.sampling.params import SamplingParams
@@ -129,6 +133,56 @@ def test_a_run_with_sampling_stops_refusals_and_cancellations_replays_without_a_
     statuses = set(read_run(tmp_path / "real").requests["status"])
     assert {"cancelled", "refused"} <= statuses
     assert statuses & {"stop", "length"}
+    _assert_replays(tmp_path / "real")
+
+
+class Nosy(KeyQueue):
+    """An order that hangs on everything a policy is told of a request, and on how requests end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stops: Counter[str] = Counter()
+
+    def rank(self, request: Request) -> tuple[float, ...]:
+        slo = request.slo or Slo()
+        return (
+            self.stops[request.tenant] % 3,
+            -slo.value,
+            request.hints.get("share", 1.0) + request.hints.get("output_tokens", 0.0),
+            (request.program or 0) + 2 * (request.session or 0) + sum(request.parents),
+            (slo.ttft_ns or 5) + (slo.tpot_ns or 6) + (slo.e2e_ns or 7) + slo.droppable,
+        )
+
+    def on_report(self, report: Report) -> None:
+        self.stops.update(r.tenant for r, end, _ in report.finished if end is State.STOPPED)
+
+
+def _told(i: int) -> Details:
+    chance = random.Random(i)
+    slo = Slo(*(chance.choice((None, chance.randrange(9))) for _ in range(3)), value=chance.choice((0.5, 1.0, 2.0)))
+    return Details(
+        tenant=chance.choice("ab"),
+        session=chance.choice((None, 3)),
+        program=chance.choice((None, chance.randrange(4))),
+        parents=tuple(range(chance.randrange(3))),
+        slo=chance.choice((None, slo, replace(slo, droppable=True))),
+        hints={name: chance.random() for name in ("share", "output_tokens", "unused")[: chance.randrange(4)]},
+    )
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_policy_is_told_the_same_of_every_request_in_a_replay(lag: int, tiny: LoadedModel, tmp_path: Path) -> None:
+    limits = Limits(24, 16, 3, 64, 200, lag=lag)
+    stack = StackSpec("mixed", queue=f"{__name__}:Nosy")
+    info = run_info("real", spec={}, limits=asdict(limits), stack=stack.as_dict(), clairvoyant=False, workload={})
+    # The model says one token in five for ever, so some requests stop with their last allowed token.
+    each = [SamplingParams(max_tokens=3 + i % 9, stop_token_ids=tuple(range(100)), seed=i) for i in range(40)]
+    with RunWriter(tmp_path / "real", info) as writer, Engine(tiny, limits, stack.build(), recorder=writer) as engine:
+        for wave in (range(20), range(20, 40)):  # how the first ones end decides the order of the second ones
+            engine.generate([[5 + i] * 20 for i in wave], each[wave.start : wave.stop], [_told(i) for i in wave])
+    requests = read_run(tmp_path / "real").requests
+    at_cap = requests["output_tokens"] == requests["max_tokens"]
+    assert {"stop", "length"} == set(requests["status"][at_cap])
     _assert_replays(tmp_path / "real")
 
 

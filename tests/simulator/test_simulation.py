@@ -6,7 +6,7 @@ from dataclasses import astuple
 
 import pytest
 
-from policies.contract import View
+from policies.contract import Route, View
 from policies.control_plane import PolicyStalled
 from policies.plan import Plan
 from policies.records import REQUESTS, STEPS
@@ -107,6 +107,30 @@ def test_a_run_cut_off_at_a_time_records_what_was_unfinished() -> None:
 def test_several_replicas_without_a_router_are_an_error() -> None:
     with pytest.raises(ValueError, match="router"):
         Simulation(Limits(8), [StackSpec().build(), StackSpec().build()], ConstantCost(1))
+
+
+class Alternating:
+    """Sends every other request away, the others to the replicas in turn; notes the ends it is told of."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[int, int]] = []
+
+    def route(self, request: Request, keys: object, replicas: object, now: int) -> Route | None:
+        return None if request.id % 2 else Route(request.id // 2 % 2)
+
+    def on_end(self, request: Request, replica: int, now: int) -> None:
+        self.ended.append((request.id, replica))
+
+
+def test_a_router_hears_of_the_ends_of_those_that_it_routed_and_of_no_others() -> None:
+    router, log = Alternating(), Log()
+    stacks = [StackSpec().build(), StackSpec().build()]
+    simulation = Simulation(Limits(64), stacks, ConstantCost(1_000_000), router, recorder=log, check=True)
+    simulation.run([Arrival(Request(i, i, 8, 2), 2) for i in range(6)])
+    assert sorted(router.ended) == [(0, 0), (2, 1), (4, 0)]
+    assert {row["request_id"]: row["status"] for row in rows(log)} == {
+        i: ("length", "refused")[i % 2] for i in range(6)
+    }
 
 
 class OneAtATime:
