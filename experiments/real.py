@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from experiments.records import RunWriter, run_info
-from experiments.simulated import GIB, make_costs, oracle_entry, request_details
+from experiments.simulated import GIB, LIMITS, make_costs, oracle_entry, request_details
 from experiments.spec import ModelSpec, RunSpec, SpecError
 from experiments.workloads import Workload, make_workload, prompt_token_ids
 from policies.contract import CostModel
@@ -43,15 +43,10 @@ def real_limits(spec: RunSpec, loaded: LoadedModel) -> Limits:
         num_blocks = num_blocks_that_fit(int(memory), loaded.config, given.block_size, loaded.model.dtype)
         if num_blocks < 1:
             raise SpecError(f"{memory / GIB:.2f} GiB hold no KV block of {loaded.name}; give limits.kv_cache_gib")
-    return Limits(
-        num_blocks=num_blocks,
-        block_size=given.block_size,
-        max_num_seqs=given.max_num_seqs,
-        max_num_batched_tokens=given.max_num_batched_tokens,
-        max_model_len=given.max_model_len or min(8192, loaded.config.max_model_len),
-        prefix_caching=given.prefix_caching,
-        lag=given.lag,
-    )
+    fields = {name: getattr(given, name) for name in LIMITS}
+    fields["num_blocks"] = num_blocks
+    fields["max_model_len"] = given.max_model_len or min(8192, loaded.config.max_model_len)
+    return Limits(**fields)
 
 
 def _free_memory(loaded: LoadedModel) -> float:

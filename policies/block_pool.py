@@ -37,7 +37,6 @@ class BlockPool:
         self.block_size = block_size
         self.eviction = eviction
         self.num_idle = 0
-        self.num_evicted = 0
         self._free = list(range(num_blocks - 1, -1, -1))
         self._index: dict[bytes, CachedBlock] = {}
         self._registered: dict[int, CachedBlock] = {}
@@ -66,7 +65,6 @@ class BlockPool:
         del self._index[victim.key]
         del self._registered[victim.id]
         self.num_idle -= 1
-        self.num_evicted += 1
         return victim.id
 
     def lookup(self, keys: Sequence[bytes]) -> list[CachedBlock]:

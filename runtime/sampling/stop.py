@@ -54,30 +54,6 @@ def check_stop(
     return None
 
 
-def take_until_stop(
-    new_token_ids: Sequence[int],
-    num_output_tokens: int,
-    num_prompt_tokens: int,
-    params: SamplingParams,
-    eos_token_ids: Collection[int],
-    max_model_len: int,
-) -> tuple[int, StopReason | None]:
-    """`check_stop` over several tokens that arrive together.
-
-    Args:
-        num_output_tokens: the output's length before them.
-
-    Returns:
-        How many of the new tokens belong to the output, the one that ends it included, and why it ends, if
-        it does.
-    """
-    for i, token_id in enumerate(new_token_ids, start=1):
-        reason = check_stop(token_id, num_output_tokens + i, num_prompt_tokens, params, eos_token_ids, max_model_len)
-        if reason is not None:
-            return i, reason
-    return len(new_token_ids), None
-
-
 def text_token_ids(new_token_ids: Sequence[int], reason: StopReason | None, params: SamplingParams) -> Sequence[int]:
     """The tokens whose text is shown: a stop token that ends the output is not, unless it was asked for.
 

@@ -1,15 +1,12 @@
 """The end of a request, decided from its tokens."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from runtime.sampling.params import SamplingParams
 from runtime.sampling.stop import (
     StopReason,
     check_stop,
     masked_below_min_tokens,
-    take_until_stop,
     text_token_ids,
 )
 
@@ -59,28 +56,6 @@ def test_below_min_tokens_all_that_would_end_the_request_is_masked():
     assert masked_below_min_tokens(SamplingParams(min_tokens=1, stop_token_ids=(9, 2)), EOS) == (2, 3, 9)
     params = SamplingParams(min_tokens=1, stop_token_ids=(9,), ignore_eos=True)
     assert masked_below_min_tokens(params, EOS) == (9,)
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.integers(0, 12), max_size=12),
-    st.integers(0, 3),
-    st.integers(1, 12),
-    st.lists(st.integers(0, 12), max_size=2),
-    st.booleans(),
-    st.integers(11, 25),
-)
-def test_tokens_that_come_together_stop_where_they_would_one_by_one(tokens, cut, most, stops, ignore, limit):
-    params = SamplingParams(max_tokens=most, stop_token_ids=tuple(stops), ignore_eos=ignore)
-    expected: tuple[int, StopReason | None] = (len(tokens), None)
-    for i, token in enumerate(tokens):
-        if reason := check_stop(token, i + 1, 10, params, EOS, limit):
-            expected = (i + 1, reason)
-            break
-    before = min(cut, expected[0] - 1) if expected[0] else 0
-    taken, reason = take_until_stop(tokens[before:], before, 10, params, EOS, limit)
-    assert (before + taken, reason) == expected
-    assert before + taken <= most
 
 
 def test_the_text_of_a_stop_token_is_left_out_unless_asked_for():
