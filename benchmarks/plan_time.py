@@ -1,11 +1,13 @@
 """How long a policy takes to plan a step: `python -m benchmarks.plan_time [--json PATH] [--quick]`.
 
-256 requests run while 1,000, 10,000 or 100,000 wait. Three kinds of step are timed, under every scheduler and queue,
+256 requests run while 1,000, 10,000 or 100,000 wait. Four kinds of step are timed, under every scheduler and queue,
 and under every admission rule with the default of both:
 
 decode   nothing changes: everybody who runs decodes, nobody can be admitted
 admit    requests have ended, and waiting ones take their places
 preempt  blocks are missing, and somebody gives up his
+cached   as admit, with prefix caching, prompts of 1,024 tokens (64 blocks to look up and enter in the index), and more
+         blocks wanted than there are, so that idle ones are evicted
 
 Two times are taken of each: all of `ControlPlane.plan` (the policy, and carrying out what it says), and the policy's
 own `Scheduler.plan`. They are times of this thread on the processor, so that other work on the machine counts little.
@@ -109,6 +111,8 @@ class Kind:
     num_blocks: int
     shortest: int
     longest: int
+    prompt: int = 64
+    cached: bool = False
 
     def shows(self, step: Step) -> bool:
         """Whether the step is of this kind."""
@@ -117,6 +121,7 @@ class Kind:
             "decode": not step.chunks and not step.preempted and full,
             "admit": bool(step.admitted) and not step.preempted,
             "preempt": bool(step.preempted),
+            "cached": bool(step.admitted) and not step.preempted,
         }[self.name]
 
 
@@ -124,6 +129,7 @@ KINDS = (
     Kind("decode", 40_000, 2_000, 2_000),
     Kind("admit", 40_000, 16, 48),
     Kind("preempt", 1_300, 16, 48),
+    Kind("cached", 24_000, 200, 400, 1024, True),
 )
 
 
@@ -150,7 +156,7 @@ class Load:
 
     def __init__(self, kind: Kind, scheduler: str, queue: str, waiting: int, admission: str) -> None:
         self._kind = kind
-        limits = Limits(kind.num_blocks, BLOCK_SIZE, RUNNING, BUDGET, 4096, prefix_caching=False)
+        limits = Limits(kind.num_blocks, BLOCK_SIZE, RUNNING, BUDGET, 4096, prefix_caching=kind.cached)
         stack = StackSpec("mixed", queue, admission).build(block_size=BLOCK_SIZE)
         if scheduler == NAIVE:
             inner: Scheduler = SortEveryStep(NAIVE_KEYS[queue])
@@ -169,8 +175,11 @@ class Load:
         self._next_id += 1
         scattered = i * 7919  # lengths and classes that follow no order of arrival, the same in every run
         length = kind.shortest + scattered % (kind.longest - kind.shortest + 1)
-        request = Request(i, self.now, 64, length, priority=scattered % 5, hints={"output_tokens": float(length)})
-        self.plane.submit(request, self.now)
+        request = Request(
+            i, self.now, kind.prompt, length, priority=scattered % 5, hints={"output_tokens": float(length)}
+        )
+        keys = [b"%d %d" % (i, depth) for depth in range(kind.prompt // BLOCK_SIZE)] if kind.cached else ()
+        self.plane.submit(request, self.now, keys)
 
     def step(self) -> tuple[Step, int]:
         """Plan, run and report one step. Returns it with the time that planning took."""
@@ -308,7 +317,7 @@ def main() -> None:
                 "running": RUNNING,
                 "block_size": BLOCK_SIZE,
                 "max_num_batched_tokens": BUDGET,
-                "prompt_tokens": 64,
+                "prompt_tokens": {kind.name: kind.prompt for kind in KINDS},
                 "preemption": "last_admitted",
             },
             "rows": [asdict(row) for row in rows],

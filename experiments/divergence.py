@@ -46,7 +46,7 @@ def diff_decisions(a: Run, b: Run) -> Divergence | None:
 
     Raises RunError where a run was recorded without decisions.
     """
-    left, right = _ordered(a.decisions), _ordered(b.decisions)
+    left, right = _ordered(a), _ordered(b)
     columns = ["replica", "step", *_COMPARED]
     if len(left) == len(right) and all((left[c].to_numpy() == right[c].to_numpy()).all() for c in columns):
         return None
@@ -66,8 +66,14 @@ def diff_decisions(a: Run, b: Run) -> Divergence | None:
     )
 
 
-def _ordered(decisions: pd.DataFrame) -> pd.DataFrame:
-    """By replica and step; within a step in the order in which they were made, numbered as `place`."""
+def _ordered(run: Run) -> pd.DataFrame:
+    """By replica and step; within a step in the order in which they were made, numbered as `place`.
+
+    Where a run was cut short, the step in flight has decisions and no row: nobody knows how long it took.
+    """
+    decisions = run.decisions
+    if not run.complete:
+        decisions = decisions.merge(run.steps[["replica", "step"]], on=["replica", "step"])
     ordered = decisions.sort_values(["replica", "step"], kind="stable", ignore_index=True)
     return ordered.assign(place=ordered.groupby(["replica", "step"]).cumcount())
 

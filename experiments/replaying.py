@@ -9,8 +9,7 @@ import pandas as pd
 from pydantic import TypeAdapter
 
 from experiments.records import Run, RunError, RunWriter, run_info
-from experiments.simulated import make_costs
-from experiments.spec import CostSpec
+from experiments.simulated import costs_as_described
 from experiments.token_times import COMPLETED
 from policies.replica_state import Limits
 from policies.request import Request, Slo, State
@@ -57,8 +56,8 @@ def oracle_of(run: Run) -> dict[int, int] | None:
 
 def _cost(run: Run) -> CostModel | None:
     """The cost model that the run's policies could plan by."""
-    recorded = run.spec.get("cost")
-    return None if recorded is None else make_costs(CostSpec.model_validate(recorded))
+    described = run.info.get("cost")
+    return None if described is None else costs_as_described(described)
 
 
 def _check_whole(run: Run) -> None:

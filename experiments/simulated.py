@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from experiments.records import RunWriter, run_info
+from experiments.records import RunWriter, read_run, run_info
 from experiments.spec import CostSpec, RunSpec, SpecError
+from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload
 from experiments.workloads.block_keys import block_keys
 from policies import registry
@@ -19,10 +21,11 @@ from policies.replica_state import Limits
 from policies.request import Request
 from simulator.arrivals import Arrival
 from simulator.costs.base import CostModel
+from simulator.costs.calibration import Calibration
 from simulator.costs.constant import ConstantCost
 from simulator.costs.fitted import FittedCost
-from simulator.costs.roofline import RooflineCost
-from simulator.devices import load_device
+from simulator.costs.roofline import HostTimes, RooflineCost
+from simulator.devices import Device, load_device
 from simulator.simulation import Simulation
 
 GIB = 2**30
@@ -54,7 +57,7 @@ def run_simulated(
     """Simulate a specification and write its run folder. Returns the simulated nanoseconds.
 
     `workload`, `costs` and `limits` may be given where they are at hand already; they must be what `spec` describes.
-    Interrupted, it leaves a readable, incomplete record.
+    Interrupted, it leaves a readable, incomplete record. `check`: invariants after every step, Little's law at the end.
     """
     workload = workload or make_workload(spec.workload)
     costs = costs or make_costs(spec.cost or CostSpec())
@@ -62,7 +65,7 @@ def run_simulated(
     oracle = dict(enumerate(workload.output_tokens.tolist()))
     build = spec.policies.stack.build
     stacks = [build(block_size=limits.block_size, seed=spec.seed, oracle=oracle) for _ in range(spec.replicas)]
-    router = registry.make("router", spec.policies.router, seed=spec.seed) if spec.replicas > 1 else None
+    router = registry.make("router", spec.policies.router, seed=spec.seed, block_size=limits.block_size)
     info = run_info(
         "sim",
         spec=spec.model_dump(mode="json"),
@@ -75,7 +78,10 @@ def run_simulated(
     )
     with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer:
         simulation = Simulation(limits, stacks, costs, router, recorder=writer, on_end=on_end, check=check)
-        return simulation.run(arrivals_of(workload, limits))
+        simulated_ns = simulation.run(arrivals_of(workload, limits))
+    if check:
+        check_books(read_run(folder))
+    return simulated_ns
 
 
 def oracle_entry(oracle: dict[int, int], clairvoyant: bool) -> dict[str, list[int]]:
@@ -92,6 +98,23 @@ def make_costs(spec: CostSpec) -> CostModel:
         assert spec.step_ms is not None
         return ConstantCost(round(spec.step_ms * 1e6))
     return RooflineCost(ModelShape.preset(spec.model).in_dtype(spec.dtype), load_device(spec.device))
+
+
+def costs_as_described(description: dict[str, Any]) -> CostModel:
+    """The cost model that a run's record describes: what `CostModel.describe` gave. Raises SpecError."""
+    fields = {name: value for name, value in description.items() if name != "kind"}
+    try:
+        match description.get("kind"):
+            case "fitted":
+                return FittedCost(Calibration.model_validate(fields))
+            case "constant":
+                return ConstantCost(**fields)
+            case "roofline":
+                model, device = ModelShape.from_dict(fields.pop("model")), Device.from_dict(fields.pop("device"))
+                return RooflineCost(model, device, dtype=fields.pop("dtype"), host=HostTimes(**fields))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SpecError(f"the recorded cost model cannot be used: {error}") from error
+    raise SpecError(f"the recorded cost model cannot be used: there is no kind {description.get('kind')!r}")
 
 
 def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
@@ -138,22 +161,19 @@ def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
 
 
 def arrivals_of(workload: Workload, limits: Limits) -> Iterator[Arrival]:
-    """The workload's requests, ids 0, 1, ... in order, with block keys where prefixes are cached and may be shared."""
-    shares = limits.prefix_caching and workload.hash_ids is not None
-    keys = block_keys(workload, limits.block_size) if shares else None
+    """The workload's requests, ids 0, 1, ... in order, with block keys where prefixes are cached."""
+    keys: Iterable[list[bytes]] = repeat([])
+    if limits.prefix_caching:
+        keys = block_keys(workload, limits.block_size, generated=True)
     rows = zip(
         *(column.tolist() for column in (workload.arrival_ns, workload.prompt_tokens, workload.max_tokens)), strict=True
     )
     outputs = workload.output_tokens.tolist()
-    for i, (arrival_ns, prompt, cap) in enumerate(rows):
+    for i, ((arrival_ns, prompt, cap), known) in enumerate(zip(rows, keys, strict=False)):
         details = request_details(workload, i)
         request = Request(
             i, arrival_ns, prompt, cap, details.tenant, details.session, priority=details.priority, hints=details.hints
         )
-        known: list[bytes] = []
-        if keys is not None:
-            blocks = (prompt + outputs[i]) // limits.block_size
-            known = keys[i] + [_generated_key(i, depth) for depth in range(len(keys[i]), blocks)]
         yield Arrival(request, outputs[i], known)
 
 
@@ -176,8 +196,3 @@ def request_details(workload: Workload, i: int) -> RequestDetails:
         priority=0 if workload.priority is None else int(workload.priority[i]),
         hints={} if declared is None else {"output_tokens": float(declared[i])},
     )
-
-
-def _generated_key(request: int, depth: int) -> bytes:
-    """A name for a block of generated tokens, which nobody else generates."""
-    return blake2b(b"generated %d %d" % (request, depth), digest_size=16).digest()

@@ -6,14 +6,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from experiments.workloads.spec import WorkloadSpec
-from policies import registry
+from experiments.workloads.spec import Count, Positive, Seed, SequenceLength, WorkloadSpec
+from policies import model_shape, registry
+from policies.registry import PolicySpec
+from policies.replica_state import Limits
 from policies.stack import StackSpec
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_LIMITS = Limits(num_blocks=1)
+_STACK = StackSpec()
 
 
 class SpecError(ValueError):
@@ -35,13 +47,13 @@ class LimitsSpec(_Part):
         lag: 1 plans a step while the one before runs; 0 takes turns.
     """
 
-    num_blocks: Count | None = None
+    num_blocks: Annotated[int, Field(strict=True, ge=1, le=2**24)] | None = None
     kv_cache_gib: Positive | None = None
-    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
-    max_num_seqs: Annotated[int, Field(ge=1, le=65_536)] = 256
-    max_num_batched_tokens: Count = 2048
-    max_model_len: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = None
-    prefix_caching: bool = True
+    block_size: Annotated[int, Field(strict=True, ge=1, le=1024)] = _LIMITS.block_size
+    max_num_seqs: Annotated[int, Field(strict=True, ge=1, le=65_536)] = _LIMITS.max_num_seqs
+    max_num_batched_tokens: Count = _LIMITS.max_num_batched_tokens
+    max_model_len: SequenceLength | None = None
+    prefix_caching: bool = _LIMITS.prefix_caching
     lag: Literal[0, 1] = 1
 
     @model_validator(mode="after")
@@ -66,14 +78,22 @@ class ModelSpec(_Part):
     attention: str = "auto"
 
 
+_FIELDS_OF_COST = {
+    "fitted": ("calibration",),
+    "roofline": ("model", "device", "dtype"),
+    "constant": ("step_ms",),
+}
+
+
 class CostSpec(_Part):
-    """How the simulated panel turns steps into time.
+    """How the simulated panel turns steps into time. (A recorded run's own step times are what `diptych replay` uses.)
 
     Attributes:
         kind: `fitted` from a calibration file that `diptych profile` wrote; `roofline` from a model's shape and a
             device's data sheet; `constant`, every step the same.
         calibration: the file, for `fitted`.
-        model, device: for `roofline`; a device by name, `cpu` for this one's, or a file of one.
+        model, device: for `roofline`; a model shape by name (`SmolLM2-135M-Instruct` is `smollm2-135m`); a device by
+            name, `cpu` for this one's, or a file of one.
         dtype: of weights and KV cache, for `roofline`.
         step_ms: for `constant`.
     """
@@ -85,29 +105,49 @@ class CostSpec(_Part):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     step_ms: Positive | None = None
 
+    @field_validator("model")
+    @classmethod
+    def _shape_of(cls, name: str) -> str:
+        shape = name.rsplit("/", 1)[-1].lower().removesuffix("-instruct")
+        return shape if shape in model_shape.PRESETS else name
+
     @model_validator(mode="after")
     def _what_it_needs(self) -> CostSpec:
+        for kind, fields in _FIELDS_OF_COST.items():
+            given = [field for field in fields if field in self.model_fields_set and getattr(self, field) is not None]
+            if kind != self.kind and given:
+                raise ValueError(f"{given[0]} is only for cost {kind!r}, not {self.kind!r}")
         if self.kind == "fitted" and self.calibration is None:
             raise ValueError("cost 'fitted' needs calibration, a file that `diptych profile` wrote")
         if self.kind == "constant" and self.step_ms is None:
             raise ValueError("cost 'constant' needs step_ms")
         return self
 
+    @model_serializer(mode="wrap")
+    def _what_applies(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name in ("kind", *_FIELDS_OF_COST[self.kind])}
+
 
 class PoliciesSpec(_Part):
     """The policy stack, each role as `name,knob=value,...` or as a mapping with a name."""
 
-    scheduler: str = "mixed"
-    queue: str = "fcfs"
-    admission: str = "full_prompt"
-    preemption: str = "last_admitted"
-    eviction: str = "lru"
+    scheduler: str = _STACK.scheduler
+    queue: str = _STACK.queue
+    admission: str = _STACK.admission
+    preemption: str = _STACK.preemption
+    eviction: str = _STACK.eviction
     router: str = "round_robin"
 
     @field_validator("*", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
-        return str(registry.PolicySpec.parse(value)) if isinstance(value, dict) else value
+        return str(PolicySpec.parse(value)) if isinstance(value, dict) else value
+
+    @field_validator("*")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        registry.find(str(info.field_name), PolicySpec.parse(value).name)
+        return value
 
     @property
     def stack(self) -> StackSpec:
@@ -120,7 +160,7 @@ class RunSpec(_Part):
     Attributes:
         target: the panel that `diptych run` uses.
         seed: of prompts' content and of sampling; the workload has a seed of its own.
-        replicas: of the simulated panel.
+        replicas: of the simulated panel; the real one has one.
         cost: how the simulated panel turns steps into time (a roofline of an 8B model on an H100 where nobody says);
             policies of either panel that plan by predicted cost use it too.
         forced_lengths: the real panel ends each request after its recorded output tokens, whatever they are.
@@ -133,8 +173,8 @@ class RunSpec(_Part):
     limits: LimitsSpec = LimitsSpec()
     model: ModelSpec = ModelSpec()
     cost: CostSpec | None = None
-    replicas: Annotated[int, Field(ge=1, le=100_000)] = 1
-    seed: Annotated[int, Field(ge=0)] = 0
+    replicas: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 1
+    seed: Seed = 0
     forced_lengths: bool = True
     decisions: bool = True
 
@@ -156,7 +196,15 @@ def read_spec(path: str | Path, overrides: dict[str, Any] | None = None) -> RunS
         raise SpecError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise SpecError(f"{path} must hold the fields of a run by name, such as workload and policies")
-    return check_spec(_merged(content, overrides or {}), str(path))
+    over = overrides or {}
+    cost, other = content.get("cost"), over.get("cost")
+    if isinstance(cost, dict) and isinstance(other, dict) and _kind(other, _kind(cost)) != _kind(cost):
+        content["cost"] = {}  # the fields of one kind mean nothing to another
+    return check_spec(_merged(content, over), str(path))
+
+
+def _kind(cost: dict[str, Any], default: Any = CostSpec.model_fields["kind"].default) -> Any:
+    return cost.get("kind", default)
 
 
 def check_spec(content: dict[str, Any], origin: str = "the specification") -> RunSpec:
@@ -164,7 +212,17 @@ def check_spec(content: dict[str, Any], origin: str = "the specification") -> Ru
     try:
         return RunSpec.model_validate(content)
     except ValidationError as error:
-        raise SpecError(f"{origin}: {_first_error(error)}") from None
+        cause = error.errors()[0].get("ctx", {}).get("error")  # what a validator of ours raised
+        raise SpecError(f"{origin}: {_first_error(error)}") from cause
+
+
+_GROUPS: dict[str, type[BaseModel]] = {
+    "workload": WorkloadSpec,
+    "policies": PoliciesSpec,
+    "limits": LimitsSpec,
+    "model": ModelSpec,
+    "cost": CostSpec,
+}
 
 
 def _first_error(error: ValidationError) -> str:
@@ -172,8 +230,12 @@ def _first_error(error: ValidationError) -> str:
     field = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
-    shown = "" if isinstance(given, dict) or first["type"] == "missing" else f", not {given!r}"
-    return f"{field}: {message}{shown}" if field else message
+    if first["type"] == "extra_forbidden":
+        *path, name = (str(part) for part in first["loc"])
+        known = list((_GROUPS[path[0]] if path else RunSpec).model_fields)
+        return f"{field}: unknown field; {registry.nearest(name, known)}known: {', '.join(known)}"
+    whole = first["type"] in ("missing", "value_error") or isinstance(given, dict)
+    return (f"{field}: {message}" if field else message) + ("" if whole else f", not {given!r}")
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -104,6 +104,16 @@ def littles_law(run: Run) -> LittlesLaw:
     return LittlesLaw(held_by_steps / 1e9 / span_s, count / span_s, held_by_requests / 1e9 / count)
 
 
+def check_books(run: Run) -> None:
+    """Raise RunError unless Little's law holds to rounding in a complete run."""
+    law = littles_law(run)
+    if abs(law.relative_difference) > 1e-9:
+        raise RunError(
+            f"{run.folder}: steps say that {law.in_system} requests are in the system on average, requests say "
+            f"{law.from_requests}; the record contradicts itself"
+        )
+
+
 def _held_by_steps(rows: pd.DataFrame, lag: int, end: int) -> int:
     """Request-nanoseconds in the system, from one replica's steps in order."""
     step, plan_ns = rows["step"].to_numpy(), rows["plan_ns"].to_numpy()

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from policies.contract import CostModel, Recorder, View
 from policies.enactment import Enactment
 from policies.plan import FOREVER, Plan, Report, Step
+from policies.recording import Recording
 from policies.replica_state import Limits, ReplicaState
-from policies.request import Request, Slo, State
+from policies.request import Request, State
 from policies.stack import PolicyStack
 
 
@@ -47,13 +48,9 @@ class ControlPlane:
         self.replica = replica
         self._state = ReplicaState(limits, stack, cost)
         self.on_end = on_end
-        self._recorder = recorder
+        self._recording = None if recorder is None else Recording(recorder, replica, self._state)
         self._check = check
         self._next_index = 0
-        self._before_step: dict[int, int] = {}
-        self._blocked: dict[int, str] = {}
-        self._empty_rows: list[tuple[object, ...]] = []
-        self._plan_rows: dict[int, tuple[object, ...]] = {}
         self._empty_plans = 0
         self._last_ns = 0
 
@@ -119,7 +116,8 @@ class ControlPlane:
         if reason is not None:
             self.refuse(request, reason)
             raise RequestRefused(reason)
-        self._before_step[request.id] = self._next_index
+        if self._recording is not None:
+            self._recording.submitted(request, self._next_index)
         request.max_tokens = min(request.max_tokens, self.limits.max_model_len - request.num_prompt_tokens)
         if self.limits.prefix_caching:
             request._keys = list(keys)
@@ -131,7 +129,7 @@ class ControlPlane:
     def refuse(self, request: Request, reason: str) -> None:
         """Record a request that is turned away: here, or by a router before it got here."""
         request.state = State.REFUSED
-        self._record_request(request, 0, error=reason)
+        self._record_end(request, 0, reason)
         if self.on_end is not None:
             self.on_end(request)
 
@@ -175,9 +173,7 @@ class ControlPlane:
         """
         self._advance(now)
         state = self._state
-        plan = self.stack.scheduler.plan(state, now)
-        if not isinstance(plan, Plan):
-            raise TypeError(f"{type(self.stack.scheduler).__name__}.plan answered {plan!r}; it must return a Plan")
+        plan = self._ask(now)
         enactment = Enactment(state, plan, self._next_index, now)
         step = enactment.run()
         self._next_index += 1
@@ -188,11 +184,22 @@ class ControlPlane:
         times = [until for until in state.pins.values() if until != FOREVER]
         if times:
             step.wake_at = min([*times, *([] if step.wake_at is None else [step.wake_at])])
-        if self._recorder is not None:
-            self._record_plan(plan, step)
+        if self._recording is not None:
+            self._recording.planned(plan, step)
         self._verify()
         self._watch(step)
         return step
+
+    def _ask(self, now: int) -> Plan:
+        plan, name = self.stack.scheduler.plan(self._state, now), type(self.stack.scheduler).__name__
+        if not isinstance(plan, Plan):
+            raise TypeError(f"{name}.plan answered {plan!r}; it must return a Plan")
+        for at in (plan.wake_at, *(until for _, until in plan.pin)):
+            if at is not None and not isinstance(at, int):
+                raise TypeError(
+                    f"{name}.plan named the time {at!r}; times are nanoseconds as int, not {type(at).__name__}"
+                )
+        return plan
 
     def report(self, report: Report) -> None:
         """Take in what became of a step. Reports come in the order of their steps."""
@@ -214,14 +221,14 @@ class ControlPlane:
         for request, end, num_output_tokens in report.finished:
             self._end(request, end, num_output_tokens, report.end_ns)
         self.stack.scheduler.on_report(report)
-        if self._recorder is not None:
-            self._record_step(report)
+        if self._recording is not None:
+            self._recording.reported(report)
         self._verify()
 
     def close(self) -> None:
         """Record the requests that have not ended. Nothing can be submitted afterwards."""
         for request in list(self._state.requests.values()):
-            self._record_request(request, request.num_output_tokens)
+            self._record_end(request, request.num_output_tokens)
 
     # Inside
 
@@ -249,9 +256,13 @@ class ControlPlane:
             else:
                 state.free(request, now)
         del state.requests[request.id]
-        self._record_request(request, num_output_tokens, error)
+        self._record_end(request, num_output_tokens, error)
         if self.on_end is not None:
             self.on_end(request)
+
+    def _record_end(self, request: Request, num_output_tokens: int, error: str = "") -> None:
+        if self._recording is not None:
+            self._recording.ended(request, num_output_tokens, self._next_index, error)
 
     def _watch(self, step: Step) -> None:
         """Work conservation: a policy that plans nothing while it could must say when to ask again."""
@@ -273,151 +284,3 @@ class ControlPlane:
     def _verify(self) -> None:
         if self._check:
             self._state.check()
-
-    # Records
-
-    def _record_request(self, request: Request, num_output_tokens: int, error: str = "") -> None:
-        before = self._next_index
-        if request.state is not State.REFUSED:  # else the id may be that of another request, a live one
-            before = self._before_step.pop(request.id, before)
-        if self._recorder is None:
-            return
-        status = request.state.value if request.state.ended else "unfinished"
-        runs = request._decode_runs
-        if request._group is not None:  # still decoding when the run was closed
-            runs = [*runs, request._group.clock]
-        slo = request.slo or Slo()
-        self._recorder.request((
-            request.id,
-            self.replica,
-            request.arrival_ns,
-            before,
-            request.tenant,
-            request.session,
-            request.program,
-            list(request.parents),
-            request.priority,
-            slo.ttft_ns,
-            slo.tpot_ns,
-            slo.e2e_ns,
-            None if request.slo is None else slo.value,
-            slo.droppable,
-            list(request.hints.items()),
-            request.num_prompt_tokens,
-            request.max_tokens,
-            num_output_tokens,
-            request.num_cached_tokens,
-            request.num_preemptions,
-            request.first_scheduled_ns,
-            request.first_token_ns,
-            request.finish_ns,
-            self._next_index if request.state is State.CANCELLED else None,
-            status,
-            error,
-            request._token_steps,
-            runs,
-            request._keys,
-        ))  # fmt: skip
-
-    def _record_plan(self, plan: Plan, step: Step) -> None:
-        assert self._recorder is not None
-        index = step.index
-
-        def emit(request_id: int, kind: str, tokens: int, reason: str) -> None:
-            decision((self.replica, index, request_id, kind, tokens, reason))
-
-        decision = self._recorder.decision
-        for request, reason in step.dropped:
-            emit(request.id, "drop", 0, reason)
-        for request, mode in step.preempted:
-            emit(request.id, "preempt", request.num_tokens, mode.value)
-        for request in step.left:
-            emit(request.id, "leave", 0, "")
-        for request in step.joined:
-            emit(request.id, "join", 0, "")
-        if step.decode_all:
-            emit(-1, "decode", step.num_decodes, "")
-        for request in step.capped:
-            emit(request.id, "capped", 0, "")
-        for request in step.decodes:
-            emit(request.id, "decode", 1, "")
-        for request in step.resumed:
-            emit(request.id, "resume", 0, "")
-        admitted = {request.id for request in step.admitted}
-        for chunk in step.chunks:
-            if chunk.request.id in admitted:
-                emit(chunk.request.id, "admit", chunk.start, "")
-            emit(chunk.request.id, "chunk", chunk.num_tokens, "")
-        for request, reason in step.refused:
-            emit(request.id, "refused", 0, reason)
-        blocked = {request.id: reason for request, reason in plan.blocked}
-        for request_id, reason in blocked.items():
-            if self._blocked.get(request_id) != reason:
-                emit(request_id, "blocked", 0, reason)
-        self._blocked = blocked
-        state = self._state
-        self._plan_rows[index] = (
-            len(step.admitted),
-            len(step.preempted),
-            state.pool.num_free - state.pool.num_idle,
-            state.pool.num_idle,
-            len(state.running),
-            state.num_waiting,
-            len(state.paused),
-            step.wake_at,
-        )
-        if not step.runs:
-            row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0)
-            if state.last_launched == state.last_reported:
-                self._recorder.step(row)
-            else:
-                self._empty_rows.append(row)  # behind the row of the step in flight
-
-    def _record_step(self, report: Report) -> None:
-        assert self._recorder is not None
-        row = self._step_row(report.step, report.launch_ns, report.end_ns, report.device_ns, len(report.finished))
-        if self._empty_rows and self._empty_rows[0][1] < report.step.index:  # type: ignore[operator]
-            self._flush_empty_rows()
-        self._recorder.step(row)
-        if self._state.last_launched == self._state.last_reported:
-            self._flush_empty_rows()
-
-    def _flush_empty_rows(self) -> None:
-        assert self._recorder is not None
-        for row in self._empty_rows:
-            self._recorder.step(row)
-        self._empty_rows.clear()
-
-    def _step_row(
-        self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int
-    ) -> tuple[object, ...]:
-        admitted, preempted, free, idle, running, waiting, paused, wake = self._plan_rows.pop(step.index)
-        s = step.shape
-        return (
-            self.replica,
-            step.index,
-            step.plan_ns,
-            launch_ns,
-            end_ns,
-            device_ns,
-            s.num_decodes,
-            s.decode_context,
-            s.max_context,
-            s.num_chunks,
-            s.chunk_tokens,
-            s.chunk_pairs,
-            s.chunk_context,
-            s.num_samples,
-            s.padded_tokens,
-            s.graph,
-            step.decode_clock,
-            admitted,
-            preempted,
-            num_finished,
-            free,
-            idle,
-            running,
-            waiting,
-            paused,
-            wake,
-        )  # fmt: skip

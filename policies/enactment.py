@@ -7,6 +7,8 @@ refused with a reason and leaves no trace; nothing is edited silently.
 
 from __future__ import annotations
 
+import operator
+
 from policies.contract import Hit
 from policies.draft import NO_BLOCKS, SLOTS, TOKEN_BUDGET
 from policies.plan import Chunk, Mode, Plan, Step
@@ -295,14 +297,18 @@ class Enactment:
         state = self.state
         waiting = request.state is State.WAITING
         start = self._hits[request.id].num_tokens if waiting else request.num_computed_tokens
-        left = request.num_tokens - start
+        left, hold = request.num_tokens - start, self.plan.hold.get(request.id, 0)
+        try:  # NumPy's integers are whole numbers too
+            num_tokens, hold = operator.index(num_tokens), operator.index(hold)
+        except TypeError:
+            return self._refuse_chunk(request, f"{num_tokens!r} tokens, {hold!r} to hold: not whole numbers")
         if not 1 <= num_tokens <= left:
             return self._refuse_chunk(request, f"{num_tokens} tokens asked for, {left} left")
         if num_tokens > self._tokens_left:
             return self._refuse_chunk(request, TOKEN_BUDGET)
         if waiting and len(state.running) >= state.limits.max_num_seqs:
             return self._refuse_chunk(request, SLOTS)
-        target = max(start + num_tokens, self.plan.hold.get(request.id, 0))
+        target = max(start + num_tokens, hold)
         held = len(self._hits[request.id].blocks) if waiting else request.num_blocks
         if -(-target // state.limits.block_size) - held > state.pool.num_free:
             return self._refuse_chunk(request, NO_BLOCKS)

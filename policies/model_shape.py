@@ -128,10 +128,12 @@ class ModelShape:
 PRESETS: dict[str, ModelShape] = {
     shape.name: shape
     for shape in (
+        ModelShape("tiny", 2, 64, 160, 4, 2, 16, 512, tied_embeddings=True),
         ModelShape("smollm2-135m", 30, 576, 1536, 9, 3, 64, 49152, tied_embeddings=True),
+        ModelShape("qwen2.5-0.5b", 24, 896, 4864, 14, 2, 64, 151936, tied_embeddings=True),
         ModelShape("qwen3-0.6b", 28, 1024, 3072, 16, 8, 128, 151936, tied_embeddings=True),
         ModelShape("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256),
         ModelShape("llama-3.1-70b", 80, 8192, 28672, 64, 8, 128, 128256),
     )
 }
-"""Sizes from the models' own published configurations."""
+"""Sizes from the models' own published configurations; `tiny` is made up, for trying things out."""

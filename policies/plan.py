@@ -49,7 +49,7 @@ class Plan:
     bundles: list[frozenset[int]] = field(default_factory=list)
     """Groups of request ids inside `chunks` of which all run or none."""
     wake_at: int | None = None
-    """Ask again at this time even if nothing happens."""
+    """Ask again at this time even if nothing happens; without effect once no request is alive."""
     blocked: list[tuple[Request, str]] = field(default_factory=list)
     """(request, reason): waiting requests that were looked at and passed over. For the record only."""
 

@@ -50,7 +50,7 @@ class PolicyError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class PolicySpec:
-    """A policy by name, with its knobs."""
+    """A policy by name, with its knobs: plain values, so that it can be written as text."""
 
     name: str
     knobs: Mapping[str, object] = field(default_factory=dict)
@@ -61,8 +61,13 @@ class PolicySpec:
         if isinstance(text, Mapping):
             knobs = dict(text)
             name = knobs.pop("name", None)
-            if not isinstance(name, str):
+            if not isinstance(name, str) or "," in name:
                 raise PolicyError(f"a policy needs a name, as in {{name: mixed}}; got {dict(text)}")
+            for knob, value in knobs.items():
+                if not str(knob).isidentifier():
+                    raise PolicyError(f"{name}: {knob!r} is no knob's name")
+                if not isinstance(value, (str, int, float, types.NoneType)) or "," in str(value):
+                    raise PolicyError(f"{name}: {knob} must be one plain value without a comma, not {value!r}")
             return cls(name, knobs)
         name, *pairs = (part.strip() for part in text.split(","))
         knobs = {}
@@ -98,7 +103,7 @@ def find(role: str, name: str) -> type:
     """The class behind a name. Raises PolicyError with the nearest name where there is none."""
     _load_built_in(role)
     if ":" in name:
-        found = _load_from_path(role, name)
+        found = _load_from_path(name)
     elif name in _REGISTERED[role]:
         found = _REGISTERED[role][name]
     else:
@@ -109,10 +114,30 @@ def find(role: str, name: str) -> type:
             found = plugged[0].load()
         except Exception as error:
             raise PolicyError(f"the plug-in {plugged[0].value} for {role} {name!r} does not load: {error}") from error
-    missing = [m for m in _methods(ROLES[role]) if not callable(getattr(found, m, None))]
+    missing = _missing(role, found)
     if missing:
         raise PolicyError(f"{name} is no {role}: it lacks {', '.join(missing)}")
     return found
+
+
+def roles(name: str) -> list[str]:
+    """The roles in which there is a policy of this name, or that a `package.module:Class` can play.
+
+    Raises PolicyError where there is none.
+    """
+    if ":" in name:
+        policy = _load_from_path(name)
+        played = [role for role in ROLES if not _missing(role, policy)]
+        if not played:
+            raise PolicyError(f"{name} plays no role: it has the methods of none of {', '.join(ROLES)}")
+        return played
+    known = {role: names(role) for role in ROLES}
+    played = [role for role in ROLES if name in known[role]]
+    if not played:
+        everything = sorted({one for of_role in known.values() for one in of_role})
+        near = nearest(name, everything)
+        raise PolicyError(f"there is no policy {name!r}; {near}known: {', '.join(everything)}, or package.module:Class")
+    return played
 
 
 def knobs(policy: type) -> dict[str, inspect.Parameter]:
@@ -143,7 +168,8 @@ def make(role: str, spec: PolicySpec | str | Mapping[str, Any], **context: objec
             near = difflib.get_close_matches(knob, own, 1)
             known = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(own) or 'none'}"
             raise PolicyError(f"{role} {spec.name} has no knob {knob!r}; {known}")
-        arguments[knob] = _convert(f"{role} {spec.name}: {knob}", value, hints.get(knob, str))
+        wanted = hints.get(knob, _type_of(accepted[knob].default))
+        arguments[knob] = _convert(f"{role} {spec.name}: {knob}", value, wanted)
     missing = [n for n, p in accepted.items() if p.default is p.empty and n not in arguments]
     if missing:
         raise PolicyError(f"{role} {spec.name} needs {', '.join(missing)}")
@@ -159,19 +185,19 @@ def _load_built_in(role: str) -> None:
         importlib.import_module(f"{package.__name__}.{module.name}")
 
 
-def _load_from_path(role: str, path: str) -> type:
+def _load_from_path(path: str) -> type:
     module_name, _, class_name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise PolicyError(f"{role} {path}: importing {module_name} failed: {error}") from error
-        raise PolicyError(f"{role} {path}: there is no module {module_name!r} on the Python path") from error
+            raise PolicyError(f"{path}: importing {module_name} failed: {error}") from error
+        raise PolicyError(f"{path}: there is no module {module_name!r} on the Python path") from error
     except Exception as error:
-        raise PolicyError(f"{role} {path}: importing {module_name} failed: {error}") from error
+        raise PolicyError(f"{path}: importing {module_name} failed: {error}") from error
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
-        raise PolicyError(f"{role} {path}: {module_name} has no class {class_name!r}")
+        raise PolicyError(f"{path}: {module_name} has no class {class_name!r}")
     return found
 
 
@@ -190,8 +216,16 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {near[0]!r}? " if near else ""
 
 
-def _methods(protocol: type) -> list[str]:
-    return [n for n, v in vars(protocol).items() if inspect.isfunction(v) and not n.startswith("_")]
+def _missing(role: str, policy: type) -> list[str]:
+    """The methods of a role that a class lacks."""
+    methods = [n for n, v in vars(ROLES[role]).items() if inspect.isfunction(v) and not n.startswith("_")]
+    return [n for n in methods if not callable(getattr(policy, n, None))]
+
+
+def _type_of(default: object) -> Any:
+    """What a knob without annotation takes: its default's type; where that says nothing, what the value looks like."""
+    unknown = default is None or default is inspect.Parameter.empty
+    return bool | int | float | str | None if unknown else type(default)
 
 
 def _convert(what: str, value: object, wanted: Any) -> object:
@@ -209,11 +243,11 @@ def _convert(what: str, value: object, wanted: Any) -> object:
             if option is str:
                 return str(value)
             number = float(str(value)) if option is float else int(str(value))
-            if not math.isfinite(number):
-                break
-            return number
         except (KeyError, ValueError):
             continue
+        if isinstance(number, float) and not math.isfinite(number):
+            raise PolicyError(f"{what} must be a finite number, not {value!r}")
+        return number
     if any(option not in (bool, int, float, str, type(None)) for option in options):
         return value
     wanted_name = " or ".join("None" if option is type(None) else option.__name__ for option in options)

@@ -270,7 +270,7 @@ class Engine:
         try:
             self._drive()
         except BaseException as error:
-            logger.error("the engine has stopped", exc_info=error)
+            logger.critical("the engine has stopped", exc_info=error)
             self._error = error
         self._runner.close()
         self._end_everybody()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from policies.model_shape import ModelShape
+
 
 class ModelError(ValueError):
     """A model that cannot be loaded or is not supported. The message is one line and says what to do."""
@@ -218,78 +220,36 @@ def _require_positive(field: str, value: object) -> None:
         raise ModelError(f"{field}={value!r} must be a positive integer; check the config")
 
 
+def _sized(name: str, max_model_len: int, **rest: Any) -> ModelConfig:
+    """The config of a model whose sizes `policies.model_shape` knows."""
+    shape = ModelShape.preset(name)
+    sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+    return ModelConfig(
+        **{size: getattr(shape, size) for size in sizes},
+        max_model_len=max_model_len,
+        tie_word_embeddings=shape.tied_embeddings,
+        **rest,
+    )
+
+
+_LLAMA3 = {
+    "rope_theta": 500000.0,
+    "rope_scaling": Llama3RopeScaling(8.0, 1.0, 4.0, 8192),
+    "bos_token_id": 128000,
+    "eos_token_ids": (128001, 128008, 128009),
+}
+_QWEN = {
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "bos_token_id": 151643,
+    "eos_token_ids": (151645, 151643),
+}
+
 PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        vocab_size=512,
-        max_model_len=1024,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_ids=(2,),
-    ),
-    "smollm2-135m": ModelConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        vocab_size=49152,
-        max_model_len=8192,
-        rope_theta=100000.0,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_ids=(2,),
-    ),
-    "llama-3.1-8b": ModelConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        max_model_len=131072,
-        rope_theta=500000.0,
-        rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 8192),
-        bos_token_id=128000,
-        eos_token_ids=(128001, 128008, 128009),
-    ),
-    "qwen2.5-0.5b": ModelConfig(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_layers=24,
-        num_heads=14,
-        num_kv_heads=2,
-        head_dim=64,
-        vocab_size=151936,
-        max_model_len=32768,
-        rms_norm_eps=1e-6,
-        rope_theta=1000000.0,
-        tie_word_embeddings=True,
-        qkv_bias=True,
-        bos_token_id=151643,
-        eos_token_ids=(151645, 151643),
-    ),
-    "qwen3-0.6b": ModelConfig(
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_layers=28,
-        num_heads=16,
-        num_kv_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-        max_model_len=40960,
-        rms_norm_eps=1e-6,
-        rope_theta=1000000.0,
-        tie_word_embeddings=True,
-        qk_norm=True,
-        bos_token_id=151643,
-        eos_token_ids=(151645, 151643),
-    ),
+    "tiny": _sized("tiny", 1024, bos_token_id=1, eos_token_ids=(2,)),
+    "smollm2-135m": _sized("smollm2-135m", 8192, rope_theta=100000.0, bos_token_id=1, eos_token_ids=(2,)),
+    "llama-3.1-8b": _sized("llama-3.1-8b", 131072, **_LLAMA3),
+    "llama-3.1-70b": _sized("llama-3.1-70b", 131072, **_LLAMA3),
+    "qwen2.5-0.5b": _sized("qwen2.5-0.5b", 32768, qkv_bias=True, **_QWEN),
+    "qwen3-0.6b": _sized("qwen3-0.6b", 40960, qk_norm=True, **_QWEN),
 }

@@ -89,9 +89,18 @@ class Simulation:
             if route is None:
                 self.replicas[0].plane.refuse(arrival.request, "refused by the router")
                 return
-            target = route.replica
+            if route.kv_from is not None or route.decode_replica not in (None, route.replica):
+                self.replicas[0].plane.refuse(arrival.request, "no transfer of KV blocks between replicas")
+                return
+            target = self._checked(route.replica)
             self._replica_of[arrival.request.id] = target
         self.replicas[target].receive(arrival)
+
+    def _checked(self, replica: int) -> int:
+        if replica not in range(len(self.replicas)):
+            name = type(self._router).__name__
+            raise IndexError(f"{name}.route answered replica {replica}; there are 0 to {len(self.replicas) - 1}")
+        return replica
 
     def _on_end(self, request: Request) -> None:
         replica = self._replica_of.pop(request.id, None)

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import sys
 
-# Importing a module adds its commands.
-from experiments.cli import demo, look, profiling, running  # noqa: F401
-from experiments.cli.app import app, errors
+from experiments.cli.app import app, complain
+from experiments.cli.failures import INTERRUPTED, one_line, terse_logging
+
+TRACEBACK = "--traceback"
 
 
 def main() -> None:
-    """Entry point. A mistake of the user's ends in one line on stderr and exit status 2, Ctrl-C in status 130."""
+    """Entry point. Any error ends in one line on stderr and exit status 2, Ctrl-C in status 130."""
     sys.path.insert(0, "")  # so that module:Class finds a policy in the current folder
+    args = [arg for arg in sys.argv[1:] if arg != TRACEBACK]
+    if len(args) < len(sys.argv[1:]):
+        _run(args)
+        return
     try:
-        app()
-    except (ValueError, OSError, RuntimeError) as error:
-        # What a user can cause is a ValueError or an OSError; what a policy, a model or a device does in mid-run is a
-        # RuntimeError.
-        if "--traceback" in sys.argv:
-            raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        hint = " (diptych --traceback ... shows where)" if isinstance(error, RuntimeError) else ""
-        errors.print(f"diptych: {text}{hint}", style="red", markup=False)
+        with terse_logging():
+            _run(args)
+    except KeyboardInterrupt:
+        complain("interrupted")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        complain(one_line(error))
         sys.exit(2)
+
+
+def _run(args: list[str]) -> None:
+    # Importing a module adds its commands. Here, as it takes its time, in which Ctrl-C may come.
+    from experiments.cli import demo, look, profiling, running  # noqa: F401
+
+    app(args=args)

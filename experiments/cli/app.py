@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
+
+from experiments.cli.failures import INTERRUPTED
+
+# What users type may look like markup or an emoji's name, and is to come out as it was typed.
+console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+class _Group(TyperGroup):
+    """Commands that say so when they are interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            complain("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
 
 app = typer.Typer(
+    cls=_Group,
     help="One LLM-serving policy in two panels: a real runtime and a simulation of it, side by side.\n\n"
     "Start with: diptych demo",
     no_args_is_help=True,
@@ -13,11 +35,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-INTERRUPTED = 130
-console = Console()
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def complain(text: str) -> None:
+    """One line on stderr."""
+    errors.print(f"diptych: {text}", style="red")
 
 
 @app.callback()
-def common(traceback: bool = typer.Option(False, "--traceback", help="Show Python's traceback of an error.")) -> None:
-    """Options before the command."""
+def common(
+    traceback: bool = typer.Option(
+        False, "--traceback", help="Show Python's traceback of an error; may also follow the command."
+    ),
+) -> None:
+    """Options of every command."""

@@ -43,7 +43,7 @@ def demo(
     console.print(f"{loaded.name}: {loaded.config.num_layers} layers, {millions:.0f} M parameters")
     answer = show.ask(loaded, QUESTION)
     if answer:
-        console.print(f"asked: {QUESTION}\nit says: {answer}", markup=False)
+        console.print(f"asked: {QUESTION}\nit says: {answer}")
 
     console.rule("2. this machine's step times")
     with progress("measuring", 100) as bar:
@@ -66,7 +66,7 @@ def demo(
     )
     for number, policy in enumerate(POLICIES, 3):
         console.rule(f"{number}. policy: {policy}")
-        with interruptible(out), progress("serving", len(workload)) as bar:
+        with interruptible(out / f"{policy}-real"), progress("serving", len(workload)) as bar:
 
             def on_output(output: object, bar: object = bar) -> None:
                 if getattr(output, "finish_reason", None) is not None:
@@ -88,6 +88,6 @@ def demo(
 def _report(outcome: Outcome) -> None:
     console.print(comparison_table(outcome.comparison))
     if outcome.divergence is None:
-        console.print(f"[green]decision replay: zero divergences in {outcome.replayed_steps} steps[/green]")
+        console.print(f"decision replay: zero divergences in {outcome.replayed_steps} steps", style="green")
     else:
-        console.print(f"[red]decision replay: the panels differ. {outcome.divergence}[/red]")
+        console.print(f"decision replay: the panels differ. {outcome.divergence}", style="red")

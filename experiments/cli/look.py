@@ -10,9 +10,11 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from experiments.cli import options
 from experiments.cli.app import app, console
+from experiments.cli.options import check_free, make_parent
 from experiments.compare import compare as compare_runs
 from experiments.divergence import diff_decisions
 from experiments.records import read_run
@@ -31,6 +33,10 @@ def compare(
 
     Example: diptych compare runs/chat-mixed-real runs/chat-mixed-sim --plots plots
     """
+    if json is not None:
+        make_parent(json)
+    if plots is not None:
+        plots.mkdir(parents=True, exist_ok=True)
     comparison = compare_runs(read_run(first), read_run(second))
     console.print(comparison_table(comparison))
     if json is not None:
@@ -57,21 +63,25 @@ def replay(
     """
     from experiments.replaying import replay_run
 
+    run = run if run.name not in ("", "..") else run.resolve()
     folder = out or run.with_name(run.name + "-replay")
+    check_free(folder, overwrite)
     recorded = read_run(run)
     replay_run(recorded, folder, overwrite=overwrite)
     replayed = read_run(folder)
     divergence = diff_decisions(recorded, replayed)
     steps = f"{len(recorded.steps):,} steps, {len(recorded.decisions):,} decisions"
     if divergence is not None:
-        console.print(f"[red]The decisions differ.[/red] {steps}. {divergence}")
+        console.print(Text.assemble(("The decisions differ.", "red"), f" {steps}. {divergence}"))
         raise typer.Exit(1)
-    console.print(f"[green]Zero divergences.[/green] {steps}. Records: {folder}")
+    console.print(Text.assemble(("Zero divergences.", "green"), f" {steps}. Records: {folder}"))
 
 
 @app.command()
 def policies(
-    name: Annotated[str | None, typer.Argument(help="Show one policy: its description, source and knobs.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show one policy, or module:Class: what it does, its source and knobs.")
+    ] = None,
 ) -> None:
     """List the policies by role, or show one.
 
@@ -82,31 +92,27 @@ def policies(
             table = Table(title=role, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
             for known in registry.names(role):
                 summary = (inspect.getdoc(registry.find(role, known)) or "").split("\n", 1)[0]
-                table.add_row(f"[bold]{known}[/bold]", summary)
+                table.add_row(Text(known, style="bold"), summary)
             console.print(table)
         return
-    roles = [role for role in registry.ROLES if name in registry.names(role)]
-    if not roles:
-        everything = sorted({known for role in registry.ROLES for known in registry.names(role)})
-        near = registry.nearest(name, everything)
-        raise registry.PolicyError(f"there is no policy {name!r}; {near}known: {', '.join(everything)}")
-    for role in roles:
+    for role in registry.roles(name):
         _show(role, name)
 
 
 def _show(role: str, name: str) -> None:
     policy = registry.find(role, name)
-    console.print(f"[bold]{role} {name}[/bold]  ({policy.__module__}:{policy.__name__})\n")
-    console.print(inspect.getdoc(policy) or "", markup=False, soft_wrap=True)
+    console.print(Text.assemble((f"{role} {name}", "bold"), f"  ({policy.__module__}:{policy.__name__})\n"))
+    console.print(inspect.getdoc(policy) or "")
     knobs = {k: p for k, p in registry.knobs(policy).items() if k not in registry.CONTEXT}
     if knobs:
         console.print("\nKnobs:")
         for knob, parameter in knobs.items():
-            console.print(f"  {knob} = {parameter.default!r}", markup=False)
-    example = name + "".join(f",{knob}={parameter.default}" for knob, parameter in list(knobs.items())[:1])
-    console.print(
-        f"\nExample: diptych simulate --workload chat -n 500 --rate 4 --{role} {example}", markup=False, soft_wrap=True
-    )
+            needed = parameter.default is parameter.empty
+            console.print(f"  {knob}: must be given" if needed else f"  {knob} = {parameter.default!r}")
+    optional = [f",{knob}={p.default}" for knob, p in knobs.items() if p.default is not p.empty]
+    required = [f",{knob}=..." for knob, p in knobs.items() if p.default is p.empty]
+    example = name + "".join(required or optional[:1])
+    console.print(f"\nExample: diptych simulate --workload chat -n 500 --rate 4 --{role} {example}")
 
 
 @app.command()

@@ -11,7 +11,8 @@ import typer
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments.cli.app import INTERRUPTED, console, errors
+from experiments.cli.app import complain, console
+from experiments.cli.failures import INTERRUPTED
 from experiments.spec import RunSpec, SpecError, check_spec, read_spec
 from policies import registry
 
@@ -101,8 +102,23 @@ def interruptible(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        errors.print(f"diptych: interrupted; what was recorded until then is in {folder}", style="red", markup=False)
+        recorded = (folder / "run.json").exists()
+        known = f"what was recorded until then is in {folder}" if recorded else "nothing was recorded yet"
+        complain(f"interrupted; {known}")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raises SpecError where a folder holds a run that is not to be overwritten: before the work, not after it."""
+    if (folder / "run.json").exists() and not overwrite:
+        raise SpecError(f"{folder} holds a run already; name another folder with -o NAME, or replace it by --overwrite")
+
+
+def make_parent(path: Path) -> None:
+    """See that a file can be written, before the work whose result it takes."""
+    if path.is_dir():
+        raise SpecError(f"{path} is a folder; give a file's name")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

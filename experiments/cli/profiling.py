@@ -11,7 +11,7 @@ from rich.table import Table
 
 from experiments.cli import options
 from experiments.cli.app import app, console
-from experiments.cli.options import gather, progress
+from experiments.cli.options import gather, make_parent, progress
 
 
 @app.command()
@@ -32,6 +32,7 @@ def profile(
     # What is measured does not depend on the workload, but a specification has one.
     fields = {} if spec is not None else {"workload__name": "fixed", "workload__n": 1}
     specification = gather(context, model__source=model, **fields)
+    make_parent(out)
     with progress("measuring", 100) as bar:
         fitted = measure(
             specification, seconds, on_progress=lambda share: bar.update(TaskID(0), completed=round(100 * share))
@@ -49,6 +50,5 @@ def profile(
     longest = specification.limits.max_model_len or 1024
     console.print(
         f"Calibration: {out}. Use it with: diptych simulate --calibration {out} --workload chat -n 100 --rate 1 "
-        f"--set workload.length_scale=0.1 --set workload.max_model_len={longest}",
-        soft_wrap=True,
+        f"--set workload.length_scale=0.1 --set workload.max_model_len={longest}"
     )

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 from rich.progress import TaskID
 
 from experiments.cli import options
-from experiments.cli.app import app, console, errors
-from experiments.cli.options import default_folder, gather, interruptible, progress
+from experiments.cli.app import app, complain, console
+from experiments.cli.options import check_free, default_folder, gather, interruptible, progress
 from experiments.cli.summary import summary_table
 from experiments.compare import compare
 from experiments.records import Run, read_run
@@ -56,6 +56,7 @@ def run(
         _serve(specification, out or default_folder(specification, "real"), overwrite, check)
     else:
         folder = out or default_folder(specification, "both")
+        check_free(folder / "sim", overwrite)
         _serve(specification, folder / "real", overwrite, check)
         _simulate(specification, folder / "sim", overwrite, check, limits=limits_of(folder / "real"))
         console.print(comparison_table(compare(read_run(folder / "real"), read_run(folder / "sim"))))
@@ -88,6 +89,8 @@ def simulate(
 
     Example: diptych simulate --workload chat -n 2000 --rate 8 --model llama-3.1-8b --device h100-sxm --scheduler mixed
     """
+    if calibration is not None and (model or device):
+        raise SpecError("--calibration has measured a model on a device; leave --model and --device out")
     specification = gather(
         context,
         target="sim",
@@ -96,8 +99,6 @@ def simulate(
         cost__calibration=None if calibration is None else str(calibration),
         cost__kind=None if calibration is None else "fitted",
     )
-    if calibration is not None and (model or device):
-        raise SpecError("--calibration has measured a model on a device; leave --model and --device out")
     _simulate(specification, out or default_folder(specification, "sim"), overwrite, check)
 
 
@@ -120,20 +121,30 @@ def _say_what_was_refused(run: Run) -> None:
     """A run with refused requests has served the others; the first refusal is said, and the exit status is 1."""
     refused = run.requests[run.requests["status"] == "refused"]
     if len(refused):
-        first = refused.iloc[0]
-        errors.print(
-            f"diptych: {len(refused)} of {len(run.requests)} requests were refused, the first one (request "
-            f"{first['request_id']}) because {first['error']}. To cut what is too long: "
-            f"--set workload.max_model_len={run.limits['max_model_len']}",
-            style="red",
-            markup=False,
+        first, limits = refused.iloc[0], run.limits
+        longest = min(limits["max_model_len"], limits["num_blocks"] * limits["block_size"])
+        too_long = first["prompt_tokens"] + first["max_tokens"] > longest
+        complain(
+            f"{len(refused)} of {len(run.requests)} requests were refused, the first one (request "
+            f"{first['request_id']}) because {first['error']}"
+            + (f". To cut what is too long: --set workload.max_model_len={longest}" if too_long else "")
         )
         raise typer.Exit(1)
+
+
+def _cost_name(cost: CostSpec) -> str:
+    """What a simulation is of."""
+    if cost.kind == "fitted":
+        return f"as measured in {cost.calibration}"
+    if cost.kind == "constant":
+        return f"every step {cost.step_ms:g} ms"
+    return f"{cost.model} in {cost.dtype} on {cost.device}"
 
 
 def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits: Limits | None = None) -> None:
     from experiments.simulated import make_costs, run_simulated
 
+    check_free(folder, overwrite)
     cost = spec.cost or CostSpec()
     spec = spec.model_copy(update={"cost": cost})
     costs = make_costs(cost)
@@ -154,7 +165,7 @@ def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits:
         )
     took = time.perf_counter() - started
     finished = read_run(folder)
-    console.print(summary_table(finished))
+    console.print(summary_table(finished, _cost_name(cost)))
     console.print(
         f"{len(workload):,} requests, {len(finished.steps):,} steps, {simulated_ns / 1e9:,.1f} s simulated in "
         f"{took:.1f} s ({len(workload) / took:,.0f} requests a second). Records: {folder}"
@@ -166,8 +177,10 @@ def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits:
 
 
 def _serve(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None:
-    from experiments.real import load, run_real  # torch is slow to import, and only needed here
+    from experiments.real import check_servable, load, run_real  # torch is slow to import, and only needed here
 
+    check_free(folder, overwrite)
+    check_servable(spec)
     workload = make_workload(spec.workload)
     console.print(f"loading {spec.model.source}")
     loaded = load(spec.model)
@@ -179,6 +192,6 @@ def _serve(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None:
 
         run_real(spec, folder, workload=workload, loaded=loaded, overwrite=overwrite, check=check, on_output=on_output)
     finished = read_run(folder)
-    console.print(summary_table(finished))
+    console.print(summary_table(finished, f"{loaded.name} in {spec.model.dtype} on {spec.model.device}"))
     console.print(f"Records: {folder}")
     _say_what_was_refused(finished)

@@ -10,10 +10,10 @@ from experiments.metrics import summarize
 from experiments.records import Run
 
 
-def summary_table(run: Run) -> Table:
-    """Throughput and latencies of one run, and what became of its requests."""
+def summary_table(run: Run, of: str) -> Table:
+    """Throughput and latencies of one run, and what became of its requests. `of`: the model and where it ran."""
     figures = summarize(run, percentiles=(50, 90, 99))
-    table = Table("latency, ms", title=Text(run.label), title_justify="left")
+    table = Table("latency, ms", title=Text(f"{run.label}: {of}"), title_justify="left")
     for heading in ("mean", "p50", "p90", "p99"):
         table.add_column(heading, justify="right")
     for metric, name in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2E")):

@@ -138,7 +138,7 @@ def _read_table(run: Run, table: str) -> pa.Table:
 
 def _read_file(path: Path, table: str) -> pa.Table:
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path.absolute()) as file:
             check_columns(str(path), table, file.schema_arrow)
             return file.read().select(SCHEMAS[table].names)
     except FileNotFoundError:

@@ -222,7 +222,7 @@ def _run_json(info: Mapping[str, Any], tables: list[str]) -> str:
 
 def _write(path: Path, table: str, groups: Iterator[pa.Table], compression: str) -> None:
     """One row group a table; the file appears under its name once it is whole."""
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.absolute().with_name(path.name + ".tmp")  # pyarrow takes a relative one with a colon for a URI
     with pq.ParquetWriter(unfinished, SCHEMAS[table], compression=compression) as writer:
         for group in groups:
             writer.write_table(group, row_group_size=max(1, len(group)))
@@ -234,7 +234,7 @@ def _regrouped(parts: list[Path], size: int) -> Iterator[pa.Table]:
     held: list[pa.Table] = []
     count = 0
     for part in parts:
-        held.append(pq.read_table(part))
+        held.append(pq.read_table(part.absolute()))
         count += len(held[-1])
         while count >= size:
             rows = pa.concat_tables(held)

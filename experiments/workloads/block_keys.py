@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from hashlib import blake2b, shake_128
 
 from experiments.workloads.request import Workload
@@ -9,29 +10,31 @@ from experiments.workloads.request import Workload
 KEY_BYTES = 16
 
 
-def block_keys(workload: Workload, block_size: int) -> list[list[bytes]]:
-    """For each request, one 16-byte key for each full block of `block_size` prompt tokens.
+def block_keys(workload: Workload, block_size: int, *, generated: bool = False) -> Iterator[list[bytes]]:
+    """For each request in turn, one 16-byte key for each full block of `block_size` prompt tokens.
 
     Key i stands for the content of block i AND everything before it: two requests have the same key i if and
     only if their prompts agree, as far as `hash_ids` tell, up to the end of block i. Any `block_size` works,
     whether it divides `hash_block` or not. Blocks that reach past a request's hash_ids, and all blocks of a
-    workload without them, have keys of their own (by request number).
+    workload without them, have keys of their own (by request number): nobody else can hit them, but the request
+    itself can, after a preemption. `generated`: keys for the blocks that its output will fill, too; they are its own.
 
     Raises:
         ValueError: block_size below 1.
     """
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1 token")
+    return _each(workload, block_size, generated)
+
+
+def _each(workload: Workload, block_size: int, generated: bool) -> Iterator[list[bytes]]:
     prompts = workload.prompt_tokens.tolist()
-    if workload.hash_ids is None:
-        return [_own_keys(request, tokens // block_size) for request, tokens in enumerate(prompts)]
+    outputs = workload.output_tokens.tolist() if generated else [0] * len(prompts)
     chains = _Chains(workload.hash_block, block_size)
-    keys: list[list[bytes]] = []
-    for request, (tokens, ids) in enumerate(zip(prompts, workload.hash_ids, strict=True)):
-        full = tokens // block_size
-        shared = chains.keys(ids)[:full]
-        keys.append(shared if len(shared) == full else shared + _own_keys(request, full)[len(shared) :])
-    return keys
+    for request, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        ids = () if workload.hash_ids is None else workload.hash_ids[request]
+        shared = chains.keys(ids)[: prompt // block_size]
+        yield shared + _own_keys(request, (prompt + output) // block_size)[len(shared) :]
 
 
 def _own_keys(request: int, blocks: int) -> list[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from experiments.workloads.generators import named
 from experiments.workloads.generators.prefix_chat import prefix_chat
@@ -15,8 +15,18 @@ from experiments.workloads.request import Workload
 
 GENERATORS = ("chat", "code", "prefix-chat", "multi-tenant", "reasoning", "fixed", "uniform")
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+def _no_flag(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"Input should be a valid number, not {value}")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_flag)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+SequenceLength = Annotated[int, Field(strict=True, ge=2, le=2**31 - 1)]
+Seed = Annotated[int, Field(strict=True, ge=0)]
 
 
 class WorkloadSpec(BaseModel):
@@ -28,8 +38,8 @@ class WorkloadSpec(BaseModel):
         block_size: tokens of a prefix block of the trace, when the data should not decide.
         n: requests. With a trace: the first n.
         duration_s: seconds of arrivals. With both, whichever ends first.
-        rate: mean req/s. A generator sends more users; a trace with its recorded arrivals is replayed
-            faster or slower as a whole; a trace without arrivals becomes Poisson.
+        rate: mean req/s, from one in twelve days to a million. A generator sends more users; a trace with its
+            recorded arrivals is replayed faster or slower as a whole; a trace without arrivals becomes Poisson.
         arrivals: "default" keeps the generator's process or the trace's times; else new times of a process.
         cv: coefficient of variation of the gaps, for `arrivals: gamma`.
         seed: of everything random.
@@ -52,18 +62,18 @@ class WorkloadSpec(BaseModel):
     block_size: Count | None = None
     n: Count | None = None
     duration_s: Positive | None = None
-    rate: Positive | None = None
+    rate: Annotated[Number, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = None
     arrivals: Process | Literal["default"] = "default"
     cv: Positive | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     time_scale: Positive = 1.0
     length_scale: Positive = 1.0
     max_input: Count | None = None
     max_output: Count | None = None
-    max_model_len: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = None
+    max_model_len: SequenceLength | None = None
     cap: Count | Literal["largest", "exact"] | None = None
     tenants: Count | Annotated[dict[str, Positive], Field(min_length=1)] | None = None
-    declared_sigma: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    declared_sigma: Annotated[Number, Field(ge=0, allow_inf_nan=False)] | None = None
     prompt_tokens: Count | None = None
     output_tokens: Count | None = None
     low: Count | None = None

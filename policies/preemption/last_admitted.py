@@ -12,7 +12,8 @@ class LastAdmitted:
     """Preempt whoever was admitted last, by recomputation: first in, last out (vLLM v1, Sarathi-Serve, Vidur).
 
     Its blocks are freed; prompt and output so far are computed again when it is admitted next, less what is still found
-    in the prefix cache. The longest-running request always gets on, so this cannot livelock. Cost: O(victims).
+    in the prefix cache. The longest-running request always gets on, so this cannot livelock. Cost: O(running) a
+    victim.
     """
 
     def victim(self, view: View, draft: Draft, now: int) -> tuple[Request, Mode] | None:

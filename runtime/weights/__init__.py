@@ -69,6 +69,11 @@ def _locate(source: str) -> Path:
         return path
     if hub.looks_like_hub_id(source):
         return hub.fetch(source)
+    if source in dummy.PRESETS:
+        raise ModelError(
+            f"{source} is a preset, a shape without weights; load_format=dummy gives it random ones "
+            "(of a run: add --set model.load_format=dummy)"
+        )
     raise ModelError(f"{source} does not exist; give a folder, a GGUF file, org/name on the hub, or {DEFAULT_MODEL}")
 
 
@@ -76,7 +81,9 @@ def _load_folder(
     source: str, folder: Path, dtype: torch.dtype, device: torch.device | str, max_model_len: int | None
 ) -> LoadedModel:
     if not folder.is_dir():
-        raise ModelError(f"{folder} is not a folder; use --load-format gguf for a GGUF file")
+        raise ModelError(
+            f"{folder} is not a folder; a GGUF file has load_format=gguf (of a run: --set model.load_format=gguf)"
+        )
     config = _shortened(ModelConfig.from_folder(folder), max_model_len)
     safetensors.weight_files(folder)  # fail before memory is taken
     tokenizer, template = _folder_tokenizer(folder)
@@ -89,7 +96,10 @@ def _load_gguf(
     source: str, path: Path, dtype: torch.dtype, device: torch.device | str, max_model_len: int | None
 ) -> LoadedModel:
     if not path.is_file():
-        raise ModelError(f"{path} is not a GGUF file; use --load-format safetensors for a folder")
+        raise ModelError(
+            f"{path} is not a GGUF file; a folder has load_format=safetensors "
+            "(of a run: --set model.load_format=safetensors)"
+        )
     file = GGUFFile(path)
     config = _shortened(file.config, max_model_len)
     tokenizer = Tokenizer.from_gguf(file.metadata)

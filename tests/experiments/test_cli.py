@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
 from experiments import cli
 from experiments.cli.app import app
+from experiments.cli.options import interruptible
 from experiments.records import read_run
 
 SIMULATE = ["simulate", "-w", "chat", "-n", "60", "--rate", "8"]
 TINY = ["--model", "tiny", "--set", "model.load_format=dummy", "--set", "limits.num_blocks=64"]
 TINY += ["--set", "limits.max_model_len=128", "--set", "workload.length_scale=0.02"]
+HUGE = ["--set", "limits.num_blocks=16777216", "--set", "limits.block_size=1024"]
 
 
 def diptych(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -71,6 +75,20 @@ BROKEN_TRACE = (
         (["replay", "missing"], ["missing"]),
         (["policies", "sarrathi"], ["did you mean 'sarathi'"]),
         (["dashboard", "missing"], ["missing", "diptych demo"]),
+        ([*SIMULATE, "--scheduler", "badd:X"], ["badd:X: there is no module 'badd'"]),
+        ([*SIMULATE, "--set", "limits.lga=1"], ["limits.lga: unknown field; did you mean 'lag'? known: num_blocks"]),
+        ([*SIMULATE, "--set", "limits.num_blocks=yes"], ["limits.num_blocks: Input should be a valid integer"]),
+        (["simulate", "-w", "chat", "-n", "5", "--rate", "1e12"], ["workload.rate", "1000000"]),
+        (["simulate", "-w", "chat", "-n", "5", "--rate", "1e-9"], ["workload.rate", "0.000001"]),
+        (["simulate", "-w", "chat", "-n", "500", "--rate", "1e-6"], ["10,000,000 s", "higher rate"]),
+        (["simulate", "-w", "fixed", "-n", "50000", "--rate", "1e-6"], ["e+10 s", "higher rate"]),
+        (["run", "-w", "fixed", "-n", "1", "--set", "policies.router=round_robn"], ["did you mean 'round_robin'"]),
+        (["run", "-w", "fixed", "-n", "1", "--set", "replicas=3"], ["one replica, not 3", "diptych simulate"]),
+        (["run", "-w", "fixed", "-n", "1", *TINY, *HUGE], ["needs 8,192.0 GiB, and cpu has"]),
+        (["run", "-w", "fixed", "-n", "1", "--model", "tiny"], ["preset", "--set model.load_format=dummy"]),
+        (["policies", "badd:X"], ["badd:X: there is no module 'badd'"]),
+        (["compare", "missing", "other", "--json", "."], [". is a folder"]),
+        (["compare", "missing", "other", "--plots", "broken.csv"], ["File exists: 'broken.csv'"]),
     ],
 )
 def test_a_mistake_gets_one_clear_line_and_a_non_zero_exit(
@@ -89,6 +107,8 @@ def test_a_mistake_gets_one_clear_line_and_a_non_zero_exit(
 
 
 def test_every_command_shows_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert diptych(monkeypatch, capsys, "--help")[0] == 0
+    assert len(app.registered_commands) == 8
     for command in app.registered_commands:
         assert command.callback is not None
         name = command.name or command.callback.__name__
@@ -118,7 +138,8 @@ def test_a_run_is_not_overwritten_unless_asked(
     assert diptych(monkeypatch, capsys, *SIMULATE)[0] == 0
     status, _, err = diptych(monkeypatch, capsys, *SIMULATE)
     assert status == 2
-    assert "chat-mixed-sim" in err
+    assert "runs/chat-mixed-sim holds a run already; name another folder with -o NAME" in err
+    assert "--overwrite" in err
     assert diptych(monkeypatch, capsys, *SIMULATE, "--overwrite")[0] == 0
 
 
@@ -163,7 +184,7 @@ def test_requests_that_can_never_be_served_are_said_and_the_others_are_served(
     assert status == 1
     assert "1 of 3 requests were refused" in err
     assert "500" in err
-    assert "128" in err
+    assert "To cut what is too long: --set workload.max_model_len=128" in err
     assert err.strip().count("\n") == 0
     assert sorted(read_run("out").requests["status"]) == ["length", "length", "refused"]
 
@@ -259,3 +280,183 @@ def test_a_policy_of_the_users_own_runs_in_both_panels(
     )
     assert (status, err) == (0, "")
     assert read_run("runs/chat-mixed-real").info["stack"]["queue"] == "own_policy:Longest"
+
+
+BROKEN_POLICIES = """
+from policies.schedulers.mixed import Mixed
+class Keyless(Mixed):
+    def plan(self, view, now):
+        return {}["x"]
+class Valueless(Mixed):
+    def plan(self, view, now):
+        return int("seven")
+class Stopped(Mixed):
+    def plan(self, view, now):
+        raise RuntimeError("out of ideas")
+class Idle(Mixed):
+    def plan(self, view, now):
+        return view.draft().finish()
+class Unmade(Mixed):
+    def __init__(self, queue):
+        super().__init__(queue, None, None, None)
+"""
+
+
+@pytest.fixture
+def broken_policies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A module of the user's in the current folder."""
+    Path("broken_policies.py").write_text(BROKEN_POLICIES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("broken_policies", None)
+
+
+@pytest.mark.parametrize("command", ["run", "simulate"])
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        ("Keyless", "KeyError: 'x'", "broken_policies.py:5, in plan"),
+        ("Valueless", "invalid literal for int() with base 10: 'seven'", "broken_policies.py:8, in plan"),
+        ("Stopped", "out of ideas", "broken_policies.py:11, in plan"),
+        ("Idle", "planned nothing", "control_plane.py:"),
+        ("Unmade", "TypeError: ", "broken_policies.py:17, in __init__"),
+    ],
+)
+def test_what_a_policy_raises_ends_in_one_line_that_names_its_file_and_line(
+    command: str,
+    name: str,
+    text: str,
+    where: str,
+    broken_policies: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    extra = TINY if command == "run" else []
+    args = [command, "-w", "chat", "-n", "5", "--rate", "50", *extra, "--scheduler", f"broken_policies:{name}"]
+    status, _, err = diptych(monkeypatch, capsys, *args)
+    assert status == 2
+    assert err.startswith("diptych: ")
+    assert err.strip().count("\n") == 0
+    assert text in err
+    assert f"({where}" in err
+    assert "diptych --traceback ... shows the whole)" in err
+
+
+def test_a_dead_engine_is_told_of_once(broken_policies: None) -> None:
+    args = ["run", "-w", "chat", "-n", "5", *TINY, "--scheduler", "broken_policies:Keyless"]
+    command = [sys.executable, "-c", "from experiments.cli import main; main()", *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "diptych: the engine has stopped: KeyError: 'x' "
+        "(broken_policies.py:5, in plan; diptych --traceback ... shows the whole)"
+    ]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_traceback_is_shown_wherever_it_is_asked_for(
+    first: bool, broken_policies: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [*SIMULATE, "--scheduler", "broken_policies:Keyless"]
+    with pytest.raises(KeyError):
+        diptych(monkeypatch, capsys, *(["--traceback", *args] if first else [*args, "--traceback"]))
+
+
+@pytest.mark.parametrize("where", ["experiments.cli._run", "experiments.cli.running.make_workload"])
+def test_ctrl_c_before_anything_is_recorded_says_just_that(
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupt)
+    assert diptych(monkeypatch, capsys, *SIMULATE) == (130, "", "diptych: interrupted\n")
+
+
+def test_ctrl_c_says_where_the_record_is_only_if_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), interruptible(Path("run")):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "diptych: interrupted; nothing was recorded yet\n"
+    Path("run").mkdir()
+    Path("run/run.json").write_text("{}")
+    with pytest.raises(typer.Exit), interruptible(Path("run")):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "diptych: interrupted; what was recorded until then is in run\n"
+
+
+@pytest.mark.parametrize("name", ["s[bold]x", "s[/x]", "s:x:1", "k=1", "long-" * 30])
+def test_a_folder_of_any_name_is_written_read_and_shown_as_it_is_called(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = diptych(monkeypatch, capsys, *SIMULATE, "-o", name)
+    assert (status, err) == (0, "")
+    assert f"Records: {name}\n" in out
+    assert f"{Path(name).name} (sim)" in out
+    monkeypatch.chdir(name)
+    status, out, err = diptych(monkeypatch, capsys, "replay", ".")
+    assert (status, err) == (0, "")
+    monkeypatch.chdir(Path.cwd().parent)
+    status, out, err = diptych(
+        monkeypatch, capsys, "compare", Path(name).name, f"{Path(name).name}-replay", "--json", "some/where/c.json"
+    )
+    assert (status, err) == (0, "")
+    assert f"{Path(name).name} (sim)  against  {Path(name).name}-replay (replay)" in out
+    assert json.loads(Path("some/where/c.json").read_text())["matched"] == 60
+
+
+def test_a_request_that_the_kv_cache_cannot_hold_is_cut_to_what_it_can(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = ["simulate", "-w", "fixed", "-n", "2", "--set", "workload.prompt_tokens=500"]
+    small = ["--set", "limits.num_blocks=10", "--set", "limits.max_model_len=4096", "--overwrite"]
+    status, _, err = diptych(monkeypatch, capsys, *work, *small)
+    assert status == 1
+    advice = "--set workload.max_model_len=160"
+    assert advice in err
+    assert diptych(monkeypatch, capsys, *work, *small, *advice.split())[0] == 0
+
+
+def test_a_request_that_a_router_turns_down_is_not_to_be_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Path("closed_router.py").write_text(
+        "from policies.routers.round_robin import RoundRobin\n"
+        "class Closed(RoundRobin):\n"
+        "    def route(self, request, keys, replicas, now):\n"
+        "        return None\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    status, _, err = diptych(monkeypatch, capsys, *SIMULATE, "--replicas", "2", "--router", "closed_router:Closed")
+    assert status == 1
+    assert "refused by the router" in err
+    assert "max_model_len" not in err
+
+
+def test_a_simulation_says_what_it_is_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = diptych(monkeypatch, capsys, *SIMULATE, "--model", "SmolLM2-135M-Instruct", "--device", "l4")
+    assert "chat-mixed-sim (sim): smollm2-135m in bfloat16 on l4" in out
+    constant = ["--set", "cost.kind=constant", "--set", "cost.step_ms=2.5", "--set", "limits.num_blocks=4000"]
+    _, out, _ = diptych(monkeypatch, capsys, *SIMULATE, *constant, "-o", "constant")
+    assert "constant (sim): every step 2.5 ms" in out
+
+
+def test_a_kind_of_cost_in_a_flag_replaces_another_kind_in_the_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("s.yaml").write_text("workload: {name: chat, n: 5}\ncost: {model: qwen3-0.6b, device: l4}\n")
+    status, _, err = diptych(monkeypatch, capsys, "simulate", "s.yaml", "--calibration", "missing.json")
+    assert status == 2
+    assert "missing.json" in err
+    assert "roofline" not in err
+    status, out, _ = diptych(monkeypatch, capsys, "simulate", "s.yaml", "--device", "h200")
+    assert status == 0
+    assert "qwen3-0.6b in bfloat16 on h200" in out
+
+
+def test_a_policy_of_the_users_own_is_shown_like_a_built_in_one(
+    broken_policies: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = diptych(monkeypatch, capsys, "policies", "broken_policies:Keyless")
+    assert status == 0
+    assert "scheduler broken_policies:Keyless" in out
+    assert "long_prefill_threshold = 0" in out

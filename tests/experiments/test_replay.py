@@ -17,6 +17,7 @@ from experiments.real import load, run_real
 from experiments.records import RunError, RunWriter, read_run, run_info
 from experiments.replaying import replay_run
 from experiments.spec import RunSpec, check_spec
+from experiments.timeline import check_books
 from experiments.workloads import Workload
 from policies.key_queue import KeyQueue
 from policies.plan import Report
@@ -76,6 +77,8 @@ def _assert_replays(folder: Path, steps_like: bool = True) -> None:
     replayed = read_run(folder.with_name("replay"))
     assert diff_decisions(recorded, replayed) is None
     assert len(recorded.decisions) > 50
+    check_books(recorded)
+    check_books(replayed)
     if steps_like:
         assert recorded.steps.equals(replayed.steps)
 

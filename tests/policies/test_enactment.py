@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from policies.control_plane import PolicyStalled, RequestRefused
 from policies.plan import FOREVER, Mode, Plan, Step
 from policies.prefix import block_keys
+from policies.records import REQUESTS
 from policies.replica_state import Limits
 from policies.request import Request, State
 from tests.policies.byhand import Desk
@@ -60,12 +63,17 @@ def books(scene: Scene) -> list[tuple[object, ...]]:
     return [(r.id, r.state, r.num_computed_tokens, r.num_tokens, list(r._blocks)) for r in requests]
 
 
-def chunk(name: str, tokens: int) -> Callable[[Plan, Scene], None]:
-    return lambda plan, scene: plan.chunks.append((getattr(scene, name), tokens))
+def chunk(name: str, tokens: float) -> Callable[[Plan, Scene], None]:
+    return lambda plan, scene: plan.chunks.append((getattr(scene, name), tokens))  # type: ignore[arg-type]
 
 
 def preempt(name: str, mode: Mode) -> Callable[[Plan, Scene], None]:
     return lambda plan, scene: plan.preempt.append((getattr(scene, name), mode))
+
+
+def hold_half(plan: Plan, scene: Scene) -> None:
+    plan.chunks.append((scene.waiting, 4))
+    plan.hold[scene.waiting.id] = 8.5  # type: ignore[assignment]
 
 
 def half_a_bundle(plan: Plan, scene: Scene) -> None:
@@ -80,6 +88,8 @@ BAD_ITEMS: dict[str, tuple[Callable[[Plan, Scene], None], str, str]] = {
     "chunk_of_a_decode": (chunk("decode", 1), "decode", "decodes: name it in decodes, or say decode_all"),
     "no_tokens": (chunk("waiting", 0), "waiting", "0 tokens asked for, 10 left"),
     "fewer_than_no_tokens": (chunk("waiting", -3), "waiting", "-3 tokens asked for, 10 left"),
+    "half_a_token": (chunk("waiting", 2.5), "waiting", "2.5 tokens, 0 to hold: not whole numbers"),
+    "half_a_token_to_hold": (hold_half, "waiting", "4 tokens, 8.5 to hold: not whole numbers"),
     "more_tokens_than_are_left": (chunk("waiting", 11), "waiting", "11 tokens asked for, 10 left"),
     "more_tokens_than_the_budget": (lambda p, s: p.chunks.append((s.desk.submit(40), 30)), "new", "token budget"),
     "decode_beside_decode_all": (lambda p, s: p.decodes.append(s.decode), "decode", "planned twice"),
@@ -94,6 +104,24 @@ BAD_ITEMS: dict[str, tuple[Callable[[Plan, Scene], None], str, str]] = {
     "pinning_who_ended": (lambda p, s: p.pin.append((s.ended, FOREVER)), "ended", "holds no blocks any more"),
     "half_a_bundle": (half_a_bundle, "waiting", "its bundle does not fit"),
 }
+
+
+def test_numpys_integers_are_whole_numbers_of_tokens() -> None:
+    scene = make_scene()
+    plan = scene.base()
+    plan.chunks.append((scene.waiting, np.int32(6)))  # type: ignore[arg-type]
+    step = scene.desk.plan(plan)
+    assert not step.refused
+    assert [type(c.num_tokens) for c in step.chunks] == [int, int]
+
+
+@pytest.mark.parametrize("plan", [Plan(wake_at=1e6), Plan(pin=[(Request(0, 0, 1, 1), 2.5)])])  # type: ignore[list-item, arg-type]
+def test_a_time_that_is_no_int_is_an_error_that_names_the_policy(plan: Plan) -> None:
+    scene = make_scene()
+    before = books(scene)
+    with pytest.raises(TypeError, match=r"\.plan named the time (1000000.0|2.5); times are nanoseconds as int"):
+        scene.desk.plan(plan)
+    assert books(scene) == before
 
 
 @pytest.mark.parametrize("case", BAD_ITEMS)
@@ -592,7 +620,10 @@ def test_a_request_that_can_never_be_served_is_refused_with_both_numbers(prompt:
         desk.submit(prompt, cap)
     assert desk.plane.num_live == 0
     assert [r.state for r in desk.ended] == [State.REFUSED]
-    assert desk.log.requests[0][-6:-4] == ("refused", desk.log.requests[0][-5])
+    (row,) = desk.log.requests
+    named = dict(zip(REQUESTS, row, strict=True))
+    assert named["status"] == "refused"
+    assert re.search(why, str(named["error"]))
 
 
 def test_a_request_that_memory_can_never_hold_is_refused_with_both_numbers() -> None:

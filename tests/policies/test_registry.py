@@ -164,21 +164,92 @@ def test_a_knob_is_read_as_its_annotation_says(
         ("whole", "seven", "int"),
         ("whole", 7.5, "int"),
         ("whole", "nan", "int"),
-        ("real", "nan", "float"),
-        ("real", "inf", "float"),
-        ("real", "-inf", "float"),
-        ("real", "1e999", "float"),
-        ("real", float("nan"), "float"),
+        ("real", "much", "float"),
+        ("real", "nan", "a finite number"),
+        ("real", "inf", "a finite number"),
+        ("real", "-inf", "a finite number"),
+        ("real", "1e999", "a finite number"),
+        ("real", float("nan"), "a finite number"),
         ("flag", "yes", "bool"),
         ("flag", 1, "bool"),
         ("maybe", "many", "int or None"),
         ("maybe", "inf", "int or None"),
-        ("old", "inf", "float or None"),
+        ("old", "much", "float or None"),
+        ("old", "inf", "a finite number"),
     ],
 )
 def test_a_knob_of_the_wrong_kind_is_refused(write_module: WriteModule, knob: str, value: object, wanted: str) -> None:
     with pytest.raises(PolicyError, match=f"{knob} must be {wanted}, not "):
         make("admission", {"name": f"{write_module(KNOBS)}:Knobs", knob: value})
+
+
+BARE_KNOBS = """
+from policies.admission.watermark import Watermark
+
+
+class Knobs(Watermark):
+    def __init__(self, needed, share=0.25, count=1, flag=True, text="a", maybe=None):
+        self.values = dict(needed=needed, share=share, count=count, flag=flag, text=text, maybe=maybe)
+"""
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "expected"),
+    [
+        ("share", "0.5", 0.5),
+        ("share", "1", 1.0),
+        ("count", "7", 7),
+        ("flag", "false", False),
+        ("text", "7", "7"),
+        ("maybe", "none", None),
+        ("maybe", "7", 7),
+        ("maybe", "0.5", 0.5),
+        ("maybe", "true", True),
+        ("maybe", "declared", "declared"),
+        ("needed", "0.5", 0.5),
+        ("needed", "declared", "declared"),
+    ],
+)
+def test_a_knob_without_annotation_is_read_as_its_default_is(
+    write_module: WriteModule, knob: str, value: str, expected: object
+) -> None:
+    given = {"needed": "0"} | {knob: value}
+    policy = make("admission", {"name": f"{write_module(BARE_KNOBS)}:Knobs", **given})
+    assert policy.values[knob] == expected
+    assert type(policy.values[knob]) is type(expected)
+    with pytest.raises(PolicyError, match="share must be float, not 'half'"):
+        make("admission", {"name": f"{write_module(BARE_KNOBS)}:Knobs", "needed": 0, "share": "half"})
+
+
+@pytest.mark.parametrize(
+    ("mapping", "why"),
+    [
+        ({"name": "sarathi", "chunk_size": "64,long_prefill_threshold=2"}, "chunk_size must be one plain value"),
+        ({"name": "sarathi", "chunk_size": [64]}, "chunk_size must be one plain value"),
+        ({"name": "sarathi", "chunk_size": {"a": 1}}, "chunk_size must be one plain value"),
+        ({"name": "sarathi", "chunk_size=64,x": 1}, "is no knob's name"),
+        ({"name": "sarathi", 3: 1}, "3 is no knob's name"),
+        ({"name": "sarathi,chunk_size=64"}, "a policy needs a name"),
+    ],
+)
+def test_a_mapping_that_text_would_say_otherwise_is_refused(mapping: dict[str, object], why: str) -> None:
+    with pytest.raises(PolicyError, match=why):
+        PolicySpec.parse(mapping)
+
+
+def test_a_mapping_and_its_text_are_the_same_policy(write_module: WriteModule) -> None:
+    spec = PolicySpec.parse({"name": f"{write_module(KNOBS)}:Knobs", "text": "a=b", "real": 0.5, "maybe": None})
+    assert make("admission", spec).values == make("admission", str(spec)).values
+
+
+def test_the_roles_of_a_name_are_those_that_have_it_and_of_a_class_those_it_can_play(write_module: WriteModule) -> None:
+    assert registry.roles("sarathi") == ["scheduler"]
+    name = write_module(LIFO)
+    assert registry.roles(f"{name}:Lifo") == ["queue"]
+    with pytest.raises(PolicyError, match=f"{name}:Request plays no role"):
+        registry.roles(f"{name}:Request")
+    with pytest.raises(PolicyError, match="there is no policy 'sarati'; did you mean 'sarathi'"):
+        registry.roles("sarati")
 
 
 def test_knobs_that_a_class_inherits_are_typed_too(write_module: WriteModule) -> None:

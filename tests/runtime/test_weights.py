@@ -178,15 +178,20 @@ def test_an_unknown_load_format_is_refused_with_the_known_ones() -> None:
         load_model("tiny", load_format="pickle")
 
 
+def test_a_preset_without_weights_says_how_to_get_random_ones() -> None:
+    with pytest.raises(ModelError, match="smollm2-135m is a preset, a shape without weights; load_format=dummy"):
+        load_model("smollm2-135m")
+
+
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(ModelError, match="'huge' is neither a folder"):
         load_model("huge", load_format="dummy")
 
 
 def test_the_wrong_format_for_the_source_is_refused(hf_folder: Path, gguf_file: Path) -> None:
-    with pytest.raises(ModelError, match="is not a GGUF file"):
+    with pytest.raises(ModelError, match=r"is not a GGUF file; .*--set model\.load_format=safetensors"):
         load_model(str(hf_folder), load_format="gguf")
-    with pytest.raises(ModelError, match="is not a folder"):
+    with pytest.raises(ModelError, match=r"is not a folder; .*--set model\.load_format=gguf"):
         load_model(str(gguf_file), load_format="safetensors")
 
 

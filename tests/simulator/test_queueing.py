@@ -71,16 +71,6 @@ def test_a_short_queue_already_waits_about_as_the_closed_form_says() -> None:
     assert wait == pytest.approx(0.5, rel=0.06)
 
 
-def test_littles_law_holds_exactly_when_everything_is_counted() -> None:
-    requests = serve(np.random.default_rng(0).geometric(1 / 5, 5_000), 0.8, seed=5)
-    events = sorted([(r.arrival_ns, 1) for r in requests] + [(r.finish_ns or 0, -1) for r in requests])
-    area, in_system, last = 0, 0, 0
-    for time, change in events:
-        area += in_system * (time - last)
-        in_system, last = in_system + change, time
-    assert area == sum((r.finish_ns or 0) - r.arrival_ns for r in requests)
-
-
 def test_a_full_batch_with_constant_steps_serves_as_many_at_once_as_it_has_slots() -> None:
     limits = Limits(num_blocks=4096, max_num_seqs=4, prefix_caching=False)
     requests = [Request(i, 0, 1, 100) for i in range(8)]

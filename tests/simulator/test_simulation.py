@@ -6,7 +6,7 @@ from dataclasses import astuple
 
 import pytest
 
-from policies.contract import Route, View
+from policies.contract import Route, Scheduler, View
 from policies.control_plane import PolicyStalled
 from policies.plan import Plan
 from policies.records import REQUESTS, STEPS
@@ -131,6 +131,48 @@ def test_a_router_hears_of_the_ends_of_those_that_it_routed_and_of_no_others() -
     assert {row["request_id"]: row["status"] for row in rows(log)} == {
         i: ("length", "refused")[i % 2] for i in range(6)
     }
+
+
+@pytest.mark.parametrize("route", [Route(0, decode_replica=1), Route(0, kv_from=1)])
+def test_a_route_that_would_move_kv_blocks_is_refused_with_a_reason(route: Route) -> None:
+    router, log = Alternating(), Log()
+    router.route = lambda *about: route if about[0].id else Route(0, decode_replica=0)  # type: ignore[method-assign]
+    stacks = [StackSpec().build(), StackSpec().build()]
+    simulation = Simulation(Limits(64), stacks, ConstantCost(1_000_000), router, recorder=log, check=True)
+    simulation.run([Arrival(Request(i, 0, 8, 2), 2) for i in range(2)])
+    assert {row["request_id"]: row["error"] for row in rows(log)} == {
+        0: "",
+        1: "no transfer of KV blocks between replicas",
+    }
+
+
+def test_a_route_to_a_replica_that_is_not_there_is_an_error_that_names_the_router() -> None:
+    router = Alternating()
+    router.route = lambda *about: Route(-1)  # type: ignore[method-assign]
+    simulation = Simulation(Limits(64), [StackSpec().build()], ConstantCost(1), router)
+    with pytest.raises(IndexError, match=r"Alternating\.route answered replica -1; there are 0 to 0"):
+        simulation.run([Arrival(Request(0, 0, 8, 2), 2)])
+
+
+class AlwaysWakes:
+    """Wraps a scheduler that wants to be asked again every millisecond, as one that promotes periodically does."""
+
+    def __init__(self, inner: Scheduler) -> None:
+        self.add, self.remove, self.on_report, self._plan = inner.add, inner.remove, inner.on_report, inner.plan
+
+    def plan(self, view: View, now: int) -> Plan:
+        plan = self._plan(view, now)
+        plan.wake_at = now + 1_000_000
+        return plan
+
+
+def test_a_policy_that_always_wants_to_be_woken_does_not_keep_an_empty_replica_awake() -> None:
+    stack, log = StackSpec().build(), Log()
+    stack.scheduler = AlwaysWakes(stack.scheduler)
+    simulation = Simulation(Limits(64), [stack], ConstantCost(5_000_000), recorder=log, check=True)
+    end = simulation.run([Arrival(Request(i, i * 10**9, 8, 2), 2) for i in range(3)])
+    assert end == 2 * 10**9 + 2 * 5_000_000
+    assert len(log.steps) < 20
 
 
 class OneAtATime:

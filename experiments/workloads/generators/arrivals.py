@@ -16,9 +16,17 @@ from experiments.workloads.generators.streams import stream
 
 Seconds = NDArray[np.float64]
 
+LONGEST_S = 9e9
+"""Nanoseconds from the start are kept in 64 bits."""
+LONGEST_MMPP_S = 10_000_000
+"""An MMPP is walked second by second."""
+
 
 def to_ns(seconds: Seconds) -> NDArray[np.int64]:
-    """Seconds as whole nanoseconds."""
+    """Seconds as whole nanoseconds. Raises ValueError for what does not fit into 64 bits: 285 years."""
+    last = float(np.max(seconds, initial=0.0))
+    if last > LONGEST_S:
+        raise ValueError(f"the last request would arrive after {last:.3g} s; ask for fewer or for a higher rate")
     return np.rint(np.asarray(seconds, np.float64) * 1e9).astype(np.int64)
 
 
@@ -89,6 +97,11 @@ class Mmpp:
         """
         _check("duration_s", duration_s)
         _check("rate", 1.0 if rate is None else rate)
+        if duration_s > LONGEST_MMPP_S:
+            raise ValueError(
+                f"arrivals over {duration_s:.3g} s: of an mmpp at most {LONGEST_MMPP_S:,} s are drawn; ask for fewer "
+                "requests or a higher rate, or for arrivals: poisson"
+            )
         steps = int(np.ceil(duration_s))
         states = self._states(steps, stream(seed, "mmpp states"))
         factor = 1.0 if rate is None else rate / self.mean_rate()
@@ -185,7 +198,7 @@ def until(
     if n is None and duration_s is None:
         raise ValueError("give n (requests) or duration_s (seconds), or both")
     end = float("inf") if duration_s is None else duration_s
-    horizon = end if n is None else min(end, 60.0 + 1.5 * n / mean_rate)
+    horizon = end if n is None else min(end, 1.5 * (n + 10) / mean_rate)
     times = make(horizon)
     while n is not None and len(times) < n and horizon < end:
         horizon = min(end, 2 * horizon)

@@ -43,7 +43,7 @@ def common(left: list[int], right: list[int]) -> int:
 @given(shared(), st.integers(1, 40))
 def test_keys_agree_exactly_where_blocks_and_all_before_them_agree(load: Workload, block_size: int) -> None:
     assert load.hash_ids is not None
-    keys = block_keys(load, block_size)
+    keys = list(block_keys(load, block_size))
     prompts = load.prompt_tokens.tolist()
     assert [len(row) for row in keys] == [tokens // block_size for tokens in prompts]
     for one in range(len(load)):
@@ -58,9 +58,18 @@ def test_keys_agree_exactly_where_blocks_and_all_before_them_agree(load: Workloa
 
 
 def test_requests_without_ids_share_no_key() -> None:
-    keys = block_keys(workload([64, 64, 70]), 16)
+    keys = list(block_keys(workload([64, 64, 70]), 16))
     assert [len(row) for row in keys] == [4, 4, 4]
     assert len({key for row in keys for key in row}) == 12
+
+
+def test_generated_blocks_have_keys_of_their_own_behind_the_prompts() -> None:
+    load = Workload.build([0, 0], [40, 48], [30, 1], hash_ids=[(1, 2), (1, 2, 3)], hash_block=16)
+    keys = list(block_keys(load, 16, generated=True))
+    assert [len(row) for row in keys] == [70 // 16, 49 // 16]
+    assert [row[: t // 16] for row, t in zip(keys, (40, 48), strict=True)] == list(block_keys(load, 16))
+    assert keys[0][:2] == keys[1][:2]
+    assert len({*keys[0], *keys[1]}) == 5
 
 
 def test_a_block_size_below_one_is_refused() -> None:
@@ -74,7 +83,7 @@ def test_tokens_agree_at_least_where_keys_agree(load: Workload, tokenizer: objec
     ids = prompt_token_ids(load, tokenizer, VOCAB, seed=5)  # type: ignore[arg-type]
     assert [len(row) for row in ids] == load.prompt_tokens.tolist()
     assert all(0 <= token < VOCAB for row in ids for token in row)
-    keys = block_keys(load, 4)
+    keys = list(block_keys(load, 4))
     for one in range(len(load)):
         for two in range(one):
             same = sum(a == b for a, b in zip(keys[one], keys[two], strict=False)) * 4
@@ -120,7 +129,7 @@ def test_tokens_and_keys_are_the_same_in_every_process() -> None:
         "from experiments.workloads import *;"
         "w = make_workload(WorkloadSpec(name='prefix-chat', n=3)).scale_lengths(1 / 64);"
         "e = lambda t: list(t.encode());"
-        "print(prompt_token_ids(w, e, 256, 0), prompt_token_ids(w, None, 256, 0), block_keys(w, 16))"
+        "print(prompt_token_ids(w, e, 256, 0), prompt_token_ids(w, None, 256, 0), list(block_keys(w, 16)))"
     )
     outputs = {
         subprocess.run(

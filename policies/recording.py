@@ -1,0 +1,173 @@
+"""What a control plane does, as the rows of `policies.records`, in an order in which they may be written at once."""
+
+from __future__ import annotations
+
+from policies.contract import Recorder
+from policies.plan import Plan, Report, Step
+from policies.replica_state import ReplicaState
+from policies.request import Request, Slo, State
+
+
+class Recording:
+    """Hears of what happens on one replica and gives a recorder its rows.
+
+    A step's row is whole only once the step is reported, and steps are recorded in their order: what was counted when
+    a step was planned waits here for its report, and a plan that runs nothing waits for the step in flight before it.
+    """
+
+    def __init__(self, recorder: Recorder, replica: int, state: ReplicaState) -> None:
+        self._recorder = recorder
+        self._replica = replica
+        self._state = state
+        self._before_step: dict[int, int] = {}  # live request -> the plan before which it came
+        self._blocked: dict[int, str] = {}
+        self._empty_rows: list[tuple[object, ...]] = []
+        self._plan_rows: dict[int, tuple[object, ...]] = {}
+
+    def submitted(self, request: Request, next_step: int) -> None:
+        """It came before the plan with this index."""
+        self._before_step[request.id] = next_step
+
+    def ended(self, request: Request, num_output_tokens: int, next_step: int, error: str = "") -> None:
+        """It has ended, or the run has; `next_step`: before the plan with this index."""
+        before = next_step
+        if request.state is not State.REFUSED:  # else the id may be that of another request, a live one
+            before = self._before_step.pop(request.id, before)
+        status = request.state.value if request.state.ended else "unfinished"
+        runs = request._decode_runs
+        if request._group is not None:  # still decoding when the run was closed
+            runs = [*runs, request._group.clock]
+        slo = request.slo or Slo()
+        self._recorder.request((
+            request.id,
+            self._replica,
+            request.arrival_ns,
+            before,
+            request.tenant,
+            request.session,
+            request.program,
+            list(request.parents),
+            request.priority,
+            slo.ttft_ns,
+            slo.tpot_ns,
+            slo.e2e_ns,
+            None if request.slo is None else slo.value,
+            slo.droppable,
+            list(request.hints.items()),
+            request.num_prompt_tokens,
+            request.max_tokens,
+            num_output_tokens,
+            request.num_cached_tokens,
+            request.num_preemptions,
+            request.first_scheduled_ns,
+            request.first_token_ns,
+            request.finish_ns,
+            next_step if request.state is State.CANCELLED else None,
+            status,
+            error,
+            request._token_steps,
+            runs,
+            request._keys,
+        ))  # fmt: skip
+
+    def planned(self, plan: Plan, step: Step) -> None:
+        """The plan is enacted as this step."""
+        index = step.index
+
+        def emit(request_id: int, kind: str, tokens: int, reason: str) -> None:
+            decision((self._replica, index, request_id, kind, tokens, reason))
+
+        decision = self._recorder.decision
+        for request, reason in step.dropped:
+            emit(request.id, "drop", 0, reason)
+        for request, mode in step.preempted:
+            emit(request.id, "preempt", request.num_tokens, mode.value)
+        for request in step.left:
+            emit(request.id, "leave", 0, "")
+        for request in step.joined:
+            emit(request.id, "join", 0, "")
+        if step.decode_all:
+            emit(-1, "decode", step.num_decodes, "")
+        for request in step.capped:
+            emit(request.id, "capped", 0, "")
+        for request in step.decodes:
+            emit(request.id, "decode", 1, "")
+        for request in step.resumed:
+            emit(request.id, "resume", 0, "")
+        admitted = {request.id for request in step.admitted}
+        for chunk in step.chunks:
+            if chunk.request.id in admitted:
+                emit(chunk.request.id, "admit", chunk.start, "")
+            emit(chunk.request.id, "chunk", chunk.num_tokens, "")
+        for request, reason in step.refused:
+            emit(request.id, "refused", 0, reason)
+        blocked = {request.id: reason for request, reason in plan.blocked}
+        for request_id, reason in blocked.items():
+            if self._blocked.get(request_id) != reason:
+                emit(request_id, "blocked", 0, reason)
+        self._blocked = blocked
+        state = self._state
+        self._plan_rows[index] = (
+            len(step.admitted),
+            len(step.preempted),
+            state.pool.num_free - state.pool.num_idle,
+            state.pool.num_idle,
+            len(state.running),
+            state.num_waiting,
+            len(state.paused),
+            step.wake_at,
+        )
+        if not step.runs:
+            row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0)
+            if state.last_launched == state.last_reported:
+                self._recorder.step(row)
+            else:
+                self._empty_rows.append(row)  # behind the row of the step in flight
+
+    def reported(self, report: Report) -> None:
+        """The step's result is known."""
+        row = self._step_row(report.step, report.launch_ns, report.end_ns, report.device_ns, len(report.finished))
+        if self._empty_rows and self._empty_rows[0][1] < report.step.index:  # type: ignore[operator]
+            self._flush_empty_rows()
+        self._recorder.step(row)
+        if self._state.last_launched == self._state.last_reported:
+            self._flush_empty_rows()
+
+    def _flush_empty_rows(self) -> None:
+        for row in self._empty_rows:
+            self._recorder.step(row)
+        self._empty_rows.clear()
+
+    def _step_row(
+        self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int
+    ) -> tuple[object, ...]:
+        admitted, preempted, free, idle, running, waiting, paused, wake = self._plan_rows.pop(step.index)
+        s = step.shape
+        return (
+            self._replica,
+            step.index,
+            step.plan_ns,
+            launch_ns,
+            end_ns,
+            device_ns,
+            s.num_decodes,
+            s.decode_context,
+            s.max_context,
+            s.num_chunks,
+            s.chunk_tokens,
+            s.chunk_pairs,
+            s.chunk_context,
+            s.num_samples,
+            s.padded_tokens,
+            s.graph,
+            step.decode_clock,
+            admitted,
+            preempted,
+            num_finished,
+            free,
+            idle,
+            running,
+            waiting,
+            paused,
+            wake,
+        )  # fmt: skip

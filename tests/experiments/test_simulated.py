@@ -1,0 +1,116 @@
+"""Running a specification in the simulated panel: what the workload, the limits and the record have to do with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.divergence import diff_decisions
+from experiments.records import read_run
+from experiments.replaying import replay_run
+from experiments.simulated import costs_as_described, make_costs, run_simulated
+from experiments.spec import CostSpec, RunSpec, check_spec
+from experiments.timeline import littles_law
+from experiments.workloads import Workload
+from policies.registry import PolicyError
+from policies.request import Request
+from policies.shapes import StepShape
+from simulator.costs.base import CostModel
+from simulator.costs.fitted import FittedCost
+from simulator.costs.fitting import StepSample, fit
+
+
+def spec_of(scheduler: str = "mixed", **limits: object) -> RunSpec:
+    tight = {"num_blocks": 40, "max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 300, **limits}
+    return check_spec(
+        {
+            "target": "sim",
+            "workload": {"name": "fixed", "n": 1},
+            "policies": {"scheduler": scheduler},
+            "limits": tight,
+            "cost": {"kind": "constant", "step_ms": 10},
+        }
+    )
+
+
+def workload_of(count: int = 40, seed: int = 0) -> Workload:
+    draw = np.random.default_rng(seed)
+    arrivals = np.sort(draw.integers(0, 3_000_000_000, count))
+    return Workload.build(arrivals, draw.integers(10, 150, count), draw.integers(1, 100, count))
+
+
+def test_a_preempted_request_finds_its_own_blocks_again_though_nobody_shares_a_prefix(tmp_path: Path) -> None:
+    run_simulated(spec_of(), tmp_path / "run", workload=workload_of(), check=True)
+    run = read_run(tmp_path / "run")
+    hits = run.decisions[run.decisions["kind"] == "admit"].groupby("request_id")["tokens"].agg(["first", "max"])
+    preempted = set(run.requests["request_id"][run.requests["preemptions"] > 0])
+    assert len(preempted) > 3
+    assert (hits["first"] == 0).all()
+    assert {i for i in hits.index if hits["max"][i] > 0} & preempted
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize("scheduler", ["static,max_batch_size=4", "prefill_first", "mixed", "sarathi,chunk_size=32"])
+def test_littles_law_holds_in_every_simulation(scheduler: str, replicas: int, lag: int, tmp_path: Path) -> None:
+    spec = spec_of(scheduler, lag=lag).model_copy(update={"replicas": replicas})
+    run_simulated(spec, tmp_path / "run", workload=workload_of(), check=True)
+    law = littles_law(read_run(tmp_path / "run"))
+    assert law.in_system > 0.3
+    assert law.from_requests == pytest.approx(law.in_system, rel=1e-12)
+
+
+def test_an_unknown_router_is_an_error_with_one_replica_too(tmp_path: Path) -> None:
+    spec = spec_of()
+    spec = spec.model_copy(update={"policies": spec.policies.model_copy(update={"router": "nonsense"})})
+    with pytest.raises(PolicyError, match="nonsense"):
+        run_simulated(spec, tmp_path / "run", workload=workload_of())
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_an_interrupted_simulation_replays_as_far_as_it_came(lag: int, tmp_path: Path) -> None:
+    ended = 0
+
+    def interrupt(request: Request) -> None:
+        nonlocal ended
+        ended += 1
+        if ended == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_simulated(spec_of(lag=lag), tmp_path / "run", workload=workload_of(), on_end=interrupt)
+    run = read_run(tmp_path / "run")
+    assert not run.complete
+    assert (run.requests["status"] == "unfinished").any()
+    replay_run(run, tmp_path / "replay")
+    assert diff_decisions(run, read_run(tmp_path / "replay")) is None
+
+
+def fitted() -> FittedCost:
+    shapes = [StepShape(num_decodes=n, decode_context=50 * n, max_context=50, padded_tokens=n) for n in range(1, 30)]
+    return fit([StepSample(s, 1000, 5000 + 10 * s.num_decodes, 500) for s in shapes], {"device": "made up"})
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [make_costs(CostSpec()), make_costs(CostSpec(kind="constant", step_ms=3)), fitted()],
+    ids=["roofline", "constant", "fitted"],
+)
+def test_a_cost_model_is_made_again_from_its_description(costs: CostModel) -> None:
+    again = costs_as_described(costs.describe())
+    assert again.describe() == costs.describe()
+    shape = StepShape(num_decodes=7, decode_context=900, max_context=300, padded_tokens=7, num_samples=7)
+    assert again.cost(shape) == costs.cost(shape)
+
+
+def test_a_replay_needs_no_file_but_the_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted().save(tmp_path / "calibration.json")
+    monkeypatch.chdir(tmp_path)
+    spec = spec_of().model_copy(update={"cost": CostSpec(kind="fitted", calibration="calibration.json")})
+    run_simulated(spec, tmp_path / "run", workload=workload_of())
+    os.remove("calibration.json")
+    replay_run(read_run(tmp_path / "run"), tmp_path / "replay")
+    assert diff_decisions(read_run(tmp_path / "run"), read_run(tmp_path / "replay")) is None

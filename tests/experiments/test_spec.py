@@ -1,0 +1,131 @@
+"""A specification: what it refuses, in which words, and what it leaves in a record."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.real import real_limits, run_real
+from experiments.spec import CostSpec, LimitsSpec, PoliciesSpec, SpecError, check_spec, read_spec
+from experiments.workloads import WorkloadSpec, make_workload
+from policies.replica_state import Limits
+from policies.stack import StackSpec
+from runtime.weights import load_model
+
+WORK = {"name": "chat", "n": 3}
+
+
+def refused(**fields: Any) -> str:
+    """What the specification of a chat workload with these fields is refused for."""
+    with pytest.raises(SpecError) as caught:
+        check_spec({"workload": WORK, **fields})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"limits": {"num_blocks": True}}, "limits.num_blocks: Input should be a valid integer, not True"),
+        ({"limits": {"num_blocks": 2**24 + 1}}, "limits.num_blocks: Input should be less than or equal to 16777216"),
+        ({"limits": {"max_num_seqs": True}}, "limits.max_num_seqs: Input should be a valid integer, not True"),
+        ({"limits": {"kv_cache_gib": True}}, "limits.kv_cache_gib: Input should be a valid number, not True"),
+        ({"workload": WORK | {"n": True}}, "workload.n: Input should be a valid integer, not True"),
+        ({"workload": WORK | {"rate": True}}, "workload.rate: Input should be a valid number, not True"),
+        ({"workload": WORK | {"rate": 1e12}}, "workload.rate: Input should be less than or equal to 1000000"),
+        ({"replicas": True}, "replicas: Input should be a valid integer, not True"),
+        ({"limits": {"lga": 1}}, "limits.lga: unknown field; did you mean 'lag'? known: num_blocks, kv_cache_gib"),
+        ({"limit": {}}, "limit: unknown field; did you mean 'limits'? known: target, workload"),
+        ({"policies": {"router": "round_robn"}}, "policies.router: there is no router 'round_robn'; did you mean"),
+        ({"policies": {"scheduler": {"name": "mixed", "x": [1]}}}, "policies.scheduler: mixed: x must be one plain"),
+        ({"cost": {"kind": "constant", "step_ms": 2, "model": "llama-3.1-8b"}}, "model is only for cost 'roofline'"),
+        ({"cost": {"kind": "fitted", "calibration": "c", "device": "l4"}}, "device is only for cost 'roofline'"),
+        ({"cost": {"calibration": "c.json"}}, "calibration is only for cost 'fitted', not 'roofline'"),
+        ({"cost": {"step_ms": 2}}, "step_ms is only for cost 'constant', not 'roofline'"),
+    ],
+)
+def test_a_field_that_cannot_be_used_is_refused_by_name(fields: dict[str, Any], why: str) -> None:
+    message = refused(**fields)
+    assert message.startswith("the specification: ")
+    assert why in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        {"kind": "constant", "step_ms": 2},
+        {"kind": "fitted", "calibration": "c.json"},
+        {"kind": "roofline", "model": "qwen3-0.6b", "device": "l4"},
+        {},
+    ],
+)
+def test_what_is_recorded_of_a_specification_gives_it_again(cost: dict[str, Any]) -> None:
+    spec = check_spec({"workload": WORK, "cost": cost})
+    assert check_spec(spec.model_dump(mode="json")) == spec
+
+
+def test_a_kind_of_cost_that_wins_over_the_files_brings_its_own_fields(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("workload: {name: chat, n: 3}\ncost: {model: qwen3-0.6b, dtype: float32}\n")
+    assert read_spec(path, {"cost": {"kind": "constant", "step_ms": 2.0}}).cost == CostSpec(kind="constant", step_ms=2)
+    same = read_spec(path, {"cost": {"kind": "roofline", "device": "l4"}}).cost
+    assert same == CostSpec(model="qwen3-0.6b", dtype="float32", device="l4")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("SmolLM2-135M-Instruct", "smollm2-135m"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b"),
+        ("Qwen3-0.6B", "qwen3-0.6b"),
+        ("abacus", "abacus"),
+    ],
+)
+def test_a_models_shape_is_known_by_the_models_own_name(name: str, shape: str) -> None:
+    assert CostSpec(model=name).model == shape
+
+
+def test_what_nobody_says_is_as_the_library_has_it() -> None:
+    policies, limits = PoliciesSpec(), LimitsSpec()
+    assert policies.stack == StackSpec()
+    library = Limits(num_blocks=1)
+    for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "prefix_caching"):
+        assert getattr(limits, name) == getattr(library, name)
+
+
+def test_the_runtime_serves_one_replica(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="serves one replica, not 2; simulate several"):
+        run_real(check_spec({"workload": WORK, "replicas": 2}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("limits", [{"num_blocks": 2**24}, {"kv_cache_gib": 1e5}])
+def test_a_kv_cache_larger_than_the_machine_is_refused_with_both_figures(limits: dict[str, Any]) -> None:
+    spec = check_spec({"workload": WORK, "limits": {"block_size": 1024, **limits}})
+    with pytest.raises(SpecError, match=r"blocks needs [\d,.]+ GiB, and cpu has [\d,.]+ GiB; lower limits.num_blocks"):
+        real_limits(spec, load_model("tiny", load_format="dummy"))
+
+
+@pytest.mark.parametrize("name", ["chat", "code", "prefix-chat", "reasoning", "multi-tenant", "fixed"])
+def test_a_few_requests_are_made_at_once_at_any_rate(name: str) -> None:
+    for rate in (1e6, 1e-4):
+        started = time.perf_counter()
+        workload = make_workload(WorkloadSpec(name=name, n=5, rate=rate))
+        assert len(workload) == 5
+        assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("name", ["chat", "prefix-chat", "reasoning"])
+def test_few_requests_are_the_first_of_many(name: str) -> None:
+    few, many = (make_workload(WorkloadSpec(name=name, n=n, rate=2.0)) for n in (3, 300))
+    assert np.array_equal(few.arrival_ns, many.arrival_ns[:3])
+
+
+def test_arrivals_beyond_what_can_be_drawn_or_kept_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"of an mmpp at most 10,000,000 s are drawn"):
+        make_workload(WorkloadSpec(name="chat", n=5, duration_s=1e9, rate=1e-6))
+    with pytest.raises(ValueError, match="the last request would arrive after"):
+        make_workload(WorkloadSpec(name="fixed", n=50_000, rate=1e-6))
