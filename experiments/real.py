@@ -71,16 +71,18 @@ def real_limits(spec: RunSpec, loaded: LoadedModel) -> Limits:
 
 def _memory_there(loaded: LoadedModel) -> int:
     """Bytes: of a GPU what is free, of this machine all it has, as the system makes room."""
-    if loaded.model.device.type == "cuda":
-        return torch.cuda.mem_get_info(loaded.model.device)[0]
+    device = loaded.model.device
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for reuse
+        return torch.cuda.mem_get_info(device)[0] + kept
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _free_memory(loaded: LoadedModel) -> float:
     if loaded.model.device.type != "cuda":
         return 1.0 * GIB
-    free, total = torch.cuda.mem_get_info(loaded.model.device)
-    return max(0.0, free - 0.1 * total)  # the tenth is for activations
+    total = torch.cuda.mem_get_info(loaded.model.device)[1]
+    return max(0.0, _memory_there(loaded) - 0.1 * total)  # the tenth is for activations
 
 
 def run_real(

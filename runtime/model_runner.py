@@ -146,8 +146,10 @@ class ModelRunner:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model-runner")
 
     def close(self) -> None:
-        """Wait for the steps on their way and let the thread go."""
+        """Wait for the steps on their way, and let the thread and the KV cache go."""
         self._thread.shutdown(wait=True)
+        self._model.detach(self.kv_cache)
+        del self.kv_cache
 
     def release(self, request: Request) -> None:
         """The request has ended, or has stopped running: its slot is free for the next step.

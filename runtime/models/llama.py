@@ -148,6 +148,11 @@ class LlamaModel(nn.Module):
         self._kv_cache = kv_cache
         self._attention = attention
 
+    def detach(self, kv_cache: PagedKVCache) -> None:
+        """Let go of this cache, if it is still the one in use: its memory is for the next one."""
+        if self._kv_cache is kv_cache:
+            self._kv_cache = self._attention = None
+
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> Tensor:
         """One step: returns the normalised hidden states [T, hidden_size], and the cache has the step's K and

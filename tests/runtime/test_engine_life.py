@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -391,6 +393,18 @@ def test_closing_ends_the_requests_that_run_and_those_that_wait(lag: int) -> Non
 
 def test_closing_an_engine_that_never_served_returns() -> None:
     serve(tiny()).close()
+
+
+def test_a_closed_engine_has_given_its_kv_cache_back() -> None:
+    gc.disable()  # the memory is wanted at once, by the next engine
+    try:
+        with serve(tiny()) as engine:
+            engine.generate([[1, 2, 3]], greedy(3))
+            cache = weakref.ref(engine._runner.kv_cache)
+            assert cache() is not None
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_closing_from_inside_on_output_does_not_deadlock() -> None:
