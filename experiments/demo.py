@@ -77,6 +77,7 @@ class Demo:
         params = SamplingParams(temperature=0, max_tokens=48)
         with Engine(loaded, limits, self.spec.policies.stack.build(block_size=limits.block_size)) as engine:
             ((completion,),) = engine.generate([loaded.tokenizer.encode(prompt, add_special_tokens=False)], params)
+            engine.raise_if_dead()
         return completion.text.strip()
 
     def make_workload(self, loaded: LoadedModel, costs: FittedCost, seconds: float) -> Workload:

@@ -74,6 +74,7 @@ def profile(
                 [SamplingParams(temperature=0, max_tokens=output, ignore_eos=True) for _, output in requests],
                 [Details(forced_length=output) for _, output in requests],
             )
+            engine.raise_if_dead()
             passed = (time.monotonic() - started) / seconds
             if on_progress is not None:
                 on_progress(min(1.0, passed))

@@ -99,7 +99,8 @@ def run_real(
     """Serve a specification's workload and write its run folder.
 
     `workload` and `loaded` may be given where they are at hand already. Interrupted, the engine stops after the step in
-    flight and the record stays readable, with what was unfinished marked so.
+    flight and the record stays readable, with what was unfinished marked so. `check`: invariants after every step,
+    Little's law at the end.
     """
     check_servable(spec)
     workload = workload or make_workload(spec.workload)

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from experiments.records import Run, RunError, RunWriter, run_info
 from experiments.simulated import costs_as_described
 from experiments.token_times import COMPLETED
+from policies.control_plane import PolicyStalled
 from policies.replica_state import Limits
 from policies.request import Request, Slo, State
 from policies.stack import StackSpec
@@ -43,9 +44,14 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
         clairvoyant=run.clairvoyant,
         workload=run.info["workload"],
         replay_of=run.name,
+        **{name: run.info[name] for name in ("oracle", "cost") if name in run.info},
     )
-    with RunWriter(folder, info, overwrite=overwrite) as writer:
-        replay(limits, stack, _timings(run.steps), _scheduled(run), cost=_cost(run), recorder=writer, check=check)
+    try:
+        with RunWriter(folder, info, overwrite=overwrite) as writer:
+            replay(limits, stack, _timings(run.steps), _scheduled(run), cost=_cost(run), recorder=writer, check=check)
+    except PolicyStalled:
+        if run.complete:  # otherwise it may be what ended the run itself
+            raise
 
 
 def oracle_of(run: Run) -> dict[int, int] | None:

@@ -77,7 +77,8 @@ def run_simulated(
         cost=costs.describe(),
     )
     with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer:
-        simulation = Simulation(limits, stacks, costs, router, recorder=writer, on_end=on_end, check=check)
+        routing = router if spec.replicas > 1 else None  # the real panel, which has one, routes nothing either
+        simulation = Simulation(limits, stacks, costs, routing, recorder=writer, on_end=on_end, check=check)
         simulated_ns = simulation.run(arrivals_of(workload, limits))
     if check:
         check_books(read_run(folder))

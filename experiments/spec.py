@@ -54,7 +54,7 @@ class LimitsSpec(_Part):
     max_num_batched_tokens: Count = _LIMITS.max_num_batched_tokens
     max_model_len: SequenceLength | None = None
     prefix_caching: bool = _LIMITS.prefix_caching
-    lag: Literal[0, 1] = 1
+    lag: Annotated[int, Field(strict=True, ge=0, le=1)] = 1
 
     @model_validator(mode="after")
     def _one_size(self) -> LimitsSpec:

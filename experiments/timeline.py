@@ -91,7 +91,7 @@ def littles_law(run: Run) -> LittlesLaw:
         return LittlesLaw(0.0, 0.0, 0.0)
     lag = int(run.limits.get("lag", 0))
     begin = int(steps["plan_ns"].min())
-    end = int(max(steps["end_ns"].max(), steps["plan_ns"].max(), run.requests["finish_ns"].max(skipna=True) or 0))
+    end = int(max(steps["end_ns"].max(), steps["plan_ns"].max(), run.requests["finish_ns"].fillna(0).max()))
     entered = run.requests[run.requests["status"] != "refused"]
     held_by_steps = held_by_requests = 0
     for replica, rows in steps.groupby("replica", sort=True):

@@ -181,6 +181,8 @@ class ControlPlane:
             self._end(request, State.DROPPED, request.num_output_tokens, now, error=reason)
         for request in enactment.back_to_queue:
             self.stack.scheduler.add(request, now)
+        if not state.requests:
+            step.wake_at = None  # there is nobody to be woken for
         times = [until for until in state.pins.values() if until != FOREVER]
         if times:
             step.wake_at = min([*times, *([] if step.wake_at is None else [step.wake_at])])

@@ -55,28 +55,36 @@ class Draft:
 
     def run_decodes(self, now: int) -> None:
         """Give each decode its token, in order of admission as far as tokens go; preempt where blocks are missing."""
-        decodes, blocks = self.view.num_decoding, len(self.view.decodes_that_need_a_block())
-        if decodes <= self.tokens_left and blocks <= self.blocks_left:
+        decodes, needy = self.view.num_decoding, self.view.decodes_that_need_a_block()
+        if decodes <= self.tokens_left and len(needy) <= self.blocks_left:
             self.plan.decode_all = decodes > 0
-            self._spend(decodes, blocks)
+            self._spend(decodes, len(needy))
             return
+        opening = {request.id for request in needy}
         for request in list(self.view.decoding()):
-            if request.id not in self.preempted and self.tokens_left and self.make_room(request, 1, now):
-                self.run(request, 1)
+            if request.id not in self.preempted and self.tokens_left:
+                blocks = int(request.id in opening)
+                if self._make_room(request, blocks, now):
+                    self._give(request, 1, blocks)
 
     def run(self, request: Request, num_tokens: int) -> None:
         """Give a running request tokens that the budgets are known to have (see `make_room`)."""
-        blocks = self.blocks_needed(request, num_tokens)
-        self._given[request.id] = (num_tokens, blocks)
-        self._spend(num_tokens, blocks)
-        if request.num_pending_tokens == 1:
-            self.plan.decodes.append(request)
-        else:
-            self.plan.chunks.append((request, num_tokens))
+        self._give(request, num_tokens, self.blocks_needed(request, num_tokens))
 
     def make_room(self, request: Request, num_tokens: int, now: int) -> bool:
         """Preempt until `num_tokens` more tokens of this running request fit. False if that took it itself."""
-        while self.blocks_needed(request, num_tokens) > self.blocks_left:
+        return self._make_room(request, self.blocks_needed(request, num_tokens), now)
+
+    def run_or_preempt(self, request: Request, num_tokens: int, now: int) -> bool:
+        """`make_room`, then `run`: whether the running request got its tokens."""
+        blocks = self.blocks_needed(request, num_tokens)
+        if not self._make_room(request, blocks, now):
+            return False
+        self._give(request, num_tokens, blocks)
+        return True
+
+    def _make_room(self, request: Request, blocks: int, now: int) -> bool:
+        while blocks > self.blocks_left:
             choice = self.preemption.victim(self.view, self, now)
             if choice is None:
                 return False
@@ -84,6 +92,16 @@ class Draft:
             if choice[0] is request:
                 return False
         return True
+
+    def _give(self, request: Request, num_tokens: int, blocks: int) -> None:
+        self._given[request.id] = (num_tokens, blocks)
+        self.num_tokens += num_tokens
+        self.tokens_left -= num_tokens
+        self.blocks_left -= blocks
+        if request.num_pending_tokens == 1:
+            self.plan.decodes.append(request)
+        else:
+            self.plan.chunks.append((request, num_tokens))
 
     def preempt(self, request: Request, mode: Mode) -> None:
         """Stop a running request (or take a paused one's blocks); what this plan had given it goes back."""

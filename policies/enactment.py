@@ -30,6 +30,7 @@ class Enactment:
         self._seen: set[int] = set()
         self._hits: dict[int, Hit] = {}
         self._contexts: list[int] = []
+        self._hold: dict[int, int] = {}
 
     def run(self) -> Step:
         """Enact the whole plan."""
@@ -37,7 +38,7 @@ class Enactment:
         self._drop()
         self._preempt()
         self._resume()
-        chunks = self._claim_hits(self._bundled(self.plan.chunks))
+        chunks = self._claim_hits(self._bundled(self._whole(self.plan.chunks)))
         self._decode()
         for request, num_tokens in chunks:
             self._chunk(request, num_tokens)
@@ -131,6 +132,18 @@ class Enactment:
 
     # Admissions
 
+    def _whole(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        """The chunks without those of fractions; NumPy's integers are whole numbers too."""
+        whole = []
+        for request, num_tokens in chunks:
+            hold = self.plan.hold.get(request.id, 0)
+            try:
+                self._hold[request.id] = operator.index(hold)
+                whole.append((request, operator.index(num_tokens)))
+            except TypeError:
+                self._refuse(request, f"{num_tokens!r} tokens, {hold!r} to hold: not whole numbers")
+        return whole
+
     def _bundled(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
         """The chunks without the bundles that do not fit whole beside everything else in the plan."""
         if not self.plan.bundles:
@@ -172,7 +185,7 @@ class Enactment:
     def _blocks_for(self, request: Request, num_tokens: int) -> int:
         """Allocatable blocks that a chunk takes, the idle ones of its prefix hit included."""
         start, held, idle = self._start_of(request)
-        target = max(start + num_tokens, self.plan.hold.get(request.id, 0))
+        target = max(start + num_tokens, self._hold.get(request.id, 0))
         return max(0, -(-target // self.state.limits.block_size) - held) + idle
 
     def _start_of(self, request: Request) -> tuple[int, int, int]:
@@ -297,18 +310,14 @@ class Enactment:
         state = self.state
         waiting = request.state is State.WAITING
         start = self._hits[request.id].num_tokens if waiting else request.num_computed_tokens
-        left, hold = request.num_tokens - start, self.plan.hold.get(request.id, 0)
-        try:  # NumPy's integers are whole numbers too
-            num_tokens, hold = operator.index(num_tokens), operator.index(hold)
-        except TypeError:
-            return self._refuse_chunk(request, f"{num_tokens!r} tokens, {hold!r} to hold: not whole numbers")
+        left = request.num_tokens - start
         if not 1 <= num_tokens <= left:
             return self._refuse_chunk(request, f"{num_tokens} tokens asked for, {left} left")
         if num_tokens > self._tokens_left:
             return self._refuse_chunk(request, TOKEN_BUDGET)
         if waiting and len(state.running) >= state.limits.max_num_seqs:
             return self._refuse_chunk(request, SLOTS)
-        target = max(start + num_tokens, hold)
+        target = max(start + num_tokens, self._hold.get(request.id, 0))
         held = len(self._hits[request.id].blocks) if waiting else request.num_blocks
         if -(-target // state.limits.block_size) - held > state.pool.num_free:
             return self._refuse_chunk(request, NO_BLOCKS)

@@ -74,7 +74,7 @@ def step_loop(plane: ControlPlane, lag: int) -> Generator[Action, Answer, None]:
             assert isinstance(report, Report)
             plane.report(report)
         elif not in_flight:
-            yield Idle(step.wake_at if plane.num_live else None)  # there is nobody to be woken for
+            yield Idle(step.wake_at)
     while in_flight:
         report = yield Collect(in_flight.popleft())
         assert isinstance(report, Report)

@@ -9,6 +9,7 @@ import logging
 import operator
 import threading
 import time
+import traceback
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
@@ -115,8 +116,6 @@ class Engine:
         EngineDead when the engine has stopped.
         """
         details = details or Details()
-        if not -(2**31) <= details.priority < 2**31:
-            raise ValueError(f"priority must fit in 32 bits, not {details.priority}")
         token_ids = self._encode(prompt)
         params.check_vocab(self.loaded.config.vocab_size)
         detokenizer = self._detokenizer(params, details)
@@ -272,6 +271,7 @@ class Engine:
         except BaseException as error:
             logger.critical("the engine has stopped", exc_info=error)
             self._error = error
+            traceback.clear_frames(error.__traceback__)  # which hold the KV cache
         self._runner.close()
         self._end_everybody()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
@@ -104,6 +105,38 @@ class Details:
     hints: dict[str, float] = field(default_factory=dict)
     forced_length: int | None = None
     continuation: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what a policy could not be told, or the record not keep."""
+        if not isinstance(self.tenant, str):
+            raise ValueError(f"tenant must be text, not {self.tenant!r}")
+        _check_int("priority", self.priority, bits=32)
+        for name in ("session", "program"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), bits=64)
+        if not isinstance(self.parents, tuple):
+            raise ValueError(f"parents must be a tuple of request ids, not {self.parents!r}")
+        for parent in self.parents:
+            _check_int("a parent", parent, bits=64)
+        if self.slo is not None:
+            for name in ("ttft_ns", "tpot_ns", "e2e_ns"):
+                if getattr(self.slo, name) is not None:
+                    _check_int(f"slo.{name}", getattr(self.slo, name), bits=64)
+            _check_number("slo.value", self.slo.value)
+        for hint, value in self.hints.items():
+            if not isinstance(hint, str):
+                raise ValueError(f"a hint's name must be text, not {hint!r}")
+            _check_number(f"hint {hint}", value)
+
+
+def _check_int(name: str, value: object, bits: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
+        raise ValueError(f"{name} must be a whole number that fits in {bits} bits, not {value!r}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
 
 
 @dataclass(slots=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Generator, Iterable, Sequence
 
 import simpy
@@ -97,10 +98,11 @@ class Simulation:
         self.replicas[target].receive(arrival)
 
     def _checked(self, replica: int) -> int:
-        if replica not in range(len(self.replicas)):
+        index = operator.index(replica)
+        if not 0 <= index < len(self.replicas):
             name = type(self._router).__name__
             raise IndexError(f"{name}.route answered replica {replica}; there are 0 to {len(self.replicas) - 1}")
-        return replica
+        return index
 
     def _on_end(self, request: Request) -> None:
         replica = self._replica_of.pop(request.id, None)

@@ -32,10 +32,14 @@ def one_line(error: Exception) -> str:
 
 def _where(error: BaseException, always: bool) -> str:
     """The innermost line of a file of the user's; where there is none and `always`, the innermost line of all."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if _is_users(frame.filename)]
+    frames: list[traceback.FrameSummary] = []
+    users: list[traceback.FrameSummary] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = traceback.extract_tb(cause.__traceback__)
+        # A library may raise from an error of its own, in which no line of the user's is left.
+        users = [frame for frame in frames if _is_users(frame.filename)] or users
+        cause = cause.__cause__
     if not users and not (always and frames):
         return ""
     frame = (users or frames)[-1]
@@ -48,10 +52,14 @@ def _is_users(filename: str) -> bool:
 
 
 class _Terse(logging.Formatter):
-    """A record without its traceback."""
+    """A record on one line: without its traceback, with the error it is of."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"diptych: {record.getMessage()}"
+        text = record.getMessage()
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            text += f": {type(error).__name__}: {error}".removesuffix(": ")
+        return f"diptych: {' '.join(text.split())}"
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from rich.text import Text
 
 from experiments.cli import options
 from experiments.cli.app import app, console
-from experiments.cli.options import check_free, make_parent
+from experiments.cli.options import make_parent
 from experiments.compare import compare as compare_runs
 from experiments.divergence import diff_decisions
-from experiments.records import read_run
+from experiments.records import check_free, read_run
 from experiments.render import comparison_table
 from policies import registry
 
@@ -33,11 +33,12 @@ def compare(
 
     Example: diptych compare runs/chat-mixed-real runs/chat-mixed-sim --plots plots
     """
+    runs = read_run(first), read_run(second)
     if json is not None:
         make_parent(json)
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
-    comparison = compare_runs(read_run(first), read_run(second))
+    comparison = compare_runs(*runs)
     console.print(comparison_table(comparison))
     if json is not None:
         json.write_text(comparison.to_json() + "\n", encoding="utf-8")

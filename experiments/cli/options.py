@@ -19,7 +19,10 @@ from policies import registry
 Spec = Annotated[Path | None, typer.Argument(help="A YAML file with the specification; flags win over it.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run (runs/WORKLOAD-SCHEDULER-PANEL).")]
 Overwrite = Annotated[bool, typer.Option(help="Replace a run that the folder holds.")]
-Check = Annotated[bool, typer.Option(help="Verify the control plane's invariants after every step (slow).")]
+Check = Annotated[
+    bool,
+    typer.Option(help="Verify the control plane's invariants after every step (slow), and Little's law at the end."),
+]
 Workload = Annotated[
     str | None,
     typer.Option("--workload", "-w", help="A generator (chat, code, prefix-chat, ...) or a trace file."),
@@ -99,19 +102,23 @@ def default_folder(spec: RunSpec, suffix: str) -> Path:
 @contextmanager
 def interruptible(folder: Path) -> Iterator[None]:
     """On Ctrl-C say where the record is that was written so far, and end with the status that shells expect."""
+    before = _version(folder / "run.json")
     try:
         yield
     except KeyboardInterrupt:
-        recorded = (folder / "run.json").exists()
+        recorded = _version(folder / "run.json") not in (None, before)
         known = f"what was recorded until then is in {folder}" if recorded else "nothing was recorded yet"
         complain(f"interrupted; {known}")
         raise typer.Exit(INTERRUPTED) from None
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
-    """Raises SpecError where a folder holds a run that is not to be overwritten: before the work, not after it."""
-    if (folder / "run.json").exists() and not overwrite:
-        raise SpecError(f"{folder} holds a run already; name another folder with -o NAME, or replace it by --overwrite")
+def _version(path: Path) -> tuple[int, int] | None:
+    """Differs once the file is replaced; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def make_parent(path: Path) -> None:

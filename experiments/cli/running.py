@@ -13,10 +13,10 @@ from rich.progress import TaskID
 
 from experiments.cli import options
 from experiments.cli.app import app, complain, console
-from experiments.cli.options import check_free, default_folder, gather, interruptible, progress
+from experiments.cli.options import default_folder, gather, interruptible, progress
 from experiments.cli.summary import summary_table
 from experiments.compare import compare
-from experiments.records import Run, read_run
+from experiments.records import Run, check_free, read_run
 from experiments.render import comparison_table
 from experiments.spec import CostSpec, RunSpec, SpecError
 from experiments.workloads import make_workload

@@ -11,6 +11,6 @@
 from experiments.records.environment import describe_environment, run_info
 from experiments.records.reader import Run, read_run
 from experiments.records.schema import TABLES, RunError
-from experiments.records.writer import RunWriter
+from experiments.records.writer import RunWriter, check_free
 
-__all__ = ["TABLES", "Run", "RunError", "RunWriter", "describe_environment", "read_run", "run_info"]
+__all__ = ["TABLES", "Run", "RunError", "RunWriter", "check_free", "describe_environment", "read_run", "run_info"]

@@ -31,6 +31,12 @@ PART_ROWS = {"requests": 1024, "steps": 16_384, "decisions": 32_768}
 """Rows at which a table is flushed, whatever its age."""
 
 
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raises RunError where a folder holds a run that is not to be overwritten."""
+    if (folder / "run.json").exists() and not overwrite:
+        raise RunError(f"{folder} holds a run already; name another folder (-o NAME), or overwrite it (--overwrite)")
+
+
 class RunWriter:
     """A `policies.contract.Recorder` that writes a run's folder.
 
@@ -193,8 +199,7 @@ class RunWriter:
     def _make_folder(self, text: str, overwrite: bool) -> None:
         folder = self.folder
         try:
-            if (folder / "run.json").exists() and not overwrite:
-                raise RunError(f"{folder} holds a run already; give another name, or overwrite it")
+            check_free(folder, overwrite)
             folder.mkdir(parents=True, exist_ok=True)
             for table in TABLES:
                 (folder / f"{table}.parquet").unlink(missing_ok=True)

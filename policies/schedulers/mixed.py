@@ -34,8 +34,8 @@ class Mixed(QueuedScheduler):
                 tokens = min(request.num_pending_tokens, draft.tokens_left)
                 if self._max_chunk is not None:
                     tokens = min(tokens, self._max_chunk)
-                if tokens > 0 and draft.make_room(request, tokens, now):
-                    draft.run(request, tokens)
+                if tokens > 0:
+                    draft.run_or_preempt(request, tokens, now)
         if not draft.preempted:
             self.admit_from_queue(draft, now, max_chunk=self._max_chunk)
         return draft.finish()

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import filecmp
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import typer
 
 from experiments import cli
 from experiments.cli.app import app
+from experiments.cli.failures import terse_logging
 from experiments.cli.options import interruptible
-from experiments.records import read_run
+from experiments.demo import Demo, demo_spec
+from experiments.profiling import profile
+from experiments.records import RunWriter, read_run
+from policies.schedulers.mixed import Mixed
+from runtime.engine import EngineDead
+from runtime.tokenizer import Tokenizer
+from tests.experiments.fake_run import fake_info, fake_run
 
 SIMULATE = ["simulate", "-w", "chat", "-n", "60", "--rate", "8"]
 TINY = ["--model", "tiny", "--set", "model.load_format=dummy", "--set", "limits.num_blocks=64"]
@@ -87,8 +98,6 @@ BROKEN_TRACE = (
         (["run", "-w", "fixed", "-n", "1", *TINY, *HUGE], ["needs 8,192.0 GiB, and cpu has"]),
         (["run", "-w", "fixed", "-n", "1", "--model", "tiny"], ["preset", "--set model.load_format=dummy"]),
         (["policies", "badd:X"], ["badd:X: there is no module 'badd'"]),
-        (["compare", "missing", "other", "--json", "."], [". is a folder"]),
-        (["compare", "missing", "other", "--plots", "broken.csv"], ["File exists: 'broken.csv'"]),
     ],
 )
 def test_a_mistake_gets_one_clear_line_and_a_non_zero_exit(
@@ -104,6 +113,22 @@ def test_a_mistake_gets_one_clear_line_and_a_non_zero_exit(
     for word in words:
         assert word in err
     assert not Path("runs").exists() or not list(Path("runs").glob("*/requests.parquet"))
+
+
+def test_compare_makes_no_folder_before_it_has_read_both_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("a-file").touch()
+    fake_run(Path("run"))
+    for args, words in {
+        ("run", "missing", "--plots", "new", "--json", "new/c.json"): "missing",
+        ("run", "run", "--json", "."): ". is a folder",
+        ("run", "run", "--plots", "a-file"): "File exists: 'a-file'",
+    }.items():
+        status, _, err = diptych(monkeypatch, capsys, "compare", *args)
+        assert status == 2
+        assert words in err
+    assert sorted(os.listdir()) == ["a-file", "run"]
 
 
 def test_every_command_shows_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +163,7 @@ def test_a_run_is_not_overwritten_unless_asked(
     assert diptych(monkeypatch, capsys, *SIMULATE)[0] == 0
     status, _, err = diptych(monkeypatch, capsys, *SIMULATE)
     assert status == 2
-    assert "runs/chat-mixed-sim holds a run already; name another folder with -o NAME" in err
+    assert "runs/chat-mixed-sim holds a run already; name another folder (-o NAME)" in err
     assert "--overwrite" in err
     assert diptych(monkeypatch, capsys, *SIMULATE, "--overwrite")[0] == 0
 
@@ -299,6 +324,10 @@ class Idle(Mixed):
 class Unmade(Mixed):
     def __init__(self, queue):
         super().__init__(queue, None, None, None)
+class Chained(Mixed):
+    def plan(self, view, now):
+        import pandas
+        return pandas.Series({"a": 1})["x"]
 """
 
 
@@ -320,6 +349,7 @@ def broken_policies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
         ("Stopped", "out of ideas", "broken_policies.py:11, in plan"),
         ("Idle", "planned nothing", "control_plane.py:"),
         ("Unmade", "TypeError: ", "broken_policies.py:17, in __init__"),
+        ("Chained", "KeyError: 'x'", "broken_policies.py:21, in plan"),
     ],
 )
 def test_what_a_policy_raises_ends_in_one_line_that_names_its_file_and_line(
@@ -347,7 +377,8 @@ def test_a_dead_engine_is_told_of_once(broken_policies: None) -> None:
     command = [sys.executable, "-c", "from experiments.cli import main; main()", *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [
+    told = [line for line in done.stderr.splitlines() if line.startswith("diptych:")]  # a library may warn beside us
+    assert told == [
         "diptych: the engine has stopped: KeyError: 'x' "
         "(broken_policies.py:5, in plan; diptych --traceback ... shows the whole)"
     ]
@@ -373,15 +404,63 @@ def test_ctrl_c_before_anything_is_recorded_says_just_that(
     assert diptych(monkeypatch, capsys, *SIMULATE) == (130, "", "diptych: interrupted\n")
 
 
-def test_ctrl_c_says_where_the_record_is_only_if_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit), interruptible(Path("run")):
+@pytest.mark.parametrize(
+    ("earlier", "recorded", "text"),
+    [
+        (False, False, "nothing was recorded yet"),
+        (False, True, "what was recorded until then is in run"),
+        (True, False, "nothing was recorded yet"),
+        (True, True, "what was recorded until then is in run"),
+    ],
+)
+def test_ctrl_c_says_where_the_record_is_only_if_this_run_has_one(
+    earlier: bool, recorded: bool, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        if recorded:
+            RunWriter("run", fake_info(), overwrite=True).abort()
         raise KeyboardInterrupt
-    assert capsys.readouterr().err == "diptych: interrupted; nothing was recorded yet\n"
-    Path("run").mkdir()
-    Path("run/run.json").write_text("{}")
+
+    if earlier:
+        fake_run(Path("run"))
     with pytest.raises(typer.Exit), interruptible(Path("run")):
-        raise KeyboardInterrupt
-    assert capsys.readouterr().err == "diptych: interrupted; what was recorded until then is in run\n"
+        interrupt()
+    assert capsys.readouterr().err == f"diptych: interrupted; {text}\n"
+
+
+def test_what_is_logged_of_an_error_is_one_line_with_its_type_and_text(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("runtime.engine")
+    with terse_logging():
+        logger.warning("no error")
+        try:
+            raise ValueError("first\nsecond")
+        except ValueError:
+            logger.exception("request %d", 3)
+    assert capsys.readouterr().err == "diptych: no error\ndiptych: request 3: ValueError: first second\n"
+
+
+@pytest.fixture
+def dying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every engine dies of its first plan."""
+
+    def plan(self: Mixed, view: object, now: int) -> None:
+        raise RuntimeError("out of ideas")
+
+    monkeypatch.setattr(Mixed, "plan", plan)
+
+
+def test_an_engine_that_dies_while_it_is_measured_is_noticed(dying: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.profiling.warm_up", lambda *args: None)
+    with pytest.raises(EngineDead, match="out of ideas"):
+        profile(demo_spec("tiny", "dummy"), seconds=1e-9)
+
+
+def test_an_engine_that_dies_of_the_demos_question_is_noticed(dying: None) -> None:
+    tokenizer: Any = MagicMock(spec=Tokenizer, special_ids=frozenset())
+    tokenizer.encode.return_value = [1, 2, 3]
+    show = Demo(Path("demo"), "tiny", "dummy")
+    with pytest.raises(EngineDead, match="out of ideas"):
+        show.ask(replace(show.load(), tokenizer=tokenizer, chat_template="any"), "Why?")
 
 
 @pytest.mark.parametrize("name", ["s[bold]x", "s[/x]", "s:x:1", "k=1", "long-" * 30])

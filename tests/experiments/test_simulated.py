@@ -15,8 +15,12 @@ from experiments.simulated import costs_as_described, make_costs, run_simulated
 from experiments.spec import CostSpec, RunSpec, check_spec
 from experiments.timeline import littles_law
 from experiments.workloads import Workload
+from policies.contract import Queue, View
+from policies.control_plane import PolicyStalled
+from policies.plan import Plan
 from policies.registry import PolicyError
 from policies.request import Request
+from policies.schedulers.mixed import Mixed
 from policies.shapes import StepShape
 from simulator.costs.base import CostModel
 from simulator.costs.fitted import FittedCost
@@ -89,6 +93,48 @@ def test_an_interrupted_simulation_replays_as_far_as_it_came(lag: int, tmp_path:
     assert diff_decisions(run, read_run(tmp_path / "replay")) is None
 
 
+class NoOne:
+    """A router that sends everybody away."""
+
+    def route(self, *about: object) -> None:
+        return None
+
+    def on_end(self, *about: object) -> None:
+        """Never called."""
+
+
+def test_one_replica_has_nothing_to_route_as_in_the_real_panel(tmp_path: Path) -> None:
+    spec = spec_of()
+    spec = spec.model_copy(update={"policies": spec.policies.model_copy(update={"router": f"{__name__}:NoOne"})})
+    run_simulated(spec, tmp_path / "one", workload=workload_of())
+    assert set(read_run(tmp_path / "one").requests["status"]) <= {"stop", "length"}
+    run_simulated(spec.model_copy(update={"replicas": 2}), tmp_path / "two", workload=workload_of(), check=True)
+    assert set(read_run(tmp_path / "two").requests["status"]) == {"refused"}
+
+
+class GivesUp(Mixed):
+    """Plans nothing any more from the thirtieth step on."""
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__(queue)
+        self._left = 30
+
+    def plan(self, view: View, now: int) -> Plan:
+        self._left -= 1
+        return super().plan(view, now) if self._left > 0 else Plan()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_whose_policy_stalled_replays_to_the_stall(lag: int, tmp_path: Path) -> None:
+    with pytest.raises(PolicyStalled):
+        run_simulated(spec_of(f"{__name__}:GivesUp", lag=lag), tmp_path / "run", workload=workload_of())
+    run = read_run(tmp_path / "run")
+    replay_run(run, tmp_path / "replay")
+    replayed = read_run(tmp_path / "replay")
+    assert diff_decisions(run, replayed) is None
+    assert len(replayed.steps) == len(run.steps) > 30
+
+
 def fitted() -> FittedCost:
     shapes = [StepShape(num_decodes=n, decode_context=50 * n, max_context=50, padded_tokens=n) for n in range(1, 30)]
     return fit([StepSample(s, 1000, 5000 + 10 * s.num_decodes, 500) for s in shapes], {"device": "made up"})
@@ -113,4 +159,7 @@ def test_a_replay_needs_no_file_but_the_runs_own(tmp_path: Path, monkeypatch: py
     run_simulated(spec, tmp_path / "run", workload=workload_of())
     os.remove("calibration.json")
     replay_run(read_run(tmp_path / "run"), tmp_path / "replay")
-    assert diff_decisions(read_run(tmp_path / "run"), read_run(tmp_path / "replay")) is None
+    replay_run(read_run(tmp_path / "replay"), tmp_path / "again")  # has all that a replay needs, too
+    for name in ("replay", "again"):
+        assert diff_decisions(read_run(tmp_path / "run"), read_run(tmp_path / name)) is None
+        assert read_run(tmp_path / name).info["cost"]["kind"] == "fitted"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from experiments.real import real_limits, run_real
 from experiments.spec import CostSpec, LimitsSpec, PoliciesSpec, SpecError, check_spec, read_spec
 from experiments.workloads import WorkloadSpec, make_workload
+from experiments.workloads.generators import arrivals
 from policies.replica_state import Limits
 from policies.stack import StackSpec
 from runtime.weights import load_model
@@ -32,6 +33,9 @@ def refused(**fields: Any) -> str:
         ({"limits": {"num_blocks": True}}, "limits.num_blocks: Input should be a valid integer, not True"),
         ({"limits": {"num_blocks": 2**24 + 1}}, "limits.num_blocks: Input should be less than or equal to 16777216"),
         ({"limits": {"max_num_seqs": True}}, "limits.max_num_seqs: Input should be a valid integer, not True"),
+        ({"limits": {"lag": True}}, "limits.lag: Input should be a valid integer, not True"),
+        ({"limits": {"lag": 1.0}}, "limits.lag: Input should be a valid integer, not 1.0"),
+        ({"limits": {"lag": 2}}, "limits.lag: Input should be less than or equal to 1, not 2"),
         ({"limits": {"kv_cache_gib": True}}, "limits.kv_cache_gib: Input should be a valid number, not True"),
         ({"workload": WORK | {"n": True}}, "workload.n: Input should be a valid integer, not True"),
         ({"workload": WORK | {"rate": True}}, "workload.rate: Input should be a valid number, not True"),
@@ -110,12 +114,23 @@ def test_a_kv_cache_larger_than_the_machine_is_refused_with_both_figures(limits:
 
 
 @pytest.mark.parametrize("name", ["chat", "code", "prefix-chat", "reasoning", "multi-tenant", "fixed"])
-def test_a_few_requests_are_made_at_once_at_any_rate(name: str) -> None:
+def test_a_few_requests_are_made_of_few_arrivals_at_any_rate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    horizons: list[float] = []
+    original = arrivals.until
+
+    def until(make: Callable[[float], arrivals.Seconds], *rest: Any) -> tuple[arrivals.Seconds, float]:
+        def noted(horizon: float) -> arrivals.Seconds:
+            horizons.append(horizon)
+            return make(horizon)
+
+        return original(noted, *rest)
+
+    monkeypatch.setattr(arrivals, "until", until)
     for rate in (1e6, 1e-4):
-        started = time.perf_counter()
-        workload = make_workload(WorkloadSpec(name=name, n=5, rate=rate))
-        assert len(workload) == 5
-        assert time.perf_counter() - started < 10
+        horizons.clear()
+        assert len(make_workload(WorkloadSpec(name=name, n=5, rate=rate))) == 5
+        assert bool(horizons) == (name not in ("multi-tenant", "fixed"))  # those draw n arrivals, over no horizon
+        assert all(horizon * rate < 100 for horizon in horizons)
 
 
 @pytest.mark.parametrize("name", ["chat", "prefix-chat", "reasoning"])

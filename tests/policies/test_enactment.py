@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -337,6 +338,18 @@ def test_a_bundle_with_a_member_that_cannot_run_does_not_run_in_part() -> None:
     plan = Plan(chunks=[(scene.waiting, 4), (scene.prefill, 99)], bundles=[bundle(scene.waiting, scene.prefill)])
     step = scene.desk.plan(plan)
     assert step.refused == [(r, "its bundle does not fit") for r in (scene.waiting, scene.prefill)]
+    assert not step.runs
+
+
+@pytest.mark.parametrize("tokens", [2.5, "3"])
+def test_a_bundle_with_a_member_of_half_a_token_does_not_run_in_part(tokens: Any) -> None:
+    desk = Desk(LIMITS)
+    a, b = desk.submit(8), desk.submit(8)
+    step = desk.plan(Plan(chunks=[(a, 8), (b, tokens)], bundles=[bundle(a, b)]))
+    assert step.refused == [
+        (b, f"{tokens!r} tokens, 0 to hold: not whole numbers"),
+        (a, "its bundle does not fit"),
+    ]
     assert not step.runs
 
 

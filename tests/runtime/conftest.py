@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +17,33 @@ from runtime.kv_cache import PagedKVCache
 from runtime.models.llama import LlamaModel
 from runtime.weights import DEFAULT_MODEL, LoadedModel, load_model
 
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Question: What is 17 + 25?\nAnswer:",
+    "Il était une fois, dans un petit village de montagne,",
+    "List three colours, separated by commas:",
+    "A lighthouse keeper lived alone on a small island, some two miles from the coast. Every evening he climbed the "
+    "hundred and twelve steps to the lamp, cleaned the glass, filled the tank and lit the wick. In winter the boat "
+    "that brought his bread and his letters came only once a month, and in a bad year not even that. One night, as "
+    "the wind turned to the north, he saw a light on the water where no ship should have been. He took his coat and",
+    'import json\n\n\ndef read_lines(path):\n    """Yield one object a line."""\n    with open(path) as file:\n',
+    "1, 1, 2, 3, 5, 8, 13, 21,",
+    "Shopping list:\n- 2 kg of flour\n- 12 eggs\n- 500 g of butter\n- yeast\n- salt\n\nWith these I am going to make",
+    "Hello",
+    "Translate into French: Where is the railway station?\n",
+    "東京は日本の首都です。人口は",
+    "SELECT name, COUNT(*) FROM orders JOIN customers ON orders.customer = customers.id WHERE",
+    "Write a short poem about glaciers.",
+    "Temperature on Monday: 18.5 °C; on Tuesday: 21.0 °C; on Wednesday: 19.7 °C. The mean of the three is",
+    "La révolution industrielle commence en Angleterre au XVIIIe siècle, puis gagne le continent. Les premières usines",
+    "Ünïcödé: naïve café, Straße, smørrebrød, ☃ ♞ 🚀, ∑ x² ≤ π. In plain ASCII that is",
+    "Explain in two sentences why the sky is blue during the day and red in the evening, so that a child of eight who "
+    "has never heard of wavelengths can follow.",
+    "<html>\n  <head><title>Bees</title></head>\n  <body>\n    <h1>",
+    "To be, or not to be, that is the question:\n",
+)
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedModel:
@@ -29,23 +53,8 @@ def smollm2() -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[str]:
-    """Twenty prompts: a few built in, and public ones where the traces are at hand."""
-    built_in = [
-        "The capital of France is",
-        "def fibonacci(n):\n    ",
-        "Question: What is 17 + 25?\nAnswer:",
-        "Il était une fois, dans un petit village de montagne,",
-        "List three colours, separated by commas:",
-    ]
-    default = Path(__file__).parents[3] / "shared" / "traces"
-    file = Path(os.environ.get("DIPTYCH_TRACES", default)) / "prompts" / "prompts_200.jsonl"
-    if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        public = [json.loads(line)["turns"][0] for line in lines]
-        built_in += [text for text in public if len(text) < 400]
-    topics = ("rivers", "steam engines", "chess", "bread", "the Moon", "violins", "glaciers", "bees", "maps", "tea")
-    built_in += [f"Write {words} about {topic}." for topic in topics for words in ("a sentence", "a short poem")]
-    return built_in[:20]
+    """Twenty prompts of a few to a hundred tokens."""
+    return list(PROMPTS)
 
 
 @dataclass

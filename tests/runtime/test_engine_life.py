@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import random
+import re
 import threading
 import time
 import weakref
@@ -22,7 +23,7 @@ from policies.contract import View
 from policies.control_plane import PolicyStalled, RequestRefused
 from policies.plan import Plan
 from policies.queues.fcfs import Fcfs
-from policies.request import Request
+from policies.request import Request, Slo
 from policies.schedulers.mixed import Mixed
 from runtime.engine import Details, Engine, EngineDead
 from runtime.sampling.params import SamplingParams
@@ -337,6 +338,7 @@ def test_a_failing_model_ends_every_request_with_its_error(
     monkeypatch.setattr(loaded.model, "forward", fail)
     rows = Rows()
     engine = serve(loaded, recorder=rows, lag=lag, max_num_seqs=2)
+    cache = weakref.ref(engine._runner.kv_cache)
     for listener in submit_together(engine, _prompts(5), greedy(40)):
         last = listener.last()
         assert last.finish_reason == "error"
@@ -350,6 +352,8 @@ def test_a_failing_model_ends_every_request_with_its_error(
     engine.cancel(0)
     engine.close()
     engine.close()
+    gc.collect()
+    assert cache() is None, "the error holds the KV cache"
     assert {row["status"] for row in rows.requests.values()} == {"unfinished"}
 
 
@@ -373,6 +377,27 @@ def test_a_stream_learns_that_the_engine_has_stopped(monkeypatch: pytest.MonkeyP
     with serve(loaded) as engine, pytest.raises(EngineDead, match="the card is on fire"):
         asyncio.run(read(engine))
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("details", "message"),
+    [
+        ({"priority": 2**31}, "priority must be a whole number that fits in 32 bits, not 2147483648"),
+        ({"priority": 1.5}, "priority must be a whole number that fits in 32 bits, not 1.5"),
+        ({"session": "a"}, "session must be a whole number that fits in 64 bits, not 'a'"),
+        ({"program": 2**63}, "program must be a whole number that fits in 64 bits"),
+        ({"parents": None}, "parents must be a tuple of request ids, not None"),
+        ({"parents": (1, 2.0)}, "a parent must be a whole number that fits in 64 bits, not 2.0"),
+        ({"tenant": 3}, "tenant must be text, not 3"),
+        ({"slo": Slo(ttft_ns=1e9 / 3)}, "slo.ttft_ns must be a whole number that fits in 64 bits"),
+        ({"slo": Slo(value=float("nan"))}, "slo.value must be a finite number, not nan"),
+        ({"hints": {"tool": "search"}}, "hint tool must be a finite number, not 'search'"),
+        ({"hints": {1: 2.0}}, "a hint's name must be text, not 1"),
+    ],
+)
+def test_what_no_record_can_keep_of_a_request_is_refused_on_the_spot(details: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Details(**details)
 
 
 @pytest.mark.parametrize("lag", [0, 1])

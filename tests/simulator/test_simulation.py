@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import astuple
 
 import pytest
 
 from policies.contract import Route, Scheduler, View
 from policies.control_plane import PolicyStalled
-from policies.plan import Plan
+from policies.plan import Plan, Report
 from policies.records import REQUESTS, STEPS
 from policies.registry import make
 from policies.replica_state import Limits
@@ -173,6 +174,41 @@ def test_a_policy_that_always_wants_to_be_woken_does_not_keep_an_empty_replica_a
     end = simulation.run([Arrival(Request(i, i * 10**9, 8, 2), 2) for i in range(3)])
     assert end == 2 * 10**9 + 2 * 5_000_000
     assert len(log.steps) < 20
+
+
+class PinsForAWhile:
+    """Wraps a scheduler and keeps what ends on the device for 50 ms."""
+
+    def __init__(self, inner: Scheduler) -> None:
+        self.add, self.remove, self._inner = inner.add, inner.remove, inner
+        self.pins: list[tuple[Request, int]] = []
+
+    def on_report(self, report: Report) -> None:
+        self._inner.on_report(report)
+
+    def plan(self, view: View, now: int) -> Plan:
+        plan = self._inner.plan(view, now)
+        plan.pin = [(request, now + 50_000_000) for request, _ in plan.chunks]
+        return plan
+
+
+def test_a_pin_ends_at_its_time_on_an_empty_replica_too() -> None:
+    stack = StackSpec().build()
+    stack.scheduler = PinsForAWhile(stack.scheduler)
+    simulation = Simulation(Limits(64, prefix_caching=False), [stack], ConstantCost(5_000_000), check=True)
+    free_at = {}
+    times = (11_000_000, 49_000_000)
+
+    def look() -> Generator[object, None, None]:
+        for at in times:
+            yield simulation.env.timeout(at - simulation.env.now)
+            free_at[at] = simulation.replicas[0].num_free_blocks
+
+    simulation.env.process(look())  # type: ignore[arg-type]
+    simulation.run([Arrival(Request(0, 0, 40, 2), 2)])
+    assert free_at == dict.fromkeys(times, 61)
+    assert simulation.replicas[0].num_free_blocks == 64
+    assert simulation.env.now == 50_000_000
 
 
 class OneAtATime:
