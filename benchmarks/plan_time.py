@@ -23,6 +23,7 @@ import gc
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -304,7 +305,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the figures here")
     parser.add_argument("--quick", action="store_true", help="20 steps of each kind instead of 100")
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a file has room for whole figures
     rows = measure_all(20 if options.quick else 100, console)
     show(rows, console)
     if options.json is not None:

@@ -13,7 +13,7 @@ from policies.plan import Mode, Plan, Report
 from policies.request import Request, State
 from runtime.engine import Details
 from runtime.weights import LoadedModel
-from tests.runtime.serving import Rows, greedy, serve, tiny, tokens_of, transformers_model
+from tests.runtime.serving import Rows, greedy, serve, submit_together, tiny, tokens_of, transformers_model
 
 TOKENS = 64
 SCHEDULERS = ("mixed", "sarathi,chunk_size=40", "prefill_first", "static,max_batch_size=8")
@@ -132,7 +132,10 @@ def test_preempted_requests_find_their_own_blocks_again(
     rows, asked = Rows(), token_prompts[:12:2]  # no two begin alike: what one finds is its own
     limits: dict[str, Any] = {"num_blocks": _too_few_blocks(asked), "max_num_batched_tokens": 256, "lag": 1}
     with serve(smollm2, recorder=rows, **limits) as engine:
-        assert tokens_of(engine.generate(asked, greedy(TOKENS))) == reference[:12:2]
+        listeners = submit_together(engine, asked, greedy(TOKENS))  # so that every plan is the same in every run
+        for listener in listeners:
+            listener.last()
+    assert [listener.token_ids for listener in listeners] == reference[:12:2]
     hits: dict[int, list[int]] = {number: [] for number, row in rows.requests.items() if row["preemptions"]}
     for row in rows.decisions:
         if row["kind"] == "admit" and row["request_id"] in hits:
