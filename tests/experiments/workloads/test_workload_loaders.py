@@ -181,7 +181,7 @@ MALFORMED = [
     ("x.csv", "StartTimeOffset,ContextTokens,GeneratedTokens\n1e25,1,1\n", 2, "out of range"),
     ("x.csv", "a,b,c\n1,2,3\n", 1, "no known trace has the columns a, b, c"),
     ("x.csv", b"StartTimeOffset,ContextTokens,GeneratedTokens\n1,1,1\n2,\xff,1\n", None, "unreadable"),
-    ("x.csv", gzip.compress(BLOCKS.encode() * 99)[:-30], None, "unreadable"),
+    ("x.csv", gzip.compress(BLOCKS.encode() * 99, mtime=0)[:-30], None, "unreadable"),
     ("x.jsonl", BLOCKS + "{oops\n", 2, "not JSON"),
     ("x.jsonl", BLOCKS + "\n[1]\n", 3, "a JSON list; expected an object"),
     ("x.jsonl", BLOCKS + '{"timestamp": 0, "input_length": 600}\n', 2, "no field 'output_length'"),
