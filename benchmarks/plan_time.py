@@ -80,8 +80,8 @@ class SortEveryStep:
         if not draft.run_everyone():
             for request in list(view.running.values()):
                 tokens = min(request.num_pending_tokens, draft.tokens_left)
-                if request.id not in draft.preempted and tokens and draft.make_room(request, tokens, now):
-                    draft.run(request, tokens)
+                if request.id not in draft.preempted and tokens:
+                    draft.run_or_preempt(request, tokens, now)
         taken = 0
         while not draft.preempted and taken < len(self._waiting) and draft.admit(self._waiting[taken]):
             taken += 1

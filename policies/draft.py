@@ -95,9 +95,7 @@ class Draft:
 
     def _give(self, request: Request, num_tokens: int, blocks: int) -> None:
         self._given[request.id] = (num_tokens, blocks)
-        self.num_tokens += num_tokens
-        self.tokens_left -= num_tokens
-        self.blocks_left -= blocks
+        self._spend(num_tokens, blocks)
         if request.num_pending_tokens == 1:
             self.plan.decodes.append(request)
         else:
