@@ -10,7 +10,10 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a dense model of the Llama family: grouped-query attention and a gated MLP in every layer.
+    """Sizes of a model of the Llama family: grouped-query attention and a gated MLP in every layer.
+
+    With `num_experts` every layer's MLP is a mixture of experts (Shazeer et al., arXiv:1701.06538) instead: a router
+    sends each token to `num_experts_per_tok` of `num_experts` MLPs, each `intermediate_size` wide.
 
     Norms, biases and rotary tables are left out: together they are below 0.1% of the weights. An addition and a
     multiplication count as two operations. Raises ValueError for sizes that are no model's.
@@ -29,10 +32,15 @@ class ModelShape:
     bytes_per_weight: float = 2
     """May be a fraction, for quantised weights."""
     bytes_per_kv: float = 2
+    num_experts: int = 0
+    """0 for a dense model."""
+    num_experts_per_tok: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name in ("num_experts", "num_experts_per_tok") and type(value) is int and value == 0:
+                continue  # dense
             if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"model {self.name!r}: {field.name} must be a positive integer, not {value!r}")
             if field.type == "float" and (not isinstance(value, (int, float)) or not 0 < value < float("inf")):
@@ -41,6 +49,11 @@ class ModelShape:
             raise ValueError(
                 f"model {self.name!r}: num_heads={self.num_heads} must be a multiple of "
                 f"num_kv_heads={self.num_kv_heads}"
+            )
+        if self.num_experts_per_tok > self.num_experts or bool(self.num_experts) != bool(self.num_experts_per_tok):
+            raise ValueError(
+                f"model {self.name!r}: num_experts_per_tok={self.num_experts_per_tok} must be from 1 to "
+                f"num_experts={self.num_experts}, or both 0 for a dense model"
             )
 
     @classmethod
@@ -73,11 +86,37 @@ class ModelShape:
         return replace(self, bytes_per_weight=_BYTES[dtype], bytes_per_kv=_BYTES[dtype])
 
     @property
-    def linear_weights(self) -> int:
-        """Weights of the linear layers, the LM head not among them."""
+    def expert_weights(self) -> int:
+        """Weights of one expert in every layer; of a dense model, of its MLPs."""
+        return self.num_layers * 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def shared_weights(self) -> int:
+        """Weights of the linear layers that every token goes through beside its experts: attention and routers."""
         query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = self.hidden_size * (query + 2 * kv) + query * self.hidden_size
-        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+        return self.num_layers * (attention + self.hidden_size * self.num_experts)
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the linear layers, all experts among them and the LM head not."""
+        return self.shared_weights + (self.num_experts or 1) * self.expert_weights
+
+    @property
+    def active_linear_weights(self) -> int:
+        """Weights of the linear layers that one token is multiplied with, the LM head's not among them."""
+        return self.shared_weights + (self.num_experts_per_tok or 1) * self.expert_weights
+
+    def experts_hit(self, num_tokens: int) -> float:
+        """Expected number of a layer's experts that some token of `num_tokens` goes to; of a dense model 1.
+
+        Each token chooses k of E experts, all equally likely: E * (1 - (1 - k/E)^n). Real routers are less even and
+        hit somewhat fewer.
+        """
+        if not self.num_experts:
+            return 1.0
+        missed = (1 - self.num_experts_per_tok / self.num_experts) ** num_tokens
+        return self.num_experts * (1 - missed)
 
     @property
     def head_weights(self) -> int:
@@ -86,8 +125,15 @@ class ModelShape:
 
     @property
     def linear_bytes(self) -> int:
-        """Bytes of the linear layers' weights: what every step reads."""
+        """Bytes of the linear layers' weights: what every step reads of a dense model, and at most of another."""
         return round(self.linear_weights * self.bytes_per_weight)
+
+    def linear_bytes_read(self, num_tokens: int) -> int:
+        """Bytes of the linear layers' weights that a step of `num_tokens` reads: experts that no token hits are not."""
+        if not self.num_experts:
+            return self.linear_bytes
+        weights = self.shared_weights + self.experts_hit(num_tokens) * self.expert_weights
+        return round(weights * self.bytes_per_weight)
 
     @property
     def head_bytes(self) -> int:
@@ -101,7 +147,10 @@ class ModelShape:
 
     @property
     def weight_bytes_per_step(self) -> int:
-        """Weights that a step reads which samples; of an embedding table of its own it reads a few rows only."""
+        """Weights that a step reads which samples; of an embedding table of its own it reads a few rows only.
+
+        Of a mixture of experts these are all that a large step reads.
+        """
         return self.linear_bytes + self.head_bytes
 
     @property
@@ -112,7 +161,7 @@ class ModelShape:
     @property
     def linear_flops_per_token(self) -> int:
         """Operations of the linear layers for one token, the LM head not among them."""
-        return 2 * self.linear_weights
+        return 2 * self.active_linear_weights
 
     @property
     def head_flops_per_sample(self) -> int:
@@ -134,6 +183,8 @@ PRESETS: dict[str, ModelShape] = {
         ModelShape("qwen3-0.6b", 28, 1024, 3072, 16, 8, 128, 151936, tied_embeddings=True),
         ModelShape("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256),
         ModelShape("llama-3.1-70b", 80, 8192, 28672, 64, 8, 128, 128256),
+        ModelShape("tiny-moe", 2, 64, 32, 4, 2, 16, 512, tied_embeddings=True, num_experts=8, num_experts_per_tok=2),
+        ModelShape("qwen3-30b-a3b", 48, 2048, 768, 32, 4, 128, 151936, num_experts=128, num_experts_per_tok=8),
     )
 }
-"""Sizes from the models' own published configurations; `tiny` is made up, for trying things out."""
+"""Sizes from the models' own published configurations; `tiny` and `tiny-moe` are made up, for trying things out."""

@@ -32,9 +32,9 @@ class StepShape:
 
 
 def default_capture_sizes(largest: int) -> tuple[int, ...]:
-    """Batch sizes worth capturing: 1, 2, 4, then every 8 to 256, then every 16 (vLLM's ladder)."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, largest + 1, 16)]
-    return tuple(size for size in sizes if size <= largest)
+    """Batch sizes worth capturing: 1, 2, 4, every 8 to 256, every 16 (vLLM's ladder), and `largest` itself."""
+    sizes = {1, 2, 4, *range(8, 257, 8), *range(272, largest + 1, 16), largest}
+    return tuple(sorted(size for size in sizes if 0 < size <= largest))
 
 
 def padded_batch(num_decodes: int, num_chunks: int, chunk_tokens: int, sizes: Sequence[int]) -> tuple[int, bool]:

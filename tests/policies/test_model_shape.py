@@ -23,7 +23,13 @@ def test_qwen3_reads_1190_megabytes_of_weights_and_takes_114688_bytes_of_kv_a_to
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("smollm2-135m", 134.5e6), ("qwen3-0.6b", 596e6), ("llama-3.1-8b", 8.03e9), ("llama-3.1-70b", 70.6e9)],
+    [
+        ("smollm2-135m", 134.5e6),
+        ("qwen3-0.6b", 596e6),
+        ("llama-3.1-8b", 8.03e9),
+        ("llama-3.1-70b", 70.6e9),
+        ("qwen3-30b-a3b", 30.5e9),
+    ],
 )
 def test_a_preset_has_as_many_weights_as_its_model_is_published_with(name: str, parameters: float) -> None:
     assert ModelShape.preset(name).weight_bytes / 2 == pytest.approx(parameters, rel=0.002)
@@ -57,6 +63,40 @@ def test_operations_are_two_a_weight_and_four_a_head_dimension_and_pair() -> Non
     assert shape.attention_flops_per_pair == 2 * 4 * 2 * 4  # layers, 2 products of 2 operations, heads, head_dim
 
 
+def test_a_token_of_qwen3_30b_a3b_works_with_three_billion_weights() -> None:
+    shape = ModelShape.preset("qwen3-30b-a3b")
+    # Published: 3.3 billion activated, of which the embedding table and the LM head are 0.62.
+    assert shape.active_linear_weights + 2 * shape.head_weights == pytest.approx(3.3e9, rel=0.02)
+    assert shape.linear_flops_per_token == 2 * shape.active_linear_weights
+
+
+def test_a_layer_of_experts_has_a_router_and_all_of_them() -> None:
+    dense = ModelShape("dense", 2, 8, 16, 2, 1, 4, 100)
+    experts = replace(dense, num_experts=5, num_experts_per_tok=2)
+    mlp = 3 * 8 * 16
+    assert experts.linear_weights - dense.linear_weights == 2 * (5 * 8 + 4 * mlp)
+    assert experts.active_linear_weights - dense.active_linear_weights == 2 * (5 * 8 + mlp)
+
+
+@pytest.mark.parametrize(("num_tokens", "hit"), [(0, 0), (1, 8), (2, 8 + 8 * 120 / 128), (10_000, 128)])
+def test_the_more_tokens_the_more_experts_are_hit_and_some_twice(num_tokens: int, hit: float) -> None:
+    assert ModelShape.preset("qwen3-30b-a3b").experts_hit(num_tokens) == pytest.approx(hit)
+
+
+def test_one_token_reads_the_weights_it_works_with_and_many_read_all() -> None:
+    shape = ModelShape.preset("qwen3-30b-a3b")
+    assert shape.linear_bytes_read(1) == 2 * shape.active_linear_weights
+    assert shape.linear_bytes_read(1) < shape.linear_bytes_read(16) < shape.linear_bytes_read(64)
+    assert shape.linear_bytes_read(100_000) == shape.linear_bytes
+
+
+def test_a_dense_step_reads_all_weights_whatever_its_size() -> None:
+    shape = ModelShape.preset("llama-3.1-8b")
+    assert shape.linear_bytes_read(0) == shape.linear_bytes_read(1000) == shape.linear_bytes
+    assert shape.active_linear_weights == shape.linear_weights
+    assert shape.experts_hit(7) == 1
+
+
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_shape_survives_its_dictionary(name: str) -> None:
     assert ModelShape.from_dict(PRESETS[name].to_dict()) == PRESETS[name]
@@ -74,6 +114,11 @@ def test_an_unknown_preset_is_refused_with_the_known_names() -> None:
         ({"num_layers": True}, "num_layers must be a positive integer, not True"),
         ({"vocab_size": "many"}, "vocab_size must be a positive integer, not 'many'"),
         ({"num_kv_heads": 2}, "num_heads=9 must be a multiple of num_kv_heads=2"),
+        ({"num_experts": -1}, "num_experts must be a positive integer, not -1"),
+        ({"num_experts": False}, "num_experts must be a positive integer, not False"),
+        ({"num_experts": 8}, "num_experts_per_tok=0 must be from 1 to num_experts=8"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok=2 must be from 1 to num_experts=0"),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok=3 must be from 1 to num_experts=2"),
         ({"bytes_per_weight": 0}, "bytes_per_weight must be a positive number"),
         ({"experts": 8}, "has no 'experts'; it has name, num_layers"),
     ],

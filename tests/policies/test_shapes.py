@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from policies.shapes import StepShape, default_capture_sizes, padded_batch
 
 
-def test_the_ladder_of_captured_sizes_is_one_two_four_then_eights_then_sixteens() -> None:
+def test_the_ladder_of_captured_sizes_is_one_two_four_then_eights_then_sixteens_and_the_largest() -> None:
     assert default_capture_sizes(40) == (1, 2, 4, 8, 16, 24, 32, 40)
-    assert default_capture_sizes(3) == (1, 2)
+    assert default_capture_sizes(3) == (1, 2, 3)
     assert default_capture_sizes(0) == ()
     assert default_capture_sizes(304)[-4:] == (256, 272, 288, 304)
 
@@ -20,6 +20,7 @@ def test_captured_sizes_ascend_and_stop_at_the_largest(largest: int) -> None:
     sizes = default_capture_sizes(largest)
     assert list(sizes) == sorted(set(sizes))
     assert all(1 <= size <= largest for size in sizes)
+    assert not largest or sizes[-1] == largest
 
 
 @given(st.integers(0, 300), st.integers(0, 3), st.integers(0, 500), st.integers(0, 280))

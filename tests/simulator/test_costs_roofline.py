@@ -14,6 +14,7 @@ from simulator.costs.roofline import HostTimes
 from simulator.devices import DEVICES
 
 LLAMA = RooflineCost(ModelShape.preset("llama-3.1-8b"), DEVICES["h100-sxm"])
+EXPERTS = RooflineCost(ModelShape.preset("qwen3-30b-a3b"), DEVICES["h100-sxm"])
 
 
 def decodes(batch: int, context: int) -> StepShape:
@@ -67,14 +68,29 @@ SIZES = ("num_decodes", "decode_context", "max_context", "num_chunks", "chunk_to
 def test_no_size_makes_a_step_cheaper(sizes: dict[str, int], name: str, more: int) -> None:
     small = StepShape(**sizes)  # type: ignore[arg-type]  # graph is none of them
     large = replace(small, **{name: sizes[name] + more})  # type: ignore[arg-type]
-    assert 0 < LLAMA.step_ns(small) <= LLAMA.step_ns(large)
-    assert LLAMA.cost(small).device_ns <= LLAMA.cost(large).device_ns
+    for costs in (LLAMA, EXPERTS):
+        assert 0 < costs.step_ns(small) <= costs.step_ns(large)
+        assert costs.cost(small).device_ns <= costs.cost(large).device_ns
 
 
 def test_small_batches_wait_for_the_weights_and_large_ones_for_arithmetic() -> None:
     without_context = [LLAMA.cost(decodes(batch, 0)).device_ns for batch in (1, 64, 4096, 8192)]
     assert without_context[0] == without_context[1]
     assert without_context[3] > 1.9 * without_context[2]
+
+
+def test_a_step_reads_the_experts_that_its_tokens_hit() -> None:
+    ns = [EXPERTS.cost(decodes(batch, 0)).device_ns for batch in (1, 2, 16, 256, 512)]
+    byte = (ns[1] - ns[0]) / (EXPERTS.model.linear_bytes_read(2) - EXPERTS.model.linear_bytes_read(1))
+    assert 1 / byte == pytest.approx(DEVICES["h100-sxm"].reached_bandwidth / 1e9, rel=1e-3)
+    assert ns[0] < ns[1] < ns[2] < ns[3]
+    assert ns[4] == pytest.approx(ns[3], rel=0.01)  # all of them are hit
+
+
+def test_many_tokens_work_with_their_own_experts_and_not_with_all() -> None:
+    prefill = EXPERTS.cost(prompt(8192, samples=0)).device_ns
+    all_experts = EXPERTS.model.linear_weights * 2 * 8192 / DEVICES["h100-sxm"].reached_flops("bf16") * 1e9
+    assert prefill < 0.5 * all_experts
 
 
 def test_a_chunk_that_samples_nothing_is_spared_the_lm_head() -> None:
