@@ -15,14 +15,15 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from experiments.real import load, real_limits, warm_up
+from experiments.real import load, real_limits, resolved, start_engine, warm_up
 from experiments.records import describe_environment
 from experiments.spec import RunSpec
 from policies.records import STEPS
 from policies.replica_state import Limits
 from policies.stack import StackSpec
-from runtime.engine import Details, Engine
+from runtime.engine import Details
 from runtime.sampling.params import SamplingParams
+from runtime.startup import timed
 from runtime.weights import LoadedModel
 from simulator.costs.fitted import FittedCost
 from simulator.costs.fitting import fit
@@ -54,20 +55,28 @@ def profile(
     *,
     loaded: LoadedModel | None = None,
     on_progress: Callable[[float], None] | None = None,
+    on_start: Callable[[dict[str, float]], None] | None = None,
 ) -> FittedCost:
     """Measure the runtime of a specification (model, device, limits) for about `seconds` and fit its cost model.
 
-    `on_progress` gets the share of the time that has passed. The result's provenance has the device, the software, the
+    `on_progress` gets the share of the time that has passed, `on_start` before that what the parts of the start took.
+    The result's provenance has the device, the software, the
     model and the limits; its held-out error is in its description.
     """
     loaded = loaded or load(spec.model)
-    limits = real_limits(spec, loaded)
+    parts = {"load": loaded.load_seconds}
+    spec = resolved(spec, loaded)
+    with timed(parts, "memory_profile"):
+        limits = real_limits(spec, loaded)
     uncached = replace(limits, prefix_caching=False)  # prompts repeat here, and each is to be computed
-    warm_up(loaded, uncached, spec)
+    with timed(parts, "warm_up"):
+        warm_up(loaded, uncached, spec)
     recorder = StepRows()
     stack = StackSpec().build(block_size=limits.block_size)
-    started = time.monotonic()
-    with Engine(loaded, uncached, stack, recorder=recorder, attention=spec.model.attention) as engine:
+    with start_engine(loaded, uncached, stack, spec.model, recorder=recorder) as engine:
+        if on_start is not None:
+            on_start({**parts, **engine.startup_seconds})
+        started = time.monotonic()
         for requests in _design(uncached, spec.seed):
             engine.generate(
                 [_prompt(length, loaded.config.vocab_size) for length, _ in requests],
@@ -85,6 +94,8 @@ def profile(
         **describe_environment("real"),
         "model": loaded.name,
         "dtype": spec.model.dtype,
+        "quantization": spec.model.quantization,
+        "kv_cache_dtype": spec.model.kv_cache_dtype,
         "limits": {**asdict(limits), "capture_sizes": list(limits.capture_sizes)},
         "seconds": seconds,
         "seed": spec.seed,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,24 +17,59 @@ from experiments.simulated import GIB, LIMITS, make_costs, oracle_entry, request
 from experiments.spec import ModelSpec, RunSpec, SpecError
 from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload, prompt_token_ids
+from policies.contract import Recorder
 from policies.replica_state import Limits
-from runtime.engine import Details, Engine
+from policies.shapes import default_capture_sizes
+from policies.stack import PolicyStack
+from runtime.attention import AttentionShape, get_backend
+from runtime.engine import Details, Engine, EngineDead
 from runtime.kv_cache import bytes_per_block, num_blocks_that_fit
+from runtime.memory import free_bytes, profile_num_blocks
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Output
+from runtime.startup import timed
 from runtime.weights import LoadedModel, load_model
 from simulator.costs.base import CostModel
 
 WARM_UP_TOKENS = 8
+GPU_MEMORY_SHARE = 0.95
+"""Of a GPU's memory, for weights, the largest step and the KV cache, where nobody says."""
 
 
 def load(spec: ModelSpec) -> LoadedModel:
     """The model of a specification, on its device. Raises SpecError or ModelError."""
     if spec.device.startswith("cuda") and not torch.cuda.is_available():
         raise SpecError(f"model.device: {spec.device} was asked for, and PyTorch sees no CUDA device; use cpu")
-    return load_model(
-        spec.source, load_format=spec.load_format, dtype=getattr(torch, spec.dtype), device=torch.device(spec.device)
-    )
+    with explained("loading the model"):
+        return load_model(
+            spec.source,
+            load_format=spec.load_format,
+            dtype=getattr(torch, spec.dtype),
+            device=torch.device(spec.device),
+            quantization=spec.quantization,
+        )
+
+
+def kv_dtype(spec: ModelSpec) -> torch.dtype | None:
+    """Type of the KV cache; None: the model's own."""
+    return torch.float8_e4m3fn if spec.kv_cache_dtype == "fp8" else None
+
+
+@contextmanager
+def explained(doing: str) -> Iterator[None]:
+    """Answer a device that is out of memory with a SpecError of one line, which says what to lower."""
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, EngineDead) as error:
+        cause = error.__cause__ if isinstance(error, EngineDead) else error
+        if not isinstance(cause, torch.cuda.OutOfMemoryError):
+            raise
+        reason = str(cause).strip().partition("\n")[0].partition(" GPU ")[0]  # and not who holds the rest
+        raise SpecError(
+            f"out of memory while {doing}: lower limits.max_num_batched_tokens, limits.kv_cache_gib or "
+            "limits.num_blocks, give fewer limits.capture_sizes, or take a smaller model.dtype or "
+            f"model.quantization=fp8 ({reason})"
+        ) from None
 
 
 def check_servable(spec: RunSpec) -> None:
@@ -45,18 +81,35 @@ def check_servable(spec: RunSpec) -> None:
 
 
 def real_limits(spec: RunSpec, loaded: LoadedModel) -> Limits:
-    """The limits of the replica: as given, the KV cache sized by the memory that is free.
+    """The limits of the replica: as given, the KV cache sized by what memory the largest step leaves.
 
-    Raises SpecError for a KV cache that the machine's memory cannot hold.
+    Raises SpecError for a KV cache that the machine's memory cannot hold, and for graphs that nothing would capture;
+    ModelError where the model and the largest step leave no memory for a cache.
     """
+    spec = resolved(spec, loaded)
     given = spec.limits
+    dtype = kv_dtype(spec.model) or loaded.model.dtype
+    max_model_len = given.max_model_len or min(8192, loaded.config.max_model_len)
+    capture_sizes = _capture_sizes(spec, loaded)
     num_blocks = given.num_blocks
-    if num_blocks is None:
-        memory = GIB * given.kv_cache_gib if given.kv_cache_gib is not None else _free_memory(loaded)
-        num_blocks = num_blocks_that_fit(int(memory), loaded.config, given.block_size, loaded.model.dtype)
+    if num_blocks is None and given.kv_cache_gib is None and loaded.model.device.type == "cuda":
+        with explained("measuring the largest step"):
+            num_blocks = profile_num_blocks(
+                loaded,
+                block_size=given.block_size,
+                max_num_batched_tokens=given.max_num_batched_tokens,
+                max_num_seqs=given.max_num_seqs,
+                max_model_len=max_model_len,
+                attention=spec.model.attention,
+                kv_dtype=dtype,
+                memory_share=given.memory_share or GPU_MEMORY_SHARE,
+            )
+    elif num_blocks is None:
+        memory = int(GIB * (given.kv_cache_gib or 1.0))
+        num_blocks = num_blocks_that_fit(memory, loaded.config, given.block_size, dtype)
         if num_blocks < 1:
             raise SpecError(f"{memory / GIB:.2f} GiB hold no KV block of {loaded.name}; give limits.kv_cache_gib")
-    needed = (num_blocks + 1) * bytes_per_block(loaded.config, given.block_size, loaded.model.dtype)
+    needed = (num_blocks + 1) * bytes_per_block(loaded.config, given.block_size, dtype)
     there = _memory_there(loaded)
     if needed > there:
         raise SpecError(
@@ -64,25 +117,45 @@ def real_limits(spec: RunSpec, loaded: LoadedModel) -> Limits:
             f"{there / GIB:,.1f} GiB; lower limits.num_blocks or limits.kv_cache_gib"
         )
     fields = {name: getattr(given, name) for name in LIMITS}
-    fields["num_blocks"] = num_blocks
-    fields["max_model_len"] = given.max_model_len or min(8192, loaded.config.max_model_len)
-    return Limits(**fields)
+    return Limits(**{**fields, "num_blocks": num_blocks, "max_model_len": max_model_len}, capture_sizes=capture_sizes)
+
+
+def resolved(spec: RunSpec, loaded: LoadedModel) -> RunSpec:
+    """The specification with the attention "fastest" replaced by the name of what is fastest: it is tried out once."""
+    if spec.model.attention != "fastest":
+        return spec
+    config = loaded.config
+    shape = AttentionShape(
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        spec.limits.block_size,
+        kv_dtype(spec.model) or loaded.model.dtype,
+    )
+    name = get_backend("fastest", loaded.model.device, shape).name
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"attention": name})})
+
+
+def _capture_sizes(spec: RunSpec, loaded: LoadedModel) -> tuple[int, ...]:
+    """Batch sizes that the runner captures. Raises SpecError for given ones where it captures none."""
+    device, given = loaded.model.device, spec.limits.capture_sizes
+    backend = get_backend(spec.model.attention, device)
+    capturable = device.type == "cuda" and backend.capturable
+    if given is None:
+        return default_capture_sizes(spec.limits.max_num_seqs) if capturable else ()
+    if given and not capturable:
+        raise SpecError(
+            f"limits.capture_sizes: attention {backend.name!r} on {device} runs from no captured graphs; leave it out"
+        )
+    return given
 
 
 def _memory_there(loaded: LoadedModel) -> int:
     """Bytes: of a GPU what is free, of this machine all it has, as the system makes room."""
     device = loaded.model.device
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for reuse
-        return torch.cuda.mem_get_info(device)[0] + kept
+        return free_bytes(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _free_memory(loaded: LoadedModel) -> float:
-    if loaded.model.device.type != "cuda":
-        return 1.0 * GIB
-    total = torch.cuda.mem_get_info(loaded.model.device)[1]
-    return max(0.0, _memory_there(loaded) - 0.1 * total)  # the tenth is for activations
 
 
 def run_real(
@@ -95,25 +168,32 @@ def run_real(
     overwrite: bool = False,
     check: bool = False,
     on_output: Callable[[Output], None] | None = None,
+    on_start: Callable[[dict[str, float]], None] | None = None,
 ) -> None:
     """Serve a specification's workload and write its run folder.
 
     `workload` and `loaded` may be given where they are at hand already. Interrupted, the engine stops after the step in
     flight and the record stays readable, with what was unfinished marked so. `check`: invariants after every step,
-    Little's law at the end.
+    Little's law at the end. `on_start` gets the seconds that the parts of the start took, before the first request.
     """
     check_servable(spec)
     workload = workload or make_workload(spec.workload)
     loaded = loaded or load(spec.model)
     if cost is None and spec.cost is not None:
         cost = make_costs(spec.cost)
-    limits = real_limits(spec, loaded)
+    seconds = {"load": loaded.load_seconds}
+    if spec.model.attention == "fastest":
+        with timed(seconds, "attention"):
+            spec = resolved(spec, loaded)
+    with timed(seconds, "memory_profile"):
+        limits = real_limits(spec, loaded)
     oracle = dict(enumerate(workload.output_tokens.tolist()))
     build = spec.policies.stack.build
     stack = build(block_size=limits.block_size, seed=spec.seed, oracle=oracle)
     encode = None if loaded.tokenizer is None else loaded.tokenizer.encode
     prompts = prompt_token_ids(workload, encode, loaded.config.vocab_size, spec.seed)
-    warm_up(loaded, limits, spec, cost)
+    with timed(seconds, "warm_up"):
+        warm_up(loaded, limits, spec, cost)
     info = run_info(
         "real",
         spec=spec.model_dump(mode="json"),
@@ -127,31 +207,58 @@ def run_real(
     )
     with (
         RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer,
-        Engine(
-            loaded,
-            limits,
-            stack,
-            recorder=writer,
-            cost=cost,
-            attention=spec.model.attention,
-            seed=spec.seed,
-            check=check,
+        start_engine(
+            loaded, limits, stack, spec.model, recorder=writer, cost=cost, seed=spec.seed, check=check
         ) as engine,
     ):
+        if on_start is not None:
+            on_start({**seconds, **engine.startup_seconds})
         _send(engine, spec, workload, prompts, on_output or (lambda output: None))
     if check:
         check_books(read_run(folder))
 
 
+def start_engine(
+    loaded: LoadedModel,
+    limits: Limits,
+    stack: PolicyStack,
+    model: ModelSpec,
+    *,
+    recorder: Recorder | None = None,
+    cost: CostModel | None = None,
+    seed: int = 0,
+    check: bool = False,
+) -> Engine:
+    """An engine with the specification's attention and KV cache. Raises SpecError where the memory runs out."""
+    with explained("starting the engine"):
+        return Engine(
+            loaded,
+            limits,
+            stack,
+            recorder=recorder,
+            cost=cost,
+            attention=model.attention,
+            kv_dtype=kv_dtype(model),
+            seed=seed,
+            check=check,
+        )
+
+
 def warm_up(loaded: LoadedModel, limits: Limits, spec: RunSpec, cost: CostModel | None = None) -> None:
-    """Run a few steps of each kind, so that no request of the run pays for first-time work."""
+    """Run a few steps of each kind, so that no request of the run pays for first-time work.
+
+    Without captured graphs: the run's own engine captures its own.
+    """
+    limits = replace(limits, capture_sizes=())
     stack = spec.policies.stack.build(block_size=limits.block_size, oracle=dict.fromkeys(range(4), WARM_UP_TOKENS))
     length = min(64, limits.max_model_len - WARM_UP_TOKENS, limits.num_blocks * limits.block_size // 8)
-    with Engine(loaded, limits, stack, cost=cost, attention=spec.model.attention) as engine:
+    with explained("warming up"), start_engine(loaded, limits, stack, spec.model, cost=cost) as engine:
         prompts = [[1 + i] * max(1, length) for i in range(4)]
         params = SamplingParams(temperature=0, max_tokens=WARM_UP_TOKENS, ignore_eos=True)
         engine.generate(prompts, params)
         engine.raise_if_dead()
+    if loaded.model.device.type == "cuda":
+        torch.cuda.empty_cache()  # kept for the stream of an engine that is gone
 
 
 def _send(

@@ -39,6 +39,8 @@ LIMITS = (
     "lag",
 )
 """The fields of `Limits` that a specification gives under the same names."""
+MEMORY_SHARE = 0.9
+"""Of a simulated device's memory, for weights and KV cache; the rest is for activations."""
 SIMULATED_MODEL_LEN = 32_768
 """Longest sequence of a simulated model where nobody says: a long context, as today's models have."""
 
@@ -134,7 +136,10 @@ def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
         fields["max_model_len"] = SIMULATED_MODEL_LEN
     if fields["num_blocks"] is None:
         fields["num_blocks"] = _blocks_that_fit(spec, costs)
-    return Limits(**fields, capture_sizes=measured.capture_sizes if measured is not None else ())
+    fields["capture_sizes"] = given.capture_sizes
+    if given.capture_sizes is None:
+        fields["capture_sizes"] = measured.capture_sizes if measured is not None else ()
+    return Limits(**fields)
 
 
 def _measured_limits(costs: CostModel) -> Limits | None:
@@ -152,7 +157,7 @@ def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
     if not isinstance(costs, RooflineCost):
         raise SpecError("limits.num_blocks: say how many KV blocks a replica has; only a roofline can work it out")
     model, device = costs.model, costs.device
-    memory = 0.9 * device.memory_bytes - model.weight_bytes
+    memory = (spec.limits.memory_share or MEMORY_SHARE) * device.memory_bytes - model.weight_bytes
     if spec.limits.kv_cache_gib is not None:
         memory = spec.limits.kv_cache_gib * GIB
     blocks = int(memory // (model.kv_bytes_per_token * spec.limits.block_size))

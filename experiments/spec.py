@@ -43,23 +43,40 @@ class LimitsSpec(_Part):
         num_blocks: KV blocks; None: as many as `kv_cache_gib` holds.
         kv_cache_gib: memory for the KV cache; None: 1 GiB on a CPU, what is free on a GPU, and for a simulated device
             what its memory leaves beside the weights.
+        memory_share: of the device's memory, the share that weights, the largest step and the KV cache may take
+            together; None: 0.95 of a GPU, 0.9 of a simulated device.
         max_model_len: longest sequence, prompt and output; None: the model's limit, 8192 at most (simulated: 32768).
+        capture_sizes: batch sizes, ascending, at which steps of decodes alone run from captured CUDA graphs; None: the
+            default ladder on a GPU whose attention can be captured, none on a CPU; simulated: the calibration's.
         lag: 1 plans a step while the one before runs; 0 takes turns.
     """
 
     num_blocks: Annotated[int, Field(strict=True, ge=1, le=2**24)] | None = None
     kv_cache_gib: Positive | None = None
+    memory_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     block_size: Annotated[int, Field(strict=True, ge=1, le=1024)] = _LIMITS.block_size
     max_num_seqs: Annotated[int, Field(strict=True, ge=1, le=65_536)] = _LIMITS.max_num_seqs
     max_num_batched_tokens: Count = _LIMITS.max_num_batched_tokens
     max_model_len: SequenceLength | None = None
     prefix_caching: bool = _LIMITS.prefix_caching
+    capture_sizes: tuple[Annotated[int, Field(strict=True, ge=1)], ...] | None = None
     lag: Annotated[int, Field(strict=True, ge=0, le=1)] = 1
 
     @model_validator(mode="after")
     def _one_size(self) -> LimitsSpec:
         if self.num_blocks is not None and self.kv_cache_gib is not None:
             raise ValueError("give num_blocks or kv_cache_gib, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _a_ladder(self) -> LimitsSpec:
+        sizes = self.capture_sizes or ()
+        if list(sizes) != sorted(set(sizes)):
+            raise ValueError(f"capture_sizes must ascend, not {list(sizes)}")
+        if sizes and sizes[-1] > self.max_num_seqs:
+            raise ValueError(
+                f"capture_sizes ends at {sizes[-1]}, above max_num_seqs={self.max_num_seqs}; leave that out"
+            )
         return self
 
 
@@ -69,6 +86,9 @@ class ModelSpec(_Part):
     Attributes:
         source: a folder, a GGUF file, a hub id, the default model's name, or with `dummy` a preset's.
         device: cpu, cuda, cuda:1, ...
+        quantization: `fp8` rounds the layers' weights to float8 (e4m3) once they are loaded, each row with a scale of
+            its own; embedding, norms and LM head stay as they are. Not of a mixture of experts.
+        kv_cache_dtype: `fp8` keeps keys and values as float8 (e4m3), so that twice as many fit; `auto`: as `dtype`.
     """
 
     source: Annotated[str, Field(min_length=1)] = "SmolLM2-135M-Instruct"
@@ -76,6 +96,14 @@ class ModelSpec(_Part):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     attention: str = "auto"
+    quantization: Literal["none", "fp8"] = "none"
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+
+    @model_validator(mode="after")
+    def _quantisable(self) -> ModelSpec:
+        if self.quantization == "fp8" and self.dtype == "float32":
+            raise ValueError("quantization 'fp8' needs dtype bfloat16 or float16, not float32")
+        return self
 
 
 _FIELDS_OF_COST = {

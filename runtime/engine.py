@@ -13,7 +13,9 @@ import traceback
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+import torch
 
 from policies.contract import CostModel, Recorder
 from policies.control_plane import ControlPlane, RequestRefused
@@ -35,6 +37,18 @@ __all__ = ["Completion", "Details", "Engine", "EngineDead", "Output"]
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A request that has been checked and has no id yet."""
+
+    token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    on_output: Callable[[Output], None]
+    details: Details
+    detokenizer: IncrementalDetokenizer | None
+
+
 class EngineDead(RuntimeError):
     """The engine serves nothing any more: it was closed, or stopped on an error, which is attached as the cause."""
 
@@ -51,6 +65,7 @@ class Engine:
         recorder: takes the rows of the run.
         cost: for policies that plan by predicted cost.
         attention: backend name, or "auto".
+        kv_dtype: of the KV cache; the model's own where None.
         seed: of the random draws of requests without a seed of their own.
         check: verify the control plane's invariants after every step (slow).
     """
@@ -64,6 +79,7 @@ class Engine:
         recorder: Recorder | None = None,
         cost: CostModel | None = None,
         attention: str = "auto",
+        kv_dtype: torch.dtype | None = None,
         seed: int = 0,
         check: bool = False,
     ) -> None:
@@ -81,7 +97,9 @@ class Engine:
         self._seed = seed
         self._start = time.monotonic_ns()
         self._plane = ControlPlane(limits, stack, cost=cost, recorder=recorder, on_end=self._on_end, check=check)
-        self._runner = ModelRunner(loaded, self._plane, attention=attention)
+        self._runner = ModelRunner(loaded, self._plane, attention=attention, kv_dtype=kv_dtype)
+        self.startup_seconds = self._runner.startup_seconds
+        """What the parts of the start took."""
         self._sequences: dict[int, Sequence] = {}
         self._ids = itertools.count()
         self._error: BaseException | None = None
@@ -115,8 +133,14 @@ class Engine:
         Raises ValueError for a prompt that cannot be encoded or parameters that this model cannot serve, and
         EngineDead when the engine has stopped.
         """
-        details = details or Details()
-        token_ids = self._encode(prompt)
+        entry = self._checked(self._encode(prompt), params, on_output, details or Details())
+        (request_id,) = self._hand_in([entry])
+        return request_id
+
+    def _checked(
+        self, token_ids: list[int], params: SamplingParams, on_output: Callable[[Output], None], details: Details
+    ) -> _Entry:
+        """A request as it is handed in. Raises ValueError for what this model cannot serve."""
         params.check_vocab(self.loaded.config.vocab_size)
         detokenizer = self._detokenizer(params, details)
         max_tokens = params.max_tokens
@@ -125,26 +149,37 @@ class Engine:
         else:
             longest = min(self.limits.max_model_len, self.limits.num_blocks * self.limits.block_size)
             max_tokens = max(1, longest - len(token_ids))
+        return _Entry(token_ids, params, max_tokens, on_output, details, detokenizer)
+
+    def _hand_in(self, entries: SequenceOf[_Entry]) -> list[int]:
+        """Stamp requests and put them in the inbox, all between the same two steps. Returns their ids."""
         with self._inbox:
             self.raise_if_dead()
-            request = Request(
-                next(self._ids),
-                self.now(),
-                len(token_ids),
-                max_tokens,
-                tenant=details.tenant,
-                session=details.session,
-                program=details.program,
-                parents=details.parents,
-                priority=details.priority,
-                slo=details.slo,
-                hints=details.hints,
-            )
-            key = sampling_key(self._seed, request.id - details.continuation, params, details.continuation)
-            sequence = Sequence(request, token_ids, params, key, on_output, detokenizer, details.forced_length)
-            self._submitted.append(sequence)
+            sequences = [self._sequence(entry) for entry in entries]
+            self._submitted += sequences
             self._inbox.notify()
-        return request.id
+        return [sequence.request.id for sequence in sequences]
+
+    def _sequence(self, entry: _Entry) -> Sequence:
+        details = entry.details
+        request = Request(
+            next(self._ids),
+            self.now(),
+            len(entry.token_ids),
+            entry.max_tokens,
+            tenant=details.tenant,
+            session=details.session,
+            program=details.program,
+            parents=details.parents,
+            priority=details.priority,
+            slo=details.slo,
+            hints=details.hints,
+        )
+        k = details.continuation
+        key = sampling_key(self._seed, request.id - k, entry.params, k)
+        return Sequence(
+            request, entry.token_ids, entry.params, key, entry.on_output, entry.detokenizer, details.forced_length
+        )
 
     def cancel(self, request_id: int) -> None:
         """End a request in whatever state it is. Its blocks are free before the next step; unknown ids do nothing."""
@@ -171,16 +206,17 @@ class Engine:
         base = [Details()] * len(prompts) if details is None else list(details)
         if not len(each) == len(base) == len(prompts):
             raise ValueError(f"{len(prompts)} prompts, {len(each)} sampling parameters and {len(base)} details")
-        handed_in: list[int] = []
         futures: list[list[Future[Completion]]] = []
         texts: list[str | SequenceOf[int]] = list(prompts)
+        entries: list[_Entry] = []
+        for prompt, one, about in zip(texts, each, base, strict=True):
+            token_ids = self._encode(prompt)
+            futures.append([Future() for _ in range(one.n)])
+            for k, future in enumerate(futures[-1]):
+                listen = Collector(future, len(token_ids))
+                entries.append(self._checked(list(token_ids), one, listen, replace(about, continuation=k)))
+        handed_in = self._hand_in(entries)
         try:
-            for prompt, one, about in zip(texts, each, base, strict=True):
-                token_ids = self._encode(prompt)
-                futures.append([Future() for _ in range(one.n)])
-                for k, future in enumerate(futures[-1]):
-                    listen = Collector(future, len(token_ids))
-                    handed_in.append(self.submit(token_ids, one, listen, replace(about, continuation=k)))
             return [[future.result() for future in group] for group in futures]
         except BaseException:
             for request_id in handed_in:
@@ -272,7 +308,10 @@ class Engine:
             logger.critical("the engine has stopped", exc_info=error)
             self._error = error
             traceback.clear_frames(error.__traceback__)  # which hold the KV cache
-        self._runner.close()
+        try:
+            self._runner.close()
+        except Exception:
+            logger.exception("the device did not close well")  # after an error on a card, every call fails
         self._end_everybody()
 
     def _drive(self) -> None:

@@ -16,6 +16,9 @@ class ForwardInputs:
     and sequences with `seq_lens == 0` are padding: their slot is -1, nothing is written for them, and what
     comes out at their rows means nothing.
 
+    A step that is captured in a CUDA graph has decodes alone, and no lengths on the host: kernels find them on the
+    device, whatever they are when the graph runs.
+
     Shapes and types (device tensors unless said otherwise):
         input_ids        [T] int64
         positions        [T] int64, position of each token in its sequence; 0 in padded rows
@@ -23,10 +26,9 @@ class ForwardInputs:
         query_start_loc  [S + 1] int32, sequence s has rows query_start_loc[s] : query_start_loc[s + 1]
         seq_lens         [S] int32, KV length of each sequence with this step's tokens included
         block_table      [S, max_blocks] int32, each sequence's block ids; what follows its last is ignored
-        max_query_len, max_seq_len
-                         at least the longest of each (launch sizes of kernels)
         host_query_lens, host_seq_lens
-                         the lengths again, on the host, S entries each; the reference attention reads these
+                         the lengths again, on the host, S entries each; None in a captured step
+        num_decodes      the first so many sequences have one token each, and sequence i of them has row i
     """
 
     input_ids: Tensor
@@ -35,7 +37,6 @@ class ForwardInputs:
     query_start_loc: Tensor
     seq_lens: Tensor
     block_table: Tensor
-    max_query_len: int
-    max_seq_len: int
-    host_query_lens: Sequence[int]
-    host_seq_lens: Sequence[int]
+    host_query_lens: Sequence[int] | None
+    host_seq_lens: Sequence[int] | None
+    num_decodes: int = 0

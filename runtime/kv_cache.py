@@ -23,7 +23,7 @@ class PagedKVCache:
 
     Memory starts at zero, since attention may read the unused tail of a block under a mask, and a mask does
     not silence a NaN. One scratch block follows the last: rows whose slot is -1 land there (index -1 is the
-    last slot), which keeps `write` free of branches and of host round trips.
+    last slot), which keeps writing free of branches and of host round trips.
 
     Raises ValueError when `num_blocks` or `block_size` is not positive.
     """
@@ -43,8 +43,9 @@ class PagedKVCache:
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
         self.dtype = dtype
-        self.bytes_per_block = bytes_per_block(config, block_size, dtype)
         shape = (config.num_layers, 2, num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
         storage = torch.zeros(shape, dtype=dtype, device=device)
         self.device = storage.device
@@ -62,8 +63,6 @@ class PagedKVCache:
         """Values of a layer, [num_blocks, block_size, num_kv_heads, head_dim]."""
         return self._layers[layer][1]
 
-    def write(self, layer: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-        """Store key, value [T, num_kv_heads, head_dim] at slot_mapping [T] int64; slot -1 drops the row."""
-        key_slots, value_slots = self._slots[layer]
-        key_slots[slot_mapping] = key
-        value_slots[slot_mapping] = value
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer by slot, [(num_blocks + 1) * block_size, num_kv_heads, head_dim] each."""
+        return self._slots[layer]

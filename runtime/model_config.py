@@ -1,7 +1,8 @@
 """The shape of a model: everything about a decoder-only transformer that is not a weight.
 
 One frozen dataclass serves the whole Llama family (Llama, SmolLM2, Mistral) and its two near relatives, which
-differ by one flag each: Qwen2 has biases on q, k and v; Qwen3 normalises every head of q and k.
+differ by one flag each: Qwen2 has biases on q, k and v; Qwen3 normalises every head of q and k. With
+`num_experts` every layer's MLP is a mixture of experts (Shazeer et al., arXiv:1701.06538): Qwen3-MoE, Mixtral.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ class ModelConfig:
     `max_model_len` is the longest sequence (prompt and output together, in tokens) the rope tables are made
     for. `eos_token_ids` end a generation; `bos_token_id` is None where the model has none.
 
+    Of a mixture of experts `intermediate_size` and `moe_intermediate_size` are both the width of one expert: there
+    is no other MLP.
+
     Raises ModelError when the numbers do not fit together.
     """
 
@@ -55,6 +59,11 @@ class ModelConfig:
     qk_norm: bool = False  # Qwen3
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    num_experts: int = 0  # 0: dense
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True  # the weights of a token's experts sum to one
+    mixtral_names: bool = False  # the experts' weights are called as Mixtral calls them, else as Qwen3-MoE
 
     def __post_init__(self) -> None:
         for field in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
@@ -67,6 +76,14 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ModelError(f"head_dim={self.head_dim} is odd, and rotary embeddings need pairs; check the config")
+        if self.num_experts or self.num_experts_per_tok or self.moe_intermediate_size:
+            for field in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+                _require_positive(field, getattr(self, field))
+            if self.num_experts_per_tok > self.num_experts:
+                raise ModelError(
+                    f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts};"
+                    " check the config"
+                )
 
     @property
     def q_size(self) -> int:
@@ -90,9 +107,10 @@ class ModelConfig:
         # rope_parameters.
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         eos = config.get("eos_token_id")
+        experts = _hf_experts(config, family)
         return cls(
             hidden_size=hidden_size,
-            intermediate_size=_get(config, "intermediate_size"),
+            intermediate_size=experts.get("moe_intermediate_size") or _get(config, "intermediate_size"),
             num_layers=_get(config, "num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=config.get("num_key_value_heads") or num_heads,
@@ -104,9 +122,10 @@ class ModelConfig:
             rope_scaling=_hf_rope_scaling(rope),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family == "Qwen2ForCausalLM",
-            qk_norm=family == "Qwen3ForCausalLM",
+            qk_norm=family in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            **experts,
         )
 
     @classmethod
@@ -163,7 +182,14 @@ class ModelConfig:
         return PRESETS[name]
 
 
-_HF_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_HF_FAMILIES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "MixtralForCausalLM",
+)
 
 
 def _hf_family(config: Mapping[str, Any]) -> str:
@@ -172,6 +198,31 @@ def _hf_family(config: Mapping[str, Any]) -> str:
         if architecture in _HF_FAMILIES:
             return architecture
     raise ModelError(f"architecture {', '.join(named) or 'none'} is not supported; known: {', '.join(_HF_FAMILIES)}")
+
+
+def _hf_experts(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """The fields of a mixture of experts; none for a dense family."""
+    if family == "MixtralForCausalLM":
+        return {
+            "num_experts": _get(config, "num_local_experts"),
+            "num_experts_per_tok": _get(config, "num_experts_per_tok"),
+            "moe_intermediate_size": _get(config, "intermediate_size"),
+            "mixtral_names": True,
+        }
+    if family != "Qwen3MoeForCausalLM":
+        return {}
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise ModelError(
+            "a model with experts in some layers only (decoder_sparse_step, mlp_only_layers) is not supported;"
+            " use one with experts in every layer"
+        )
+    return {
+        # transformers 5 writes Mixtral's name for it.
+        "num_experts": config.get("num_experts") or _get(config, "num_local_experts"),
+        "num_experts_per_tok": _get(config, "num_experts_per_tok"),
+        "moe_intermediate_size": _get(config, "moe_intermediate_size"),
+        "norm_topk_prob": bool(config.get("norm_topk_prob", False)),
+    }
 
 
 def _refuse_hf_options(config: Mapping[str, Any], family: str, max_model_len: int) -> None:
@@ -224,9 +275,11 @@ def _sized(name: str, max_model_len: int, **rest: Any) -> ModelConfig:
     """The config of a model whose sizes `policies.model_shape` knows."""
     shape = ModelShape.preset(name)
     sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+    experts = ("num_experts", "num_experts_per_tok")
     return ModelConfig(
-        **{size: getattr(shape, size) for size in sizes},
+        **{size: getattr(shape, size) for size in (*sizes, *experts)},
         max_model_len=max_model_len,
+        moe_intermediate_size=shape.intermediate_size if shape.num_experts else 0,
         tie_word_embeddings=shape.tied_embeddings,
         **rest,
     )
@@ -252,4 +305,6 @@ PRESETS: dict[str, ModelConfig] = {
     "llama-3.1-70b": _sized("llama-3.1-70b", 131072, **_LLAMA3),
     "qwen2.5-0.5b": _sized("qwen2.5-0.5b", 32768, qkv_bias=True, **_QWEN),
     "qwen3-0.6b": _sized("qwen3-0.6b", 40960, qk_norm=True, **_QWEN),
+    "tiny-moe": _sized("tiny-moe", 1024, qk_norm=True, bos_token_id=1, eos_token_ids=(2,)),
+    "qwen3-30b-a3b": _sized("qwen3-30b-a3b", 40960, qk_norm=True, **_QWEN),
 }

@@ -1,53 +1,49 @@
-"""Runs steps on the device. Keeps each running request's tokens and block table there, so that the last sampled token
+"""Runs steps on the device. Each running request's tokens and block table stay there, so that the last sampled token
 never has to come back to the host before the next step, and a step sends only what changed.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from policies.control_plane import ControlPlane
 from policies.plan import Mode, Step
 from policies.request import Request
-from runtime.attention import get_backend
-from runtime.forward import ForwardInputs
+from runtime.attention import AttentionShape, get_backend
+from runtime.device_state import Arrived, DeviceState, Ints, StepRows
 from runtime.kv_cache import PagedKVCache
+from runtime.model_config import ModelError
+from runtime.models.linear import check_float8
 from runtime.sampling.batch import SamplingState
 from runtime.sampling.sampler import Logprobs, Sampler
 from runtime.sequence import Sequence, TokenLogprobs
+from runtime.startup import timed
 from runtime.weights import LoadedModel
 
-Ints = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    from runtime.graphs import DecodeGraphs
 
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """A request that gets a slot with this step, with all its tokens so far."""
-
-    slot: int
-    sequence: Sequence
-    token_ids: list[int]
+_RESULTS = 4
+"""Buffers for sampled tokens on the host: more than there are steps in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A step as arrays: row i is `lengths[i]` tokens from position `starts[i]` on of the request in `slots[i]`."""
+    """What a step needs of the host. `graph_size` is the batch of the captured graph that runs it, if one does."""
 
-    arrived: list[Arrived]
-    new_blocks: Ints  # [3, N]: slot, column, block id
-    slots: Ints
-    starts: Ints
-    lengths: Ints
-    sampled_rows: Ints
-    sampled_positions: Ints  # output tokens before the one to sample
+    arrived: list[tuple[int, Sequence, list[int]]]  # slot, and all tokens so far
+    rows: StepRows
+    graph_size: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +72,7 @@ class StepResult:
 
 
 def _by_row(found: Logprobs | None) -> dict[int, TokenLogprobs]:
-    """The device's table as the host wants it."""
+    """The device's table as the host wants it; waits for the device."""
     if found is None:
         return {}
     sampled, ids, values = found.sampled.tolist(), found.top_ids.tolist(), found.top.tolist()
@@ -86,20 +82,85 @@ def _by_row(found: Logprobs | None) -> dict[int, TokenLogprobs]:
     }
 
 
+class Pending(Protocol):
+    """The result of a step that may still run."""
+
+    def done(self) -> bool:
+        """Whether `result` will not wait."""
+        ...
+
+    def result(self) -> tuple[list[int], Logprobs | None]:
+        """Wait; sampled token ids, and log probabilities where rows asked for them."""
+        ...
+
+    def ended_at(self, began_at: int) -> int:
+        """After `result`: when the step ended (`monotonic_ns`), if it began at `began_at`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OnThread:
+    """A step on the runner's own thread, on a CPU."""
+
+    future: Future[tuple[Tensor, Logprobs | None, int]]
+
+    def done(self) -> bool:
+        return self.future.done()
+
+    def result(self) -> tuple[list[int], Logprobs | None]:
+        token_ids, logprobs, _ = self.future.result()
+        return token_ids.tolist(), logprobs
+
+    def ended_at(self, began_at: int) -> int:
+        return self.future.result()[2]
+
+
+@dataclass(frozen=True, slots=True)
+class OnStream:
+    """A step on a CUDA stream; `token_ids` is filled on the host when `ended` has happened."""
+
+    token_ids: Tensor
+    logprobs: Logprobs | None
+    began: torch.cuda.Event
+    ended: torch.cuda.Event
+
+    def done(self) -> bool:
+        return self.ended.query()
+
+    def result(self) -> tuple[list[int], Logprobs | None]:
+        self.ended.synchronize()
+        return self.token_ids.tolist(), self.logprobs
+
+    def ended_at(self, began_at: int) -> int:
+        return began_at + round(1e6 * self.began.elapsed_time(self.ended))
+
+
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A step on its way. The result has the time (`monotonic_ns`) at which it was there."""
+    """A step on its way."""
 
     step: Step
     requests: list[Request]
     launched_at: int
-    result: Future[tuple[Tensor, Logprobs | None, int]]
+    pending: Pending
+
+
+def _check_device(device: torch.device, kv_dtype: torch.dtype | None) -> None:
+    """Raises ModelError for what this device cannot do."""
+    if device.type != "cuda":
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise ModelError("a CUDA device needs the package triton; pip install 'diptych[gpu]'")
+    if kv_dtype == torch.float8_e4m3fn:
+        check_float8(device)
 
 
 class ModelRunner:
     """The model, its KV cache, and the requests that have a slot.
 
-    Steps run one after another on a thread of their own, so that on the CPU too the engine plans while a step runs.
+    On a CPU steps run one after another on a thread of their own, so that there too the engine plans while a step
+    runs. On a card they are queued on a stream; those of decodes alone are captured in CUDA graphs, for the batch
+    sizes `plane.limits.capture_sizes`, where the attention allows it.
 
     Args:
         loaded: the model; it is attached to a new cache of `plane.limits.num_blocks` blocks.
@@ -112,22 +173,25 @@ class ModelRunner:
         self, loaded: LoadedModel, plane: ControlPlane, *, attention: str = "auto", kv_dtype: torch.dtype | None = None
     ) -> None:
         limits = plane.limits
+        self.startup_seconds: dict[str, float] = {}
         self._plane = plane
         self._model = loaded.model
         self._device = loaded.model.device
-        self._block_size = limits.block_size
-        self.kv_cache = PagedKVCache(
-            loaded.config,
-            limits.num_blocks,
-            limits.block_size,
-            dtype=kv_dtype or loaded.model.dtype,
-            device=self._device,
-        )
-        loaded.model.attach(self.kv_cache, get_backend(attention, self._device))
-        slots, length = limits.max_num_seqs, limits.max_model_len
-        columns = -(-length // limits.block_size) + 1
-        self._tokens = torch.zeros(slots, length + 1, dtype=torch.int64, device=self._device)
-        self._block_tables = torch.zeros(slots, columns, dtype=torch.int32, device=self._device)
+        _check_device(self._device, kv_dtype)
+        with timed(self.startup_seconds, "kv_cache"):
+            self.kv_cache = PagedKVCache(
+                loaded.config,
+                limits.num_blocks,
+                limits.block_size,
+                dtype=kv_dtype or loaded.model.dtype,
+                device=self._device,
+            )
+        shape = AttentionShape.of(loaded.config, limits.block_size, self.kv_cache.dtype)
+        backend = get_backend(attention, self._device, shape)
+        self._model.attach(self.kv_cache, backend)
+        slots = limits.max_num_seqs
+        cuda = self._device.type == "cuda"
+        self._state = DeviceState(slots, limits.max_model_len, limits.block_size, self._device, fused=cuda)
         self._sampler = Sampler(loaded.config.vocab_size, self._device)
         self._sampling = SamplingState(slots, loaded.config.vocab_size, loaded.config.eos_token_ids, self._device)
         # On the host: what the next step starts from.
@@ -140,16 +204,46 @@ class ModelRunner:
         self._group_rows: tuple[list[Request], Ints] | None = None  # its members and their slots, until it changes
         self._paused: dict[int, int] = {}  # request id -> computed tokens, of a request that gave up its slot
         # What the device does not know yet. It waits here where a step gives a request a slot and runs nothing.
-        self._arrived: list[Arrived] = []
+        self._arrived: list[tuple[int, Sequence, list[int]]] = []
         self._grown: list[Request] = []
         self._last_end = 0  # when the last collected step ended
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model-runner")
+        self._stream: torch.cuda.Stream | None = None
+        self._graphs: DecodeGraphs | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        if cuda:
+            try:
+                self._start_on_card(backend.capturable, [size for size in limits.capture_sizes if size <= slots])
+            except BaseException:
+                self._model.detach(self.kv_cache)  # or it would hold the memory for as long as the model lives
+                raise
+        else:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="model-runner")
+
+    def _start_on_card(self, capturable: bool, sizes: list[int]) -> None:
+        from runtime.graphs import DecodeGraphs  # Triton is not needed elsewhere
+        from runtime.kernels.sample import sample
+
+        self._sample = sample
+        self._stream = torch.cuda.Stream(self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        slots = self._state.num_slots
+        self._results = [torch.zeros(slots, dtype=torch.int64, pin_memory=True) for _ in range(_RESULTS)]
+        self._next_result = 0
+        if capturable and sizes:
+            with timed(self.startup_seconds, "capture"):
+                self._graphs = DecodeGraphs(self._model, self._state, self._sampler.hashed_vocab, sizes, self._stream)
 
     def close(self) -> None:
-        """Wait for the steps on their way, and let the thread and the KV cache go."""
-        self._thread.shutdown(wait=True)
-        self._model.detach(self.kv_cache)
-        del self.kv_cache
+        """Wait for the steps on their way, and let the thread, the graphs and the KV cache go."""
+        try:
+            if self._thread is not None:
+                self._thread.shutdown(wait=True)
+            if self._stream is not None:
+                self._stream.synchronize()
+        finally:
+            self._graphs = None
+            self._model.detach(self.kv_cache)
+            del self.kv_cache
 
     def release(self, request: Request) -> None:
         """The request has ended, or has stopped running: its slot is free for the next step.
@@ -181,22 +275,26 @@ class ModelRunner:
         if not step.runs:
             return None
         inputs, requests = self._prepare(step)
-        return Launched(step, requests, time.monotonic_ns(), self._thread.submit(self._run, inputs))
+        launched_at = time.monotonic_ns()
+        if self._thread is not None:
+            return Launched(step, requests, launched_at, OnThread(self._thread.submit(self._run, inputs)))
+        return Launched(step, requests, launched_at, self._queue(inputs))
 
     def _leave_group(self, request: Request) -> None:
         if self._group.pop(request.id, None) is not None:
             self._group_rows = None
 
-    def _arrive(self, sequence: Sequence) -> Arrived:
+    def _arrive(self, sequence: Sequence) -> tuple[int, Sequence, list[int]]:
         slot = self._free_slots.pop()
         self._slot_of[sequence.request.id] = slot
         self._prompt[slot] = sequence.request.num_prompt_tokens
         self._num_blocks[slot] = 0
         self._computed[slot] = self._paused.pop(sequence.request.id, 0)
-        return Arrived(slot, sequence, list(sequence.token_ids))
+        return slot, sequence, list(sequence.token_ids)
 
     def _prepare(self, step: Step) -> tuple[StepInputs, list[Request]]:
-        arrived, self._arrived = self._arrived, []
+        arrived = [new for new in self._arrived if self._slot_of.get(new[1].request.id) == new[0]]
+        self._arrived = []
         grown, self._grown = self._grown, []
         requests, slots = self._decodes(step)
         first_chunk = len(requests)
@@ -212,7 +310,8 @@ class ModelRunner:
         self._computed[slots] = ends
         rows = np.flatnonzero(samples)
         positions = (ends - self._prompt[slots])[rows]
-        inputs = StepInputs(arrived, self._new_blocks(grown), slots, starts, lengths, rows, positions)
+        part = StepRows(self._new_blocks(grown), slots, starts, lengths, rows, positions, first_chunk)
+        inputs = StepInputs(arrived, part, step.shape.padded_tokens if step.shape.graph else None)
         return inputs, requests if len(rows) == len(requests) else [requests[row] for row in rows.tolist()]
 
     def _decodes(self, step: Step) -> tuple[list[Request], Ints]:
@@ -231,6 +330,7 @@ class ModelRunner:
         return rows
 
     def _new_blocks(self, grown: Iterable[Request]) -> Ints:
+        """What the device's block tables lack: [N, 3] of slot, column, block id."""
         entries: list[tuple[int, int, int]] = []
         for request in grown:
             slot = self._slot_of.get(request.id)
@@ -238,88 +338,93 @@ class ModelRunner:
                 continue  # it stopped again before it ran
             table = self._plane.block_table(request)
             known = int(self._num_blocks[slot])
-            entries += [(slot, column, table[column]) for column in range(known, len(table))]
+            entries += zip(itertools.repeat(slot), range(known, len(table)), table[known:], strict=False)
             self._num_blocks[slot] = len(table)
-        return np.array(entries, np.int64).reshape(-1, 3).T
+        return np.array(entries, np.int64).reshape(-1, 3)
 
     def _slots(self, requests: list[Request]) -> Ints:
         slot_of = self._slot_of
         return np.fromiter((slot_of[request.id] for request in requests), np.int64, len(requests))
 
-    # The step itself, on the runner's thread, in order
+    # The step itself: on the runner's thread, or queued on the stream by the engine's
 
     @torch.inference_mode()
     def _run(self, inputs: StepInputs) -> tuple[Tensor, Logprobs | None, int]:
-        for new in inputs.arrived:
-            self._take_in(new)
-        if inputs.new_blocks.size:
-            slot, column, block = self._to_device(inputs.new_blocks)
-            self._block_tables[slot, column] = block.int()
-        hidden = self._model.forward(self._forward_inputs(inputs))
-        token_ids, logprobs = self._sample(hidden, inputs)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # there may be no sample to wait for
-        if logprobs is not None:
-            logprobs = Logprobs(
-                logprobs.row_numbers, logprobs.sampled.cpu(), logprobs.top_ids.cpu(), logprobs.top.cpu()
-            )
-        return token_ids.cpu(), logprobs, time.monotonic_ns()  # the copy waits for the device
+        rows = inputs.rows
+        self._state.send(rows, self._take_in(inputs))
+        self._state.apply_blocks()
+        hidden = self._model.forward(self._state.inputs_of(rows))
+        if not len(rows.sampled_rows):
+            return torch.empty(0, dtype=torch.int64), None, time.monotonic_ns()
+        logits = self._model.logits(hidden[self._state.part("sampled", len(rows.sampled_rows)).long()])
+        sampled = self._sampler(logits.float(), self._sampling.batch(rows.slots[rows.sampled_rows], rows.draws))
+        self._state.store(sampled.token_ids)
+        return sampled.token_ids, sampled.logprobs, time.monotonic_ns()
 
-    def _take_in(self, new: Arrived) -> None:
-        ids, sequence = new.token_ids, new.sequence
-        self._tokens[new.slot, : len(ids)] = torch.tensor(ids).to(self._device)
-        prompt = sequence.request.num_prompt_tokens
-        self._sampling.add(new.slot, sequence.params, sequence.sampling_key, ids[:prompt], ids[prompt:])
+    def _take_in(self, inputs: StepInputs) -> list[Arrived]:
+        for slot, sequence, ids in inputs.arrived:
+            prompt = sequence.request.num_prompt_tokens
+            self._sampling.add(slot, sequence.params, sequence.sampling_key, ids[:prompt], ids[prompt:])
+        return [Arrived(slot, ids) for slot, _, ids in inputs.arrived]
 
-    def _forward_inputs(self, inputs: StepInputs) -> ForwardInputs:
-        ends = np.cumsum(inputs.lengths)
-        row_of_token = np.repeat(np.arange(len(inputs.slots)), inputs.lengths)
-        offsets = np.arange(int(ends[-1])) - (ends - inputs.lengths)[row_of_token]
-        host = np.stack([inputs.slots[row_of_token], inputs.starts[row_of_token] + offsets])
-        slot, position = self._to_device(host)
-        seq_lens = inputs.starts + inputs.lengths
-        columns = -(-int(seq_lens.max()) // self._block_size)
-        blocks = self._block_tables[slot, position // self._block_size].long()
-        return ForwardInputs(
-            input_ids=self._tokens[slot, position],
-            positions=position,
-            slot_mapping=blocks * self._block_size + position % self._block_size,
-            query_start_loc=self._to_device(np.concatenate([[0], ends])).int(),
-            seq_lens=self._to_device(seq_lens).int(),
-            block_table=self._block_tables[self._to_device(inputs.slots), :columns],
-            max_query_len=int(inputs.lengths.max()),
-            max_seq_len=int(seq_lens.max()),
-            host_query_lens=inputs.lengths.tolist(),
-            host_seq_lens=seq_lens.tolist(),
-        )
+    @torch.inference_mode()
+    def _queue(self, inputs: StepInputs) -> OnStream:
+        assert self._stream is not None
+        with torch.cuda.stream(self._stream):
+            began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            began.record()
+            token_ids, logprobs = self._queue_step(inputs)
+            host = self._results[self._next_result][: len(token_ids)]
+            self._next_result = (self._next_result + 1) % _RESULTS
+            host.copy_(token_ids, non_blocking=True)
+            if logprobs is not None:
+                logprobs = logprobs.to_host()
+            ended.record()
+        return OnStream(host, logprobs, began, ended)
 
-    def _sample(self, hidden: Tensor, inputs: StepInputs) -> tuple[Tensor, Logprobs | None]:
-        rows = inputs.sampled_rows
-        if not len(rows):
-            return torch.empty(0, dtype=torch.int64), None
-        last = self._to_device((np.cumsum(inputs.lengths) - 1)[rows])
-        logits = self._model.logits(hidden[last]).float()
-        slots = inputs.slots[rows]
-        sampled = self._sampler(logits, self._sampling.batch(slots, inputs.sampled_positions))
-        ends = (inputs.starts + inputs.lengths)[rows]
-        slot, position = self._to_device(np.stack([slots, ends]))
-        self._tokens[slot, position] = sampled.token_ids
+    def _queue_step(self, inputs: StepInputs) -> tuple[Tensor, Logprobs | None]:
+        rows, state = inputs.rows, self._state
+        arrived = self._take_in(inputs)
+        slots, num = rows.slots[rows.sampled_rows], len(rows.sampled_rows)
+        plain = self._sampling.plain(slots, rows.draws)
+        temperature, keys = self._sampling.temperature_and_keys(slots)
+        graphs, size = self._graphs, inputs.graph_size
+        if graphs is None or size is None or size not in graphs:
+            graphs = size = None
+        state.send(rows, arrived, temperature, keys, padded=size)
+        if graphs is not None and size is not None:
+            captured = graphs.replay(size)
+            if plain:
+                return captured.tokens[:num], None
+            hidden = captured.hidden[:num]
+        else:
+            state.apply_blocks()
+            hidden = self._model.forward(state.inputs_of(rows))
+            if not num:
+                return torch.empty(0, dtype=torch.int64, device=self._device), None
+            hidden = hidden[state.part("sampled", num).long()]
+        logits = self._model.logits(hidden)
+        if plain:
+            tokens = torch.empty(num, dtype=torch.int64, device=self._device)
+            parts = (state.part("temperature", num), state.part("keys", num), state.part("draws", num))
+            self._sample(logits, *parts, self._sampler.hashed_vocab, tokens)
+            state.store(tokens)
+            return tokens, None
+        sampled = self._sampler(logits.float(), self._sampling.batch(slots, rows.draws))
+        state.store(sampled.token_ids)
         return sampled.token_ids, sampled.logprobs
-
-    def _to_device(self, array: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
 
     # The result, on the engine's thread
 
     def collect(self, launched: Launched) -> StepResult:
         """Wait for a step's sampled tokens. Raises what went wrong on the device."""
-        waiting = not launched.result.done()
-        token_ids, logprobs, ended_at = launched.result.result()
+        waiting = not launched.pending.done()
+        token_ids, logprobs = launched.pending.result()
         known_at = time.monotonic_ns()
-        if waiting:
-            ended_at = known_at  # being woken takes its time too
         # A short step may have ended before the host was awake from waiting for the one before.
         began_at = max(launched.launched_at, self._last_end)
+        # Being woken takes its time too; but where the host came late, the step ended before.
+        ended_at = known_at if waiting else min(known_at, launched.pending.ended_at(began_at))
         self._last_end = max(began_at, ended_at)
         device_ns = self._last_end - began_at
-        return StepResult(launched.requests, token_ids.tolist(), _by_row(logprobs), device_ns, known_at)
+        return StepResult(launched.requests, token_ids, _by_row(logprobs), device_ns, known_at)

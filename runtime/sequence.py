@@ -56,35 +56,39 @@ class Completion:
     num_cached_tokens: int
     error: str | None = None
 
-    @classmethod
-    def of(cls, outputs: list[Output], num_prompt_tokens: int) -> Completion:
-        """The outputs of one request, joined; the last of them has a finish reason."""
-        last = outputs[-1]
-        assert last.finish_reason is not None
-        return cls(
-            text="".join(output.text for output in outputs),
-            token_ids=tuple(token for output in outputs for token in output.token_ids),
-            logprobs=tuple(entry for output in outputs for entry in output.logprobs),
-            finish_reason=last.finish_reason,
-            stop_reason=last.stop_reason,
-            num_prompt_tokens=num_prompt_tokens,
-            num_cached_tokens=max(output.num_cached_tokens for output in outputs),
-            error=last.error,
-        )
-
 
 class Collector:
-    """Joins the outputs of one request into the completion that `generate` waits for."""
+    """Joins the outputs of one request into the completion that `generate` waits for.
+
+    It keeps what they hold and not the outputs: a hundred thousand of these would keep the garbage collector busy.
+    """
 
     def __init__(self, future: Future[Completion], num_prompt_tokens: int) -> None:
         self._future = future
         self._num_prompt_tokens = num_prompt_tokens
-        self._outputs: list[Output] = []
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._num_cached_tokens = 0
 
     def __call__(self, output: Output) -> None:
-        self._outputs.append(output)
+        if output.text:
+            self._text.append(output.text)
+        self._token_ids += output.token_ids
+        self._logprobs += output.logprobs
+        self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
         if output.finish_reason is not None:
-            self._future.set_result(Completion.of(self._outputs, self._num_prompt_tokens))
+            completion = Completion(
+                text="".join(self._text),
+                token_ids=tuple(self._token_ids),
+                logprobs=tuple(self._logprobs),
+                finish_reason=output.finish_reason,
+                stop_reason=output.stop_reason,
+                num_prompt_tokens=self._num_prompt_tokens,
+                num_cached_tokens=self._num_cached_tokens,
+                error=output.error,
+            )
+            self._future.set_result(completion)
 
 
 @dataclass(frozen=True, slots=True)

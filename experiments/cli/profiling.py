@@ -12,6 +12,7 @@ from rich.table import Table
 from experiments.cli import options
 from experiments.cli.app import app, console
 from experiments.cli.options import gather, make_parent, progress
+from experiments.cli.summary import startup_line
 
 
 @app.command()
@@ -35,7 +36,10 @@ def profile(
     make_parent(out)
     with progress("measuring", 100) as bar:
         fitted = measure(
-            specification, seconds, on_progress=lambda share: bar.update(TaskID(0), completed=round(100 * share))
+            specification,
+            seconds,
+            on_progress=lambda share: bar.update(TaskID(0), completed=round(100 * share)),
+            on_start=lambda parts: console.print(startup_line(parts)),
         )
     fitted.save(out)
     table = Table("steps", "part", "samples", "mean error %", "p50 %", "p90 %", title="Error on held-out steps")

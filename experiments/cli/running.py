@@ -14,7 +14,7 @@ from rich.progress import TaskID
 from experiments.cli import options
 from experiments.cli.app import app, complain, console
 from experiments.cli.options import default_folder, gather, interruptible, progress
-from experiments.cli.summary import summary_table
+from experiments.cli.summary import startup_line, summary_table
 from experiments.compare import compare
 from experiments.records import Run, check_free, read_run
 from experiments.render import comparison_table
@@ -46,6 +46,9 @@ def run(
     check: options.Check = False,
 ) -> None:
     """Serve a workload with the real runtime and record the run.
+
+    On a GPU: --set model.device=cuda --set model.dtype=bfloat16, and where memory is short --set model.quantization=fp8
+    or --set model.kv_cache_dtype=fp8.
 
     Example: diptych run -w chat -n 32 --rate 2 --set workload.length_scale=0.1 --scheduler sarathi,chunk_size=128
     """
@@ -190,7 +193,19 @@ def _serve(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None:
             if getattr(output, "finish_reason", None) is not None:
                 bar.advance(TaskID(0))
 
-        run_real(spec, folder, workload=workload, loaded=loaded, overwrite=overwrite, check=check, on_output=on_output)
+        def on_start(seconds: dict[str, float]) -> None:
+            console.print(startup_line(seconds))
+
+        run_real(
+            spec,
+            folder,
+            workload=workload,
+            loaded=loaded,
+            overwrite=overwrite,
+            check=check,
+            on_output=on_output,
+            on_start=on_start,
+        )
     finished = read_run(folder)
     console.print(summary_table(finished, f"{loaded.name} in {spec.model.dtype} on {spec.model.device}"))
     console.print(f"Records: {folder}")

@@ -10,6 +10,12 @@ from experiments.metrics import summarize
 from experiments.records import Run
 
 
+def startup_line(seconds: dict[str, float]) -> str:
+    """What the parts of a start took: seconds by the part's name, in their order."""
+    parts = ", ".join(f"{name.replace('_', ' ')} {took:.2f}" for name, took in seconds.items())
+    return f"started in {sum(seconds.values()):.2f} s: {parts}"
+
+
 def summary_table(run: Run, of: str) -> Table:
     """Throughput and latencies of one run, and what became of its requests. `of`: the model and where it ran."""
     figures = summarize(run, percentiles=(50, 90, 99))

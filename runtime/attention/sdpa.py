@@ -16,6 +16,7 @@ from torch import Tensor
 from runtime.forward import ForwardInputs
 from runtime.kv_cache import PagedKVCache
 
+_FP8 = torch.float8_e4m3fn
 # Padded tokens one group of decodes may gather; on a CPU, 2,000 to 4,000 measured fastest.
 _MAX_GATHERED_TOKENS = 4096
 
@@ -59,12 +60,15 @@ class SdpaBackend:
     """Attention by gathering blocks; see `runtime.attention.base` for what it computes."""
 
     name = "sdpa"
+    capturable = False
 
     def prepare(self, inputs: ForwardInputs, kv_cache: PagedKVCache) -> _Plan:
         """Split the step into prefill chunks and groups of decodes; build their indices and masks."""
         chunks: list[_Chunk] = []
         decodes: list[_Decode] = []
         row = 0
+        assert inputs.host_query_lens is not None, "the reference cannot run in a CUDA graph"
+        assert inputs.host_seq_lens is not None
         lengths = zip(inputs.host_query_lens, inputs.host_seq_lens, strict=True)
         for seq, (query_len, seq_len) in enumerate(lengths):
             if query_len == 1 and seq_len > 0:
@@ -80,7 +84,10 @@ class SdpaBackend:
         return _Plan(chunks, groups, kv_cache.key(0).new_empty((2, widest, *kv_cache.key(0).shape[1:])))
 
     def attend(self, query: Tensor, layer: int, kv_cache: PagedKVCache, plan: object) -> Tensor:
-        """query [T, num_heads, head_dim] -> the same shape; padded rows are zero."""
+        """query [T, num_heads, head_dim] -> the same shape; padded rows are zero.
+
+        What is gathered of a float8 cache is converted to the query's type.
+        """
         assert isinstance(plan, _Plan)
         key_blocks, value_blocks = kv_cache.key(layer), kv_cache.value(layer)
         out = torch.zeros_like(query)
@@ -114,10 +121,15 @@ def _similar(decodes: Sequence[_Decode]) -> list[list[_Decode]]:
     return groups
 
 
+def _mask_dtype(kv_cache: PagedKVCache) -> torch.dtype:
+    """The query's type but for a float8 cache, which does not tell it, and has no infinity."""
+    return torch.bfloat16 if kv_cache.dtype == _FP8 else kv_cache.dtype
+
+
 def _chunk_mask(query_len: int, seq_len: int, kv_cache: PagedKVCache) -> Tensor | None:
     if query_len == seq_len:
         return None
-    mask = torch.full((query_len, seq_len), float("-inf"), dtype=kv_cache.dtype, device=kv_cache.device)
+    mask = torch.full((query_len, seq_len), float("-inf"), dtype=_mask_dtype(kv_cache), device=kv_cache.device)
     return mask.triu_(diagonal=seq_len - query_len + 1)
 
 
@@ -132,13 +144,14 @@ def _decode_group(group: Sequence[_Decode], block_table: Tensor, kv_cache: Paged
     used = torch.arange(width, device=device) * block_size < lengths
     table = torch.where(used, table, table[:, :1])
     hidden = torch.arange(width * block_size, device=device) >= lengths
-    mask = torch.zeros(hidden.shape, dtype=kv_cache.dtype, device=device).masked_fill_(hidden, float("-inf"))
+    mask = torch.zeros(hidden.shape, dtype=_mask_dtype(kv_cache), device=device).masked_fill_(hidden, float("-inf"))
     return _DecodeGroup(rows, table.flatten(), mask[:, None, None, :])
 
 
 def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """query [n, num_heads, d], key and value [L, num_kv_heads, d] -> [n, num_heads, d]."""
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    q, k, v = (x.to(query.dtype).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    mask = None if mask is None else mask.to(query.dtype)
     gqa = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     return out.squeeze(0).transpose(0, 1)
@@ -152,6 +165,7 @@ def _attend_decodes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> 
     """
     batch, heads, dim = query.shape
     kv_heads = key.shape[2]
-    k, v = (x.reshape(batch, -1, kv_heads, dim).transpose(1, 2) for x in (key, value))
+    k, v = (x.to(query.dtype).reshape(batch, -1, kv_heads, dim).transpose(1, 2) for x in (key, value))
+    mask = mask.to(query.dtype)
     out = F.scaled_dot_product_attention(query.view(batch, kv_heads, -1, dim), k, v, attn_mask=mask)
     return out.reshape(batch, heads, dim)

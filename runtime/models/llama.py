@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,10 @@ from runtime.attention.base import AttentionBackend
 from runtime.forward import ForwardInputs
 from runtime.kv_cache import PagedKVCache
 from runtime.model_config import ModelConfig
+from runtime.models.linear import Linear, frozen
+from runtime.models.moe import MoeMlp
+from runtime.ops import Ops, get_ops
+from runtime.ops.base import Rotary
 
 
 def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -37,76 +42,79 @@ def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [T, heads, head_dim] by float32 cos, sin [T, 1, head_dim / 2]; halves are paired."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+@dataclass(slots=True)
+class StepContext:
+    """What all layers of one step share."""
+
+    inputs: ForwardInputs
+    cos: Tensor  # [max_model_len, head_dim / 2] float32
+    sin: Tensor
+    kv_cache: PagedKVCache
+    attention: AttentionBackend
+    plan: object
+    ops: Ops
+
+
+class GatedMlp(nn.Module):
+    """down(silu(gate x) * up x), gate and up in one product."""
+
+    block_name = "mlp"
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.gate_up = Linear(2 * config.intermediate_size, config.hidden_size, dtype=dtype, device=device)
+        self.down = Linear(config.hidden_size, config.intermediate_size, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        """[T, hidden_size] -> [T, hidden_size]."""
+        return self.down(ops.gated(x, self.gate_up.weight, self.gate_up.scale), ops)
+
+    def weight_slots(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its Hugging Face name after `prefix`, as a view into the parameter it belongs to."""
+        gate, up = self.gate_up.weight.chunk(2)
+        yield f"{prefix}gate_proj.weight", gate
+        yield f"{prefix}up_proj.weight", up
+        yield f"{prefix}down_proj.weight", self.down.weight
 
 
 class LlamaLayer(nn.Module):
-    """One decoder layer: attention and a gated MLP, each on a normalised copy and added back."""
+    """One decoder layer: attention and an MLP, each on a normalised copy and added back to the residual stream."""
 
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.index = index
         self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
-
-        def weight(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
         hidden, qkv_size = config.hidden_size, config.q_size + 2 * config.kv_size
-        self.attention_norm = weight(hidden)
-        self.qkv = weight(qkv_size, hidden)
-        self.qkv_bias = weight(qkv_size) if config.qkv_bias else None
-        self.q_norm = weight(config.head_dim) if config.qk_norm else None
-        self.k_norm = weight(config.head_dim) if config.qk_norm else None
-        self.output = weight(hidden, config.q_size)
-        self.mlp_norm = weight(hidden)
-        self.gate_up = weight(2 * config.intermediate_size, hidden)
-        self.down = weight(hidden, config.intermediate_size)
+        self.attention_norm = frozen(hidden, dtype=dtype, device=device)
+        self.qkv = Linear(qkv_size, hidden, bias=config.qkv_bias, dtype=dtype, device=device)
+        self.q_norm = frozen(config.head_dim, dtype=dtype, device=device) if config.qk_norm else None
+        self.k_norm = frozen(config.head_dim, dtype=dtype, device=device) if config.qk_norm else None
+        self.output = Linear(hidden, config.q_size, dtype=dtype, device=device)
+        self.mlp_norm = frozen(hidden, dtype=dtype, device=device)
+        self.mlp: GatedMlp | MoeMlp = (MoeMlp if config.num_experts else GatedMlp)(config, dtype, device)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        slot_mapping: Tensor,
-        kv_cache: PagedKVCache,
-        attention: AttentionBackend,
-        plan: object,
-    ) -> Tensor:
-        """hidden [T, hidden_size] -> [T, hidden_size]; writes this step's K and V to the cache on the way."""
-        x = self._norm(hidden, self.attention_norm)
-        hidden = hidden + self._attend(x, cos, sin, slot_mapping, kv_cache, attention, plan)
-        gate, up = F.linear(self._norm(hidden, self.mlp_norm), self.gate_up).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, self.down)
+    def forward(self, x: Tensor, residual: Tensor | None, step: StepContext) -> tuple[Tensor, Tensor]:
+        """x [T, hidden_size], still to be added to the residual stream -> the same, and the stream.
 
-    def _attend(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        slot_mapping: Tensor,
-        kv_cache: PagedKVCache,
-        attention: AttentionBackend,
-        plan: object,
-    ) -> Tensor:
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = F.linear(x, self.qkv, self.qkv_bias).view(len(x), heads + 2 * kv_heads, self.head_dim)
-        query_key, value = qkv.split((heads + kv_heads, kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = query_key.split((heads, kv_heads), dim=1)
-            query_key = torch.cat((self._norm(query, self.q_norm), self._norm(key, self.k_norm)), dim=1)
-        query, key = apply_rope(query_key, cos, sin).split((heads, kv_heads), dim=1)
-        kv_cache.write(self.index, key, value, slot_mapping)
-        out = attention.attend(query, self.index, kv_cache, plan)
-        return F.linear(out.reshape(len(x), heads * self.head_dim), self.output)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+        Without a stream, as in the first layer, x becomes it. Writes this step's K and V to the cache on the way.
+        """
+        ops = step.ops
+        if residual is None:
+            residual, x = x, ops.rms_norm(x, self.attention_norm, self.eps)
+        else:
+            x = ops.add_rms_norm_(x, residual, self.attention_norm, self.eps)
+        key_slots, value_slots = step.kv_cache.slots(self.index)
+        how = Rotary(
+            step.inputs.positions, step.inputs.slot_mapping, step.cos, step.sin, key_slots, value_slots,
+            self.num_heads, self.head_dim, self.q_norm, self.k_norm, self.eps,
+        )  # fmt: skip
+        query = ops.rotary(self.qkv(x, ops), how)
+        attended = step.attention.attend(query, self.index, step.kv_cache, step.plan)
+        x = ops.add_rms_norm_(self.output(attended.flatten(1), ops), residual, self.mlp_norm, self.eps)
+        x = self.mlp(x, fused=ops.fused) if isinstance(self.mlp, MoeMlp) else self.mlp(x, ops)
+        return x, residual
 
 
 class LlamaModel(nn.Module):
@@ -132,6 +140,7 @@ class LlamaModel(nn.Module):
         self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)  # [max_model_len, head_dim / 2]
         self._kv_cache: PagedKVCache | None = None
         self._attention: AttentionBackend | None = None
+        self._ops = get_ops("auto", device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -143,10 +152,11 @@ class LlamaModel(nn.Module):
         """Where the weights are."""
         return self.embedding.device
 
-    def attach(self, kv_cache: PagedKVCache, attention: AttentionBackend) -> None:
-        """Use this cache and this attention from now on."""
+    def attach(self, kv_cache: PagedKVCache, attention: AttentionBackend, ops: Ops | None = None) -> None:
+        """Use this cache and this attention from now on; and these operations instead of the device's own."""
         self._kv_cache = kv_cache
         self._attention = attention
+        self._ops = ops or get_ops("auto", self.device)
 
     def detach(self, kv_cache: PagedKVCache) -> None:
         """Let go of this cache, if it is still the one in use: its memory is for the next one."""
@@ -162,19 +172,20 @@ class LlamaModel(nn.Module):
         """
         if self._kv_cache is None or self._attention is None:
             raise RuntimeError("the model has no KV cache; call attach(kv_cache, attention) first")
-        kv_cache, attention = self._kv_cache, self._attention
+        kv_cache, attention, ops = self._kv_cache, self._attention, self._ops
         plan = attention.prepare(inputs, kv_cache)
-        cos = self.cos[inputs.positions].unsqueeze(1)
-        sin = self.sin[inputs.positions].unsqueeze(1)
-        hidden = F.embedding(inputs.input_ids, self.embedding)
+        step = StepContext(inputs, self.cos, self.sin, kv_cache, attention, plan, ops)
+        x = F.embedding(inputs.input_ids, self.embedding)
+        residual: Tensor | None = None
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, inputs.slot_mapping, kv_cache, attention, plan)
-        return F.rms_norm(hidden, (hidden.shape[-1],), self.final_norm, self.config.rms_norm_eps)
+            x, residual = layer(x, residual, step)
+        assert residual is not None
+        return ops.add_rms_norm_(x, residual, self.final_norm, self.config.rms_norm_eps)
 
     @torch.inference_mode()
     def logits(self, hidden_rows: Tensor) -> Tensor:
         """Logits of chosen rows of `forward`'s result, [N, hidden_size] -> [N, vocab_size], same dtype."""
-        return F.linear(hidden_rows, self.output_embedding)
+        return self._ops.linear(hidden_rows, self.output_embedding)
 
     def weight_slots(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name, as a view into the (fused) parameter it belongs to."""
@@ -191,17 +202,14 @@ class LlamaModel(nn.Module):
         config = self.config
         qkv_sizes = (config.q_size, config.kv_size, config.kv_size)
         yield "input_layernorm.weight", layer.attention_norm
-        for name, view in zip("qkv", layer.qkv.split(qkv_sizes), strict=True):
+        for name, view in zip("qkv", layer.qkv.weight.split(qkv_sizes), strict=True):
             yield f"self_attn.{name}_proj.weight", view
-        if layer.qkv_bias is not None:
-            for name, view in zip("qkv", layer.qkv_bias.split(qkv_sizes), strict=True):
+        if layer.qkv.bias is not None:
+            for name, view in zip("qkv", layer.qkv.bias.split(qkv_sizes), strict=True):
                 yield f"self_attn.{name}_proj.bias", view
         if layer.q_norm is not None and layer.k_norm is not None:
             yield "self_attn.q_norm.weight", layer.q_norm
             yield "self_attn.k_norm.weight", layer.k_norm
-        yield "self_attn.o_proj.weight", layer.output
+        yield "self_attn.o_proj.weight", layer.output.weight
         yield "post_attention_layernorm.weight", layer.mlp_norm
-        gate, up = layer.gate_up.chunk(2)
-        yield "mlp.gate_proj.weight", gate
-        yield "mlp.up_proj.weight", up
-        yield "mlp.down_proj.weight", layer.down
+        yield from layer.mlp.weight_slots(f"{layer.mlp.block_name}.")

@@ -84,11 +84,6 @@ class SamplingBatch:
     min_tokens: MinTokensMask | None
     logprobs: LogprobRows | None
 
-    def advance_(self) -> None:
-        """Moves every row to its next output position: for a step with the same rows, at no cost to the
-        host."""
-        self.positions.add_(1)
-
 
 class _Upload:
     """Small arrays of one type, sent as one copy: `add` gives the device tensor, `send` fills them all."""
@@ -135,6 +130,7 @@ class SamplingState:
         self._top_k = np.zeros(num_slots, np.int64)
         self._logprobs = np.full(num_slots, -1, np.int64)
         self._random = np.zeros(num_slots, np.bool_)
+        self._plain = np.ones(num_slots, np.bool_)
         self._penalised = np.zeros(num_slots, np.bool_)
         self._temperature = np.ones(num_slots, np.float32)
         self._top_p = np.ones(num_slots, np.float32)
@@ -174,6 +170,8 @@ class SamplingState:
         wanted = -1 if params.logprobs is None else params.logprobs
         self._logprobs[slot] = self.vocab_size if params.logprobs == -1 else wanted
         self._penalised[slot] = params.has_penalties
+        filtered = self._top_k[slot] > 0 or self._top_p[slot] < 1.0 or self._min_p[slot] > 0.0
+        self._plain[slot] = not (filtered or params.has_penalties or wanted != -1)
         if params.has_penalties:
             self._penalties[:, slot] = (
                 params.repetition_penalty,
@@ -184,12 +182,20 @@ class SamplingState:
                 self.penalty_table = PenaltyTable(self.num_slots, self.vocab_size, self.device)
             self.penalty_table.reset(slot, prompt_token_ids, output_token_ids)
 
+    def plain(self, slots: IntArray, positions: IntArray) -> bool:
+        """Whether no row asks for more than a temperature, so that the fused kernel can sample them."""
+        return bool(self._plain[slots].all()) and bool((positions >= self._min_tokens[slots]).all())
+
+    def temperature_and_keys(self, slots: IntArray) -> tuple[npt.NDArray[np.float32], IntArray]:
+        """Of plain rows: each one's temperature, 0 if it is greedy, and its key."""
+        return np.where(self._random[slots], self._temperature[slots], np.float32(0.0)), self._keys[slots]
+
     def batch(self, slots: Sequence[int] | IntArray, positions: Sequence[int] | IntArray) -> SamplingBatch:
         """The rows of one step, in the order of the logits' rows.
 
         Args:
-            slots: the slot of each row; no slot twice. positions: how many output tokens each row's request
-            has been given before this one, those in flight
+            slots: the slot of each row; no slot twice.
+            positions: how many output tokens each row's request has been given before this one, those in flight
                 included. It numbers the draw, so a request that is computed anew draws the same tokens again.
 
         Raises:

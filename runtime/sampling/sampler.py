@@ -37,6 +37,14 @@ class Logprobs:
     top_ids: Tensor
     top: Tensor
 
+    def to_host(self) -> Logprobs:
+        """A copy in pinned memory, there once the stream has come so far."""
+        return Logprobs(self.row_numbers, _to_host(self.sampled), _to_host(self.top_ids), _to_host(self.top))
+
+
+def _to_host(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplerOutput:
@@ -56,7 +64,7 @@ class Sampler:
 
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self.vocab_size = vocab_size
-        self._vocab_hash = vocab_hash(vocab_size, torch.device(device))
+        self.hashed_vocab = vocab_hash(vocab_size, torch.device(device))
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, batch: SamplingBatch) -> SamplerOutput:
@@ -80,7 +88,7 @@ class Sampler:
             logits.div_(batch.temperature)
         _filter_(logits, batch)
         if batch.any_random:
-            noise = gumbel(row_bits(batch.keys, batch.positions), self._vocab_hash)
+            noise = gumbel(row_bits(batch.keys, batch.positions), self.hashed_vocab)
             logits.add_(noise if batch.noise_scale is None else noise.mul_(batch.noise_scale))
         token_ids = logits.argmax(dim=-1)
         if batch.penalties is not None:

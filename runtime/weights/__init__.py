@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from runtime.weights import default_model, dummy, hub, safetensors
 from runtime.weights.default_model import DEFAULT_MODEL
 from runtime.weights.fill import fill
 from runtime.weights.gguf import GGUFFile
+from runtime.weights.quantise import QUANTIZATIONS, check_quantisable, quantise_layers_
 
-__all__ = ["DEFAULT_MODEL", "LOAD_FORMATS", "LoadedModel", "load_model"]
+__all__ = ["DEFAULT_MODEL", "LOAD_FORMATS", "QUANTIZATIONS", "LoadedModel", "load_model"]
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 
@@ -31,6 +33,32 @@ class LoadedModel:
     chat_template: str | None
     name: str
     source_path: Path | None  # None for a preset
+    load_seconds: float = 0.0  # what loading took, quantising included
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """How a model is to be loaded, wherever it comes from."""
+
+    dtype: torch.dtype
+    device: torch.device
+    max_model_len: int | None
+    quantization: str
+
+    def config(self, config: ModelConfig) -> ModelConfig:
+        """The model's shape, shortened as asked. Raises ModelError where it cannot be had, before memory is taken."""
+        check_quantisable(self.quantization, config, self.dtype, self.device)
+        if self.max_model_len is None:
+            return config
+        if self.max_model_len > config.max_model_len:
+            raise ModelError(
+                f"max_model_len={self.max_model_len} is beyond the model's {config.max_model_len}; lower it"
+            )
+        return dataclasses.replace(config, max_model_len=self.max_model_len)
+
+    def model(self, config: ModelConfig) -> LlamaModel:
+        """The model, its weights still to be filled."""
+        return LlamaModel(config, dtype=self.dtype, device=self.device)
 
 
 def load_model(
@@ -41,23 +69,36 @@ def load_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
     max_model_len: int | None = None,
+    quantization: str = "none",
 ) -> LoadedModel:
     """Load `source`: the default model's name, a folder of safetensors, a GGUF file, or a hub id (org/name).
 
     With load_format "dummy" the weights are random (by `seed`) and `source` is a preset's name or a folder
     with a config.json; the network is not used. `max_model_len` shortens the longest sequence the model is
-    made for. Raises ModelError, in one line that says what to do, when the model cannot be loaded.
+    made for. With quantization "fp8" the layers' weights are rounded to float8, a scale a row, once they are there.
+    Raises ModelError, in one line that says what to do, when the model cannot be loaded.
     """
+    start = time.perf_counter()
+    wanted = _Wanted(dtype, torch.device(device), max_model_len, quantization)
+    loaded = _load(source, load_format, wanted, seed)
+    if quantization != "none":
+        quantise_layers_(loaded.model)
+    if wanted.device.type == "cuda":
+        torch.cuda.synchronize(wanted.device)
+    return dataclasses.replace(loaded, load_seconds=time.perf_counter() - start)
+
+
+def _load(source: str, load_format: str, wanted: _Wanted, seed: int) -> LoadedModel:
     if load_format not in LOAD_FORMATS:
         raise ModelError(f"unknown load format {load_format!r}; known: {', '.join(LOAD_FORMATS)}")
     if load_format == "dummy":
-        return _load_dummy(source, dtype, device, seed, max_model_len)
+        return _load_dummy(source, wanted, seed)
     path = _locate(source)
     if load_format == "auto":
         load_format = "safetensors" if path.is_dir() else "gguf"
     if load_format == "gguf":
-        return _load_gguf(source, path, dtype, device, max_model_len)
-    return _load_folder(source, path, dtype, device, max_model_len)
+        return _load_gguf(source, path, wanted)
+    return _load_folder(source, path, wanted)
 
 
 def _locate(source: str) -> Path:
@@ -77,44 +118,38 @@ def _locate(source: str) -> Path:
     raise ModelError(f"{source} does not exist; give a folder, a GGUF file, org/name on the hub, or {DEFAULT_MODEL}")
 
 
-def _load_folder(
-    source: str, folder: Path, dtype: torch.dtype, device: torch.device | str, max_model_len: int | None
-) -> LoadedModel:
+def _load_folder(source: str, folder: Path, wanted: _Wanted) -> LoadedModel:
     if not folder.is_dir():
         raise ModelError(
             f"{folder} is not a folder; a GGUF file has load_format=gguf (of a run: --set model.load_format=gguf)"
         )
-    config = _shortened(ModelConfig.from_folder(folder), max_model_len)
+    config = wanted.config(ModelConfig.from_folder(folder))
     safetensors.weight_files(folder)  # fail before memory is taken
     tokenizer, template = _folder_tokenizer(folder)
-    model = LlamaModel(config, dtype=dtype, device=device)
+    model = wanted.model(config)
     fill(model, safetensors.read_tensors(folder), origin=str(folder))
     return LoadedModel(model, config, tokenizer, template, _display_name(source), folder)
 
 
-def _load_gguf(
-    source: str, path: Path, dtype: torch.dtype, device: torch.device | str, max_model_len: int | None
-) -> LoadedModel:
+def _load_gguf(source: str, path: Path, wanted: _Wanted) -> LoadedModel:
     if not path.is_file():
         raise ModelError(
             f"{path} is not a GGUF file; a folder has load_format=safetensors "
             "(of a run: --set model.load_format=safetensors)"
         )
     file = GGUFFile(path)
-    config = _shortened(file.config, max_model_len)
+    config = wanted.config(file.config)
     tokenizer = Tokenizer.from_gguf(file.metadata)
-    model = LlamaModel(config, dtype=dtype, device=device)
+    model = wanted.model(config)
     fill(model, file.read_tensors(), origin=str(path))
     return LoadedModel(model, config, tokenizer, tokenizer.chat_template, _display_name(source), path)
 
 
-def _load_dummy(
-    source: str, dtype: torch.dtype, device: torch.device | str, seed: int, max_model_len: int | None
-) -> LoadedModel:
-    config = _shortened(dummy.dummy_config(source), max_model_len)
+def _load_dummy(source: str, wanted: _Wanted, seed: int) -> LoadedModel:
+    config = wanted.config(dummy.dummy_config(source))
     folder = None if source in dummy.PRESETS else Path(source)
     tokenizer, template = (None, None) if folder is None else _folder_tokenizer(folder)
-    model = LlamaModel(config, dtype=dtype, device=device)
+    model = wanted.model(config)
     dummy.fill_randomly(model, seed)
     return LoadedModel(model, config, tokenizer, template, _display_name(source), folder)
 
@@ -125,14 +160,6 @@ def _folder_tokenizer(folder: Path) -> tuple[Tokenizer | None, str | None]:
         return None, None
     tokenizer = Tokenizer.from_folder(folder)
     return tokenizer, tokenizer.chat_template
-
-
-def _shortened(config: ModelConfig, max_model_len: int | None) -> ModelConfig:
-    if max_model_len is None:
-        return config
-    if max_model_len > config.max_model_len:
-        raise ModelError(f"max_model_len={max_model_len} is beyond the model's {config.max_model_len}; lower it")
-    return dataclasses.replace(config, max_model_len=max_model_len)
 
 
 def _display_name(source: str) -> str:

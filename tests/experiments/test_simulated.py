@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from experiments.divergence import diff_decisions
 from experiments.records import read_run
 from experiments.replaying import replay_run
-from experiments.simulated import costs_as_described, make_costs, run_simulated
+from experiments.simulated import costs_as_described, make_costs, run_simulated, simulated_limits
 from experiments.spec import CostSpec, RunSpec, check_spec
 from experiments.timeline import littles_law
 from experiments.workloads import Workload
@@ -19,6 +20,7 @@ from policies.contract import Queue, View
 from policies.control_plane import PolicyStalled
 from policies.plan import Plan
 from policies.registry import PolicyError
+from policies.replica_state import Limits
 from policies.request import Request
 from policies.schedulers.mixed import Mixed
 from policies.shapes import StepShape
@@ -150,6 +152,25 @@ def test_a_cost_model_is_made_again_from_its_description(costs: CostModel) -> No
     assert again.describe() == costs.describe()
     shape = StepShape(num_decodes=7, decode_context=900, max_context=300, padded_tokens=7, num_samples=7)
     assert again.cost(shape) == costs.cost(shape)
+
+
+def test_graphs_are_captured_at_the_sizes_given_else_at_the_calibrations() -> None:
+    provenance = {"limits": asdict(Limits(64, max_num_seqs=8, capture_sizes=(1, 2, 8)))}
+    measured = FittedCost(fitted().calibration.model_copy(update={"provenance": provenance}))
+    constant = make_costs(CostSpec(kind="constant", step_ms=3))
+    assert simulated_limits(spec_of(), measured).capture_sizes == (1, 2, 8)
+    assert simulated_limits(spec_of(capture_sizes=[1, 4]), measured).capture_sizes == (1, 4)
+    assert simulated_limits(spec_of(capture_sizes=[]), measured).capture_sizes == ()
+    assert simulated_limits(spec_of(), constant).capture_sizes == ()
+    assert simulated_limits(spec_of(capture_sizes=[1, 4]), constant).capture_sizes == (1, 4)
+
+
+def test_a_larger_share_of_a_devices_memory_holds_more_blocks() -> None:
+    def num_blocks(share: float | None) -> int:
+        spec = check_spec({"workload": {"name": "fixed", "n": 1}, "limits": {"memory_share": share}})
+        return simulated_limits(spec, make_costs(CostSpec())).num_blocks
+
+    assert num_blocks(0.8) < num_blocks(None) == num_blocks(0.9)
 
 
 def test_a_replay_needs_no_file_but_the_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 
+from experiments import real
 from experiments.real import real_limits, run_real
 from experiments.spec import CostSpec, LimitsSpec, PoliciesSpec, SpecError, check_spec, read_spec
 from experiments.workloads import WorkloadSpec, make_workload
@@ -36,6 +39,16 @@ def refused(**fields: Any) -> str:
         ({"limits": {"lag": True}}, "limits.lag: Input should be a valid integer, not True"),
         ({"limits": {"lag": 1.0}}, "limits.lag: Input should be a valid integer, not 1.0"),
         ({"limits": {"lag": 2}}, "limits.lag: Input should be less than or equal to 1, not 2"),
+        ({"limits": {"capture_sizes": [2, 1]}}, "limits: capture_sizes must ascend, not [2, 1]"),
+        (
+            {"limits": {"capture_sizes": [0]}},
+            "limits.capture_sizes.0: Input should be greater than or equal to 1",
+        ),
+        ({"limits": {"capture_sizes": [1, 512]}}, "limits: capture_sizes ends at 512, above max_num_seqs=256"),
+        ({"limits": {"memory_share": 1.5}}, "limits.memory_share: Input should be less than or equal to 1, not 1.5"),
+        ({"model": {"quantization": "int3"}}, "model.quantization: Input should be 'none' or 'fp8', not 'int3'"),
+        ({"model": {"quantization": "fp8"}}, "model: quantization 'fp8' needs dtype bfloat16 or float16, not float32"),
+        ({"model": {"kv_cache_dtype": "fp16"}}, "model.kv_cache_dtype: Input should be 'auto' or 'fp8', not 'fp16'"),
         ({"limits": {"kv_cache_gib": True}}, "limits.kv_cache_gib: Input should be a valid number, not True"),
         ({"workload": WORK | {"n": True}}, "workload.n: Input should be a valid integer, not True"),
         ({"workload": WORK | {"rate": True}}, "workload.rate: Input should be a valid number, not True"),
@@ -99,6 +112,72 @@ def test_what_nobody_says_is_as_the_library_has_it() -> None:
     library = Limits(num_blocks=1)
     for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "prefix_caching"):
         assert getattr(limits, name) == getattr(library, name)
+
+
+def test_what_a_gpu_is_told_is_recorded_and_gives_the_same_specification_again() -> None:
+    model = {"device": "cuda", "dtype": "bfloat16", "quantization": "fp8", "kv_cache_dtype": "fp8"}
+    limits = {"capture_sizes": [1, 2, 8], "memory_share": 0.8}
+    spec = check_spec({"workload": WORK, "model": model, "limits": limits})
+    recorded = spec.model_dump(mode="json")
+    assert recorded["model"].items() >= model.items()
+    assert recorded["limits"].items() >= limits.items()
+    assert check_spec(recorded) == spec
+
+
+def test_a_cpu_captures_nothing_and_refuses_to_be_told_to() -> None:
+    given: tuple[int, ...] | None
+    loaded = load_model("tiny", load_format="dummy")
+    for given in (None, ()):
+        spec = check_spec({"workload": WORK, "limits": {"num_blocks": 64, "capture_sizes": given}})
+        assert real_limits(spec, loaded).capture_sizes == ()
+    spec = check_spec({"workload": WORK, "limits": {"num_blocks": 64, "capture_sizes": [1, 2]}})
+    with pytest.raises(SpecError, match="attention 'sdpa' on cpu runs from no captured graphs; leave it out"):
+        real_limits(spec, loaded)
+
+
+def test_an_fp8_cache_of_a_given_memory_holds_four_times_as_much_as_a_float32_one() -> None:
+    loaded = load_model("tiny", load_format="dummy")
+
+    def num_blocks(kv_cache_dtype: str) -> int:
+        model = {"kv_cache_dtype": kv_cache_dtype}
+        spec = check_spec({"workload": WORK, "limits": {"kv_cache_gib": 0.25}, "model": model})
+        return real_limits(spec, loaded).num_blocks + 1  # one more is the scratch block
+
+    assert num_blocks("fp8") == 4 * num_blocks("auto")
+
+
+@pytest.mark.parametrize("given", [{}, {"memory_share": 0.5}])
+def test_a_cards_kv_cache_is_what_the_largest_step_leaves(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def profile_num_blocks(loaded: Any, **sizes: Any) -> int:
+        asked.update(sizes)
+        return 123
+
+    device = torch.device("cuda")
+    loaded = MagicMock(name="a model on a card")
+    loaded.model.device, loaded.model.dtype = device, torch.bfloat16
+    loaded.config = load_model("tiny", load_format="dummy").config
+    monkeypatch.setattr(real, "profile_num_blocks", profile_num_blocks)
+    monkeypatch.setattr(real, "free_bytes", lambda device: 2**33)
+    monkeypatch.setattr(real, "get_backend", lambda name, device: MagicMock(capturable=True))
+    limits = {"max_num_batched_tokens": 512, "max_num_seqs": 12, **given}
+    spec = check_spec({"workload": WORK, "limits": limits, "model": {"kv_cache_dtype": "fp8"}})
+    chosen = real.real_limits(spec, loaded)
+    assert (chosen.num_blocks, chosen.capture_sizes) == (123, (1, 2, 4, 8))
+    assert asked == {
+        "block_size": 16,
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 12,
+        "max_model_len": chosen.max_model_len,
+        "attention": "auto",
+        "kv_dtype": torch.float8_e4m3fn,
+        "memory_share": given.get("memory_share", 0.95),
+    }
+    small = check_spec({"workload": WORK, "limits": {"num_blocks": 7, "capture_sizes": [3]}})
+    assert real.real_limits(small, loaded).capture_sizes == (3,)
 
 
 def test_the_runtime_serves_one_replica(tmp_path: Path) -> None:

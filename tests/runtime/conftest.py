@@ -15,6 +15,7 @@ from runtime.attention import get_backend
 from runtime.forward import ForwardInputs
 from runtime.kv_cache import PagedKVCache
 from runtime.models.llama import LlamaModel
+from runtime.ops import get_ops
 from runtime.weights import DEFAULT_MODEL, LoadedModel, load_model
 
 PROMPTS = (
@@ -70,14 +71,25 @@ class HandRunner:
     """Drives a model step by step with blocks kept by hand, the way the engine will, but with no policy.
 
     `shuffle` hands out blocks in a random order; otherwise they are contiguous. What block tables hold past a
-    sequence's end is junk on purpose.
+    sequence's end is junk on purpose. A plan's decodes come first and are declared as such.
     """
 
-    def __init__(self, model: LlamaModel, *, num_blocks: int, block_size: int = 16, shuffle: int | None = None) -> None:
+    def __init__(
+        self,
+        model: LlamaModel,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        shuffle: int | None = None,
+        attention: str = "sdpa",
+        ops: str = "reference",
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = model
         self.device = model.device
-        self.cache = PagedKVCache(model.config, num_blocks, block_size, dtype=model.dtype, device=model.device)
-        model.attach(self.cache, get_backend("sdpa", model.device))
+        dtype = kv_dtype or model.dtype
+        self.cache = PagedKVCache(model.config, num_blocks, block_size, dtype=dtype, device=model.device)
+        self.attention, self.ops = get_backend(attention, model.device), get_ops(ops, model.device)
         self.free = list(range(num_blocks))
         if shuffle is not None:
             random.Random(shuffle).shuffle(self.free)
@@ -92,7 +104,7 @@ class HandRunner:
     def step(self, plan: Mapping[int, int], pad_rows: int = 0, pad_sequences: int = 0) -> dict[int, Tensor]:
         """Run `plan` ({sequence: tokens}) in one forward pass; logits [tokens, vocab_size] of each sequence."""
         inputs = self._inputs(plan, pad_rows, pad_sequences)
-        self.model.attach(self.cache, get_backend("sdpa", self.device))
+        self.model.attach(self.cache, self.attention, self.ops)
         hidden = self.model.forward(inputs)
         logits, row = {}, 0
         for key, count in plan.items():
@@ -152,10 +164,9 @@ class HandRunner:
             query_start_loc=tensor([0, *itertools.accumulate(query_lens)], torch.int32),
             seq_lens=tensor(seq_lens, torch.int32),
             block_table=tensor(junk, torch.int32),
-            max_query_len=max(query_lens),
-            max_seq_len=max(seq_lens),
             host_query_lens=query_lens,
             host_seq_lens=seq_lens,
+            num_decodes=sum(1 for _ in itertools.takewhile(lambda n: n == 1, query_lens)),
         )
 
 

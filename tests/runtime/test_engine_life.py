@@ -26,6 +26,7 @@ from policies.queues.fcfs import Fcfs
 from policies.request import Request, Slo
 from policies.schedulers.mixed import Mixed
 from runtime.engine import Details, Engine, EngineDead
+from runtime.model_runner import ModelRunner
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Output
 from runtime.weights import LoadedModel
@@ -355,6 +356,24 @@ def test_a_failing_model_ends_every_request_with_its_error(
     gc.collect()
     assert cache() is None, "the error holds the KV cache"
     assert {row["status"] for row in rows.requests.values()} == {"unfinished"}
+
+
+def test_everybody_is_told_although_the_device_does_not_even_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    close = ModelRunner.close
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError("the card is on fire")
+
+    def fail_after(runner: ModelRunner) -> None:
+        close(runner)
+        fail()
+
+    monkeypatch.setattr(ModelRunner, "collect", fail)
+    monkeypatch.setattr(ModelRunner, "close", fail_after)
+    engine = serve(tiny(), max_num_seqs=2)
+    for listener in submit_together(engine, _prompts(3), greedy(4)):
+        assert listener.last().error == "the engine has stopped: ArithmeticError: the card is on fire"
+    engine.close()
 
 
 def test_a_stream_learns_that_the_engine_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

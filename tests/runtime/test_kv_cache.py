@@ -23,7 +23,7 @@ def test_a_cache_of_the_blocks_that_fit_takes_no_more_than_it_was_given(extra: i
     num_blocks = num_blocks_that_fit(budget, TINY, 16, torch.float32)
     cache = PagedKVCache(TINY, num_blocks, 16, dtype=torch.float32, device="cpu")
     taken = cache.blocks.untyped_storage().nbytes()
-    assert taken <= budget < taken + cache.bytes_per_block
+    assert taken <= budget < taken + bytes_per_block(TINY, 16, torch.float32)
 
 
 def test_no_block_fits_in_too_little_memory() -> None:
@@ -34,7 +34,8 @@ def test_writing_fills_the_slots_and_nothing_else() -> None:
     cache = PagedKVCache(TINY, 3, 4, dtype=torch.float32, device="cpu")
     key = torch.randn(4, TINY.num_kv_heads, TINY.head_dim)
     value = torch.randn_like(key)
-    cache.write(1, key, value, torch.tensor([5, -1, 11, -1]))
+    for slots, new in zip(cache.slots(1), (key, value), strict=True):
+        slots[torch.tensor([5, -1, 11, -1])] = new
     expected = torch.zeros_like(cache.blocks)
     expected[1, 0, 1, 1], expected[1, 1, 1, 1] = key[0], value[0]
     expected[1, 0, 2, 3], expected[1, 1, 2, 3] = key[2], value[2]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from policies.model_shape import ModelShape
 from runtime.model_config import PRESETS, Llama3RopeScaling, ModelConfig, ModelError
 from runtime.models.llama import rope_inverse_frequencies
 
@@ -33,6 +34,37 @@ LLAMA: dict[str, Any] = {
     },
     "bos_token_id": 128000,
     "eos_token_id": [128001, 128008, 128009],
+}
+QWEN3_MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": [151645, 151643],
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 151936,
+}
+MIXTRAL = LLAMA | {
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rope_scaling": None,
 }
 GGUF: dict[str, Any] = {
     "general.architecture": "llama",
@@ -96,6 +128,50 @@ def test_qwen2_ignores_its_window_unless_it_is_switched_on() -> None:
     assert ModelConfig.from_hf(config).qkv_bias
     with pytest.raises(ModelError, match="sliding-window"):
         ModelConfig.from_hf(config | {"use_sliding_window": True})
+
+
+def test_qwen3_moe_is_qwen3_with_experts_and_no_other_mlp() -> None:
+    config = ModelConfig.from_hf(QWEN3_MOE)
+    assert config == ModelConfig.preset("qwen3-30b-a3b")
+    assert config.qk_norm
+    assert config.intermediate_size == config.moe_intermediate_size == 768
+
+
+def test_experts_are_counted_under_either_name_and_their_weights_left_alone_unless_asked() -> None:
+    newer = {key: value for key, value in QWEN3_MOE.items() if key not in ("num_experts", "norm_topk_prob")}
+    config = ModelConfig.from_hf(newer | {"num_local_experts": 128})
+    assert config == dataclasses.replace(ModelConfig.preset("qwen3-30b-a3b"), norm_topk_prob=False)
+
+
+def test_experts_of_mixtral_are_as_wide_as_its_intermediate_size() -> None:
+    config = ModelConfig.from_hf(MIXTRAL)
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (8, 2, 14336)
+    assert config.norm_topk_prob
+    assert config.mixtral_names
+    assert not config.qk_norm
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decoder_sparse_step": 2}, "experts in some layers only"),
+        ({"mlp_only_layers": [0]}, "experts in some layers only"),
+        ({"num_experts": None}, "has no 'num_local_experts'"),
+        ({"moe_intermediate_size": None}, "has no 'moe_intermediate_size'"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 must be a positive integer"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok=129 is more than num_experts=128"),
+    ],
+)
+def test_experts_that_are_not_supported_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        ModelConfig.from_hf(QWEN3_MOE | change)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_has_the_experts_of_its_shape(name: str) -> None:
+    config, shape = ModelConfig.preset(name), ModelShape.preset(name)
+    assert (config.num_experts, config.num_experts_per_tok) == (shape.num_experts, shape.num_experts_per_tok)
+    assert config.moe_intermediate_size == (shape.intermediate_size if shape.num_experts else 0)
 
 
 def test_gguf_metadata_gives_the_shape() -> None:

@@ -140,7 +140,7 @@ def test_bfloat16_stays_close_to_float32(whole: Tensor, model: LlamaModel, hand_
 def test_a_model_with_nothing_attached_says_so() -> None:
     model = load_model("tiny", load_format="dummy").model
     empty = torch.zeros(1, dtype=torch.int64)
-    inputs = ForwardInputs(empty, empty, empty, empty, empty, empty[None], 1, 1, [1], [1])
+    inputs = ForwardInputs(empty, empty, empty, empty, empty, empty[None], [1], [1])
     with pytest.raises(RuntimeError, match="attach"):
         model.forward(inputs)
 
@@ -165,7 +165,7 @@ def test_every_layer_writes_the_slots_it_is_told_to(model: LlamaModel) -> None:
     lens = torch.tensor([2], dtype=torch.int32)
     table = torch.tensor([[3]], dtype=torch.int32)
     start = torch.tensor([0, 2], dtype=torch.int32)
-    model.forward(ForwardInputs(ids, positions, torch.tensor([48, 49]), start, lens, table, 2, 2, [2], [2]))
+    model.forward(ForwardInputs(ids, positions, torch.tensor([48, 49]), start, lens, table, [2], [2]))
     for layer in range(model.config.num_layers):
         written = cache.key(layer).abs().sum(dim=(2, 3)) > 0
         assert written.nonzero().tolist() == [[3, 0], [3, 1]]

@@ -199,7 +199,7 @@ def test_a_large_flat_vocabulary_is_sampled_evenly_and_steps_are_independent():
         state.add(slot, params, sampling_key(0, slot, params), [])
     sampler, batch = Sampler(vocab, CPU), state.batch(range(rows), [0] * rows)
     first = sampler(torch.zeros(rows, vocab), batch).token_ids.numpy()
-    batch.advance_()
+    batch = state.batch(range(rows), [1] * rows)
     second = sampler(torch.zeros(rows, vocab), batch).token_ids.numpy()
     assert stats.chisquare(np.bincount(first // 100, minlength=50)).pvalue > 1e-3
     pairs = np.histogram2d(first, second, bins=8, range=[[0, vocab], [0, vocab]])[0]
@@ -259,7 +259,7 @@ def test_a_seed_fixes_the_tokens_whatever_the_request_and_the_engine():
     assert len(keys) == 8
 
 
-def test_stop_tokens_cannot_be_sampled_before_min_tokens_and_can_after_the_batch_advances():
+def test_stop_tokens_cannot_be_sampled_before_min_tokens_and_can_after():
     logits = torch.zeros(2, 6)
     logits[:, [1, 3]] = 50.0
     params = [
@@ -269,11 +269,10 @@ def test_stop_tokens_cannot_be_sampled_before_min_tokens_and_can_after_the_batch
     state = SamplingState(2, 6, EOS, CPU)
     for slot in range(2):
         state.add(slot, params[slot], 0, [])
-    sampler, batch = Sampler(6, CPU), state.batch([0, 1], [0, 0])
-    seen = []
-    for _ in range(3):
+    sampler, seen = Sampler(6, CPU), []
+    for position in range(3):
+        batch = state.batch([0, 1], [position, position])
         seen.append(sampler(logits.clone(), batch).token_ids.tolist())
-        batch.advance_()
     assert seen == [[0, 1], [0, 1], [1, 1]]
 
 

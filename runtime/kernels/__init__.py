@@ -1,0 +1,1 @@
+"""Triton kernels of the fused path. Imported only where that path is taken: on a CPU without Triton nothing here is."""
