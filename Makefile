@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# A machine with a card may have PyTorch and no way to install anything: the GPU targets take what is there.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help demo test check lint gpu-test bench clean
+.PHONY: help demo test check lint gpu-test gpu-bench bench clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -33,8 +35,11 @@ lint: $(VENV)/.dev             ## style, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-gpu-test: $(VENV)/.dev         ## the tests that need a CUDA card, on this machine's
-	$(BIN)/python -m pytest -m gpu
+gpu-test:        ## the tests that need a CUDA card, and those of the kernels, on this machine's
+	$(GPU_PYTHON) -m benchmarks.gpu.run_tests
+
+gpu-bench:       ## serving on a CUDA card beside vLLM's figures; the tables go into docs/performance.md
+	$(GPU_PYTHON) -m benchmarks.gpu.serving; status=$$?; $(GPU_PYTHON) -m benchmarks.gpu.report && exit $$status
 
 bench: $(VENV)/.base           ## the benchmarks that need no GPU
 	$(BIN)/python -m benchmarks.plan_time
