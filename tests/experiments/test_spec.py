@@ -166,7 +166,7 @@ def test_a_cards_kv_cache_is_what_the_largest_step_leaves(
     limits = {"max_num_batched_tokens": 512, "max_num_seqs": 12, **given}
     spec = check_spec({"workload": WORK, "limits": limits, "model": {"kv_cache_dtype": "fp8"}})
     chosen = real.real_limits(spec, loaded)
-    assert (chosen.num_blocks, chosen.capture_sizes) == (123, (1, 2, 4, 8))
+    assert (chosen.num_blocks, chosen.capture_sizes) == (123, (1, 2, 4, 8, 12))
     assert asked == {
         "block_size": 16,
         "max_num_batched_tokens": 512,
