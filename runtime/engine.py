@@ -64,7 +64,7 @@ class Engine:
         stack: the policies.
         recorder: takes the rows of the run.
         cost: for policies that plan by predicted cost.
-        attention: backend name, or "auto".
+        attention: as `runtime.attention.get_backend` has it: a name, a pair by phase, "auto" or "fastest".
         kv_dtype: of the KV cache; the model's own where None.
         seed: of the random draws of requests without a seed of their own.
         check: verify the control plane's invariants after every step (slow).

@@ -165,7 +165,7 @@ class ModelRunner:
     Args:
         loaded: the model; it is attached to a new cache of `plane.limits.num_blocks` blocks.
         plane: asked for block tables, and for the members of the decode group by its steps' differences.
-        attention: backend name, or "auto".
+        attention: as `runtime.attention.get_backend` has it: a name, a pair by phase, "auto" or "fastest".
         kv_dtype: of the cache; the model's own where None.
     """
 

@@ -27,8 +27,11 @@ class PenaltyTable:
     def reset(self, slot: int, prompt: Sequence[int], output: Sequence[int]) -> None:
         """Sets a slot's row for a request that has these prompt and output tokens."""
         device = self.output_counts.device
-        prompt_ids = torch.tensor(prompt, dtype=torch.int64).to(device)
-        output_ids = torch.tensor(output, dtype=torch.int64).to(device)
+        pinned = device.type == "cuda"  # a copy from pageable memory would wait for the step in flight
+        prompt_ids, output_ids = (
+            torch.tensor(ids, dtype=torch.int64, pin_memory=pinned).to(device, non_blocking=True)
+            for ids in (prompt, output)
+        )
         self.in_prompt[slot].fill_(False).index_fill_(0, prompt_ids, True)
         ones = torch.ones(len(output), dtype=torch.int32, device=device)
         self.output_counts[slot].zero_().index_add_(0, output_ids, ones)
