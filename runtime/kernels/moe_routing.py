@@ -103,13 +103,14 @@ def _route_kernel(
     columns = tl.arange(0, BLOCK_E)
     places = tl.arange(0, BLOCK_K)
     row = tl.load(logits + token * NUM_EXPERTS + columns, columns < NUM_EXPERTS, float("-inf")).to(tl.float32)
+    row = tl.where(row == row, row, float("-inf"))  # a padded row may hold NaN
     highest = tl.max(row, axis=0)
     left = row
     best = tl.zeros([BLOCK_K], tl.int32)
     scores = tl.full([BLOCK_K], float("-inf"), tl.float32)
     for place in tl.static_range(TOP_K):
         score, index = tl.max(left, axis=0, return_indices=True, return_indices_tie_break_left=True)
-        # A padded row may hold NaN, and then any column can win: keep it an expert's.
+        # Where nothing is left but -inf, any column can win: keep it an expert's.
         best = tl.where(places == place, tl.minimum(index, NUM_EXPERTS - 1), best)
         scores = tl.where(places == place, score, scores)
         left = tl.where(columns == index, float("-inf"), left)
