@@ -124,14 +124,8 @@ def resolved(spec: RunSpec, loaded: LoadedModel) -> RunSpec:
     """The specification with the attention "fastest" replaced by the name of what is fastest: it is tried out once."""
     if spec.model.attention != "fastest":
         return spec
-    config = loaded.config
-    shape = AttentionShape(
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        spec.limits.block_size,
-        kv_dtype(spec.model) or loaded.model.dtype,
-    )
+    dtype = kv_dtype(spec.model) or loaded.model.dtype
+    shape = AttentionShape.of(loaded.config, spec.limits.block_size, dtype)
     name = get_backend("fastest", loaded.model.device, shape).name
     return spec.model_copy(update={"model": spec.model.model_copy(update={"attention": name})})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -72,7 +73,11 @@ class DeviceState:
         self, num_slots: int, max_model_len: int, block_size: int, device: torch.device, *, fused: bool
     ) -> None:
         self.device = device
-        self._fused = fused
+        self._kernels: ModuleType | None = None
+        if fused:
+            from runtime.kernels import launch, step  # Triton is optional
+
+            self._kernels, self._pdl = step, launch.use_pdl(device)
         self.num_slots = num_slots
         self.block_size = block_size
         self.columns = -(-max_model_len // block_size) + 1
@@ -208,12 +213,10 @@ class DeviceState:
         self._scatter_tokens(piece, self.head, staging)
 
     def _scatter_tokens(self, piece: list[tuple[int, int, list[int]]], start: int, staging: Staging) -> None:
-        if self._fused:
-            from runtime.kernels.step import scatter_tokens
-
+        if self._kernels is not None:
             longest = max(len(ids) for _, _, ids in piece)
             grid = (len(piece), -(-longest // 1024))
-            scatter_tokens[grid](self.upload, self.tokens, start, self.tokens.stride(0), BLOCK=1024)
+            self._kernels.scatter_tokens[grid](self.upload, self.tokens, start, self.tokens.stride(0), BLOCK=1024)
             return
         for slot, first, count, source in staging.host[start : start + 4 * len(piece)].view(-1, 4).tolist():
             self.tokens[slot, first : first + count] = self.upload[source : source + count]
@@ -222,10 +225,8 @@ class DeviceState:
 
     def apply_blocks(self) -> None:
         """Enter the new block ids of the step that was sent."""
-        if self._fused:
-            from runtime.kernels.step import scatter_blocks
-
-            scatter_blocks[(1,)](
+        if self._kernels is not None:
+            self._kernels.scatter_blocks[(1,)](
                 self.upload, self.block_tables, COLUMNS=self.columns, COUNT_AT=0, BLOCK=1024, num_warps=4
             )
             return
@@ -249,21 +250,18 @@ class DeviceState:
 
     def _expand(self, num_tokens: int, num_seqs: int, longest: int) -> ForwardInputs:
         device = self.device
-        if not self._fused:
+        if self._kernels is None:
             return self._expand_by_torch(num_tokens, num_seqs)
-        from runtime.kernels.launch import use_pdl
-        from runtime.kernels.step import expand_rows
-
         width = num_tokens + num_tokens % 2  # rows at 16 bytes: kernels are compiled for aligned tensors
         input_ids, positions, slot_mapping = torch.empty(3, width, dtype=torch.int64, device=device)[:, :num_tokens]
         seq_lens = torch.empty(num_seqs, dtype=torch.int32, device=device)
         table = torch.empty(num_seqs, self.columns, dtype=torch.int32, device=device)
-        block, pdl = (16 if longest == 1 else 256), use_pdl(device)
-        expand_rows[(num_seqs, -(-longest // block))](
+        block = 16 if longest == 1 else 256
+        self._kernels.expand_rows[(num_seqs, -(-longest // block))](
             self.upload, self.tokens, self.tokens.stride(0), self.block_tables, input_ids, positions, slot_mapping,
             seq_lens, table, SLOTS_AT=self.at["slots"], STARTS_AT=self.at["starts"],
             QUERY_START_AT=self.at["query_start"], COLUMNS=self.columns, BLOCK_SIZE=self.block_size, BLOCK=block,
-            PDL=pdl, num_warps=4, launch_pdl=pdl,
+            PDL=self._pdl, num_warps=4, launch_pdl=self._pdl,
         )  # fmt: skip
         offsets = self.part("query_start", num_seqs + 1)
         return ForwardInputs(input_ids, positions, slot_mapping, offsets, seq_lens, table, None, None)
@@ -290,14 +288,10 @@ class DeviceState:
     def store(self, sampled: Tensor) -> None:
         """Put sampled tokens [R] int64 where the next step reads them; R counts padding in a captured step."""
         count = len(sampled)
-        if self._fused:
-            from runtime.kernels.launch import use_pdl
-            from runtime.kernels.step import store_tokens
-
-            pdl = use_pdl(self.device)
-            store_tokens[(-(-count // 256),)](
+        if self._kernels is not None:
+            self._kernels.store_tokens[(-(-count // 256),)](
                 self.upload, sampled, self.tokens, self.tokens.stride(0), count, SLOTS_AT=self.at["sampled_slots"],
-                POSITIONS_AT=self.at["sampled_ends"], BLOCK=256, PDL=pdl, num_warps=4, launch_pdl=pdl,
+                POSITIONS_AT=self.at["sampled_ends"], BLOCK=256, PDL=self._pdl, num_warps=4, launch_pdl=self._pdl,
             )  # fmt: skip
             return
         slot, position = self.part("sampled_slots", count).long(), self.part("sampled_ends", count).long()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from runtime.forward import ForwardInputs
 from runtime.kernels.attention_decode import decode, plan_decodes
@@ -44,7 +45,6 @@ class PrefillConfig:
 @dataclass(slots=True)
 class _Plan:
     inputs: ForwardInputs
-    num_decodes: int
     first_tile: Tensor | None = None
     first_seq: Tensor | None = None
     tiles: Tensor | None = None
@@ -70,7 +70,7 @@ class TritonBackend:
     def prepare(self, inputs: ForwardInputs, kv_cache: PagedKVCache) -> _Plan:
         """Cut the decodes into ranges and list the query tiles of the chunks, both on the device."""
         num_seqs = len(inputs.seq_lens)
-        plan = _Plan(inputs, inputs.num_decodes)
+        plan = _Plan(inputs)
         if inputs.num_decodes:
             self._plan_decodes(plan, kv_cache)
         if num_seqs > inputs.num_decodes:
@@ -78,22 +78,23 @@ class TritonBackend:
         return plan
 
     def _plan_decodes(self, plan: _Plan, kv_cache: PagedKVCache) -> None:
-        device, config, num_seqs = kv_cache.device, self._decode_config(kv_cache, plan.num_decodes), plan.num_decodes
+        device, num_seqs = kv_cache.device, plan.inputs.num_decodes
+        config = self._decode_config(kv_cache, num_seqs)
         ranges = _ranges(kv_cache, config)
         plan.first_tile = torch.empty(num_seqs + 1, dtype=torch.int32, device=device)
         plan.first_seq = torch.empty(ranges + 1, dtype=torch.int32, device=device)
         pdl = use_pdl(device)
         plan_decodes[(1,)](
             plan.inputs.seq_lens, plan.first_tile, plan.first_seq, num_seqs,
-            BLOCK_N=config.block_n, RANGES=ranges, RANGES_PAD=_power_of_two(ranges),
-            SEQS_PAD=max(256, _power_of_two(num_seqs)), PDL=pdl, num_warps=8, launch_pdl=pdl,
+            BLOCK_N=config.block_n, RANGES=ranges, RANGES_PAD=next_power_of_2(ranges),
+            SEQS_PAD=max(256, next_power_of_2(num_seqs)), PDL=pdl, num_warps=8, launch_pdl=pdl,
         )  # fmt: skip
         if self._arrived is None or self._arrived.numel() < num_seqs * kv_cache.num_kv_heads:
             self._arrived = torch.zeros(max(512, num_seqs) * kv_cache.num_kv_heads, dtype=torch.int32, device=device)
             self._kept.append(self._arrived)
 
     def _plan_chunks(self, plan: _Plan, num_chunks: int, kv_cache: PagedKVCache) -> None:
-        inputs, first = plan.inputs, plan.num_decodes
+        inputs, first = plan.inputs, plan.inputs.num_decodes
         assert inputs.host_query_lens is not None, "chunks are not captured"
         device, config = kv_cache.device, self._prefill_config(kv_cache)
         bound = sum(-(-n // config.block_m) for n in inputs.host_query_lens[first:])
@@ -102,7 +103,7 @@ class TritonBackend:
         pdl = use_pdl(device)
         plan_chunks[(num_chunks,)](
             inputs.query_start_loc, inputs.seq_lens, plan.tiles, plan.num_tiles, first, num_chunks,
-            BLOCK_M=config.block_m, CHUNKS_PAD=max(16, _power_of_two(num_chunks)), PDL=pdl, num_warps=1,
+            BLOCK_M=config.block_m, CHUNKS_PAD=max(16, next_power_of_2(num_chunks)), PDL=pdl, num_warps=1,
             launch_pdl=pdl,
         )  # fmt: skip
 
@@ -118,8 +119,9 @@ class TritonBackend:
 
     def _attend_decodes(self, query: Tensor, layer: int, kv_cache: PagedKVCache, plan: _Plan, out: Tensor) -> None:
         _, heads, dim = query.shape
-        kv_heads, inputs, config = kv_cache.num_kv_heads, plan.inputs, self._decode_config(kv_cache, plan.num_decodes)
-        rows, ranges, padded = max(16, _power_of_two(heads // kv_heads)), _ranges(kv_cache, config), _padded_dim(dim)
+        kv_heads, inputs = kv_cache.num_kv_heads, plan.inputs
+        config = self._decode_config(kv_cache, inputs.num_decodes)
+        rows, ranges, padded = max(16, next_power_of_2(heads // kv_heads)), _ranges(kv_cache, config), _padded_dim(dim)
         size = ranges * 2 * kv_heads * rows * (padded + 2)
         if self._parts is None or self._parts.numel() < size:
             self._parts = torch.empty(size, dtype=torch.float32, device=query.device)
@@ -128,7 +130,7 @@ class TritonBackend:
         pdl = use_pdl(query.device)
         decode[(ranges * kv_heads,)](
             query, key, value, out, inputs.block_table, inputs.block_table.stride(0), inputs.seq_lens,
-            plan.first_tile, plan.first_seq, self._parts, self._arrived, plan.num_decodes, dim**-0.5 * _LOG2_E,
+            plan.first_tile, plan.first_seq, self._parts, self._arrived, inputs.num_decodes, dim**-0.5 * _LOG2_E,
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, ROWS=rows, D=dim, D_PAD=padded,
             BLOCK_SIZE=kv_cache.block_size, BLOCK_N=config.block_n, RANGES=ranges, STAGES=config.stages,
             PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
@@ -169,10 +171,6 @@ def _ranges(kv_cache: PagedKVCache, config: DecodeConfig) -> int:
     return max(1, num_multiprocessors(kv_cache.device) * config.programs // kv_cache.num_kv_heads)
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 def _padded_dim(dim: int) -> int:
     """tl.dot wants a power of two, 16 at least."""
-    return max(16, _power_of_two(dim))
+    return max(16, next_power_of_2(dim))

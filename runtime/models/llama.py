@@ -113,8 +113,7 @@ class LlamaLayer(nn.Module):
         query = ops.rotary(self.qkv(x, ops), how)
         attended = step.attention.attend(query, self.index, step.kv_cache, step.plan)
         x = ops.add_rms_norm_(self.output(attended.flatten(1), ops), residual, self.mlp_norm, self.eps)
-        x = self.mlp(x, fused=ops.fused) if isinstance(self.mlp, MoeMlp) else self.mlp(x, ops)
-        return x, residual
+        return self.mlp(x, ops), residual
 
 
 class LlamaModel(nn.Module):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.model_config import ModelConfig
+from runtime.models.linear import frozen
+from runtime.ops import Ops
 
 
 class MoeMlp(nn.Module):
@@ -25,36 +27,24 @@ class MoeMlp(nn.Module):
         self.renormalise = config.norm_topk_prob
         self.mixtral_names = config.mixtral_names
 
-        def weight(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
         experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.router = weight(experts, hidden)
-        self.gate_up = weight(experts, 2 * inner, hidden)
-        self.down = weight(experts, hidden, inner)
+        self.router = frozen(experts, hidden, dtype=dtype, device=device)
+        self.gate_up = frozen(experts, 2 * inner, hidden, dtype=dtype, device=device)
+        self.down = frozen(experts, hidden, inner, dtype=dtype, device=device)
 
     @property
     def block_name(self) -> str:
         """What a checkpoint calls this part of a layer: the names of `weight_slots` come after it and a dot."""
         return "block_sparse_moe" if self.mixtral_names else "mlp"
 
-    def forward(self, x: Tensor, *, fused: bool) -> Tensor:
-        """x [T, H] -> [T, H]. `fused` takes the Triton kernels, which never wait for the device."""
-        logits = self.logits(x, fused=fused)
-        if fused:
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        """x [T, H] -> [T, H]. Fused operations never wait for the device."""
+        logits = ops.linear(x, self.router)
+        if ops.fused:
             from runtime.kernels.moe import experts_mlp  # Triton is optional
 
             return experts_mlp(x, logits, self.gate_up, self.down, self.top_k, self.renormalise)
         return self.mix(x, *self.route(logits))
-
-    def logits(self, x: Tensor, *, fused: bool) -> Tensor:
-        """The router's logits, x [T, H] -> [T, E], same dtype."""
-        if fused:
-            from runtime.kernels.skinny import serves, skinny_linear
-
-            if serves(len(x), self.router):
-                return skinny_linear(x, self.router)
-        return F.linear(x, self.router)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Experts [T, top_k], best first, and their float32 weights [T, top_k], from router logits [T, E].

@@ -10,18 +10,9 @@ import torch
 import transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from runtime.weights import LoadedModel, load_model
+from runtime.weights import LoadedModel
+from tests.runtime.tiny_models import TINY, assert_we_compute_the_same
 
-TINY = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,  # sharp enough for logits to differ visibly
-}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -85,17 +76,4 @@ def test_a_tiny_random_model_equals_transformers(name: str, tmp_path: Path, hand
     family, changes = MODELS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**(TINY | changes))
-    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for parameter_name, parameter in theirs.named_parameters():
-        if parameter_name.endswith(("bias", "norm.weight")):  # born as zeros and ones, which would hide a mistake
-            torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
-    theirs.save_pretrained(tmp_path)
-
-    runner = hand_runner(load_model(str(tmp_path)).model, num_blocks=40, shuffle=0)
-    tokens = torch.randint(0, 300, (150,)).tolist()
-    runner.add(0, tokens)
-    ours = torch.cat([runner.step({0: count})[0] for count in (50, 7, 90, 1, 1, 1)])
-    with torch.inference_mode():
-        expected = theirs(torch.tensor([tokens])).logits[0]
-    assert expected.std() > 1  # a model that says something
-    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-4)
+    assert_we_compute_the_same(getattr(transformers, f"{family}ForCausalLM")(config), tmp_path, hand_runner)

@@ -13,19 +13,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from runtime.model_config import ModelConfig
 from runtime.models.moe import MoeMlp
+from runtime.ops import get_ops
 from runtime.weights import load_model
 from runtime.weights.safetensors import read_tensors
+from tests.runtime.tiny_models import TINY, assert_we_compute_the_same
 
-TINY = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,  # sharp enough for logits to differ visibly
-}
 QWEN3 = {"head_dim": 16, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("Qwen3Moe", QWEN3 | {"norm_topk_prob": True}),
@@ -33,6 +25,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe with one expert a token": ("Qwen3Moe", QWEN3 | {"num_experts_per_tok": 1}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+REFERENCE = get_ops("reference", "cpu")
 BLOCKS = {"Qwen3Moe": Qwen3MoeSparseMoeBlock, "Mixtral": MixtralSparseMoeBlock}
 
 
@@ -66,21 +59,21 @@ def test_a_layer_of_experts_equals_that_of_transformers(layers: tuple[Any, MoeMl
     with torch.inference_mode():
         expected = theirs(x.unsqueeze(0))[0]
     assert expected.std() > 0.1
-    torch.testing.assert_close(ours(x, fused=False), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x, REFERENCE), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_tokens_come_out_alike_alone_and_together(layers: tuple[Any, MoeMlp]) -> None:
     ours = layers[1]
     x = torch.randn(9, 64)
-    together = ours(x, fused=False)
-    alone = torch.cat([ours(row.unsqueeze(0), fused=False) for row in x])
+    together = ours(x, REFERENCE)
+    alone = torch.cat([ours(row.unsqueeze(0), REFERENCE) for row in x])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_no_token_and_a_token_of_zeros_do_no_harm(layers: tuple[Any, MoeMlp]) -> None:
     ours = layers[1]
-    assert ours(torch.zeros(0, 64), fused=False).shape == (0, 64)
-    assert bool((ours(torch.zeros(2, 64), fused=False) == 0).all())
+    assert ours(torch.zeros(0, 64), REFERENCE).shape == (0, 64)
+    assert bool((ours(torch.zeros(2, 64), REFERENCE) == 0).all())
 
 
 def test_of_equal_logits_the_lower_expert_is_chosen() -> None:
@@ -128,20 +121,8 @@ def test_weights_are_views_under_the_names_of_a_published_checkpoint(
 @pytest.mark.parametrize("name", MODELS)
 def test_a_tiny_random_model_equals_transformers(name: str, tmp_path: Path, hand_runner: Any) -> None:
     torch.manual_seed(0)
-    theirs = getattr(transformers, f"{MODELS[name][0]}ForCausalLM")(hf_config(name)[0]).eval()
-    for parameter_name, parameter in theirs.named_parameters():
-        if parameter_name.endswith("norm.weight"):  # born as ones, which would hide a mistake
-            torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
-    theirs.save_pretrained(tmp_path)
-
-    runner = hand_runner(load_model(str(tmp_path)).model, num_blocks=40, shuffle=0)
-    tokens = torch.randint(0, 300, (150,)).tolist()
-    runner.add(0, tokens)
-    ours = torch.cat([runner.step({0: count})[0] for count in (50, 7, 90, 1, 1, 1)])
-    with torch.inference_mode():
-        expected = theirs(torch.tensor([tokens])).logits[0]
-    assert expected.std() > 1  # a model that says something
-    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-4)
+    theirs = getattr(transformers, f"{MODELS[name][0]}ForCausalLM")(hf_config(name)[0])
+    assert_we_compute_the_same(theirs, tmp_path, hand_runner)
 
 
 def test_a_preset_of_experts_runs_with_random_weights(hand_runner: Any) -> None:

@@ -18,6 +18,7 @@ from runtime.ops import get_ops
 from runtime.weights import load_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FUSED, REFERENCE = get_ops("fused", DEVICE), get_ops("reference", DEVICE)
 # Relative errors of a norm. Triton's interpreter cuts a bfloat16 off where the card rounds it to the nearest.
 TOLERANCES = {
     torch.float32: 3e-6,
@@ -53,8 +54,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def assert_fused_is_close(layer: MoeMlp, x: Tensor) -> None:
     """Against the reference in float32, which must have chosen the same experts."""
     exact = mlp_like(layer)
-    expected = exact.mix(x.float(), *layer.route(layer.logits(x, fused=True)))
-    actual = layer(x, fused=True)
+    expected = exact.mix(x.float(), *layer.route(FUSED.linear(x, layer.router)))
+    actual = layer(x, FUSED)
     assert actual.dtype == x.dtype
     assert relative_error(actual, expected) < TOLERANCES[x.dtype]
 
@@ -84,8 +85,8 @@ def test_every_tile_gives_the_same_experts(dtype: torch.dtype, tile: moe.Tile, m
 
 def test_no_token_gives_no_row() -> None:
     layer = mlp(torch.float32)
-    assert layer(tokens(0), fused=True).shape == (0, 64)
-    assert layer(tokens(0), fused=False).shape == (0, 64)
+    assert layer(tokens(0), FUSED).shape == (0, 64)
+    assert layer(tokens(0), REFERENCE).shape == (0, 64)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -111,9 +112,9 @@ def test_all_tokens_on_the_same_experts_fill_several_blocks_of_theirs() -> None:
 def test_rows_of_zeros_stay_zeros_and_change_no_other_row() -> None:
     layer, x = mlp(torch.bfloat16), tokens(5, dtype=torch.bfloat16)
     padded = torch.cat((x, torch.zeros(11, 64, dtype=x.dtype, device=DEVICE)))
-    out = layer(padded, fused=True)
+    out = layer(padded, FUSED)
     assert bool((out[5:] == 0).all())
-    assert relative_error(out[:5], layer(x, fused=True).float()) < TOLERANCES[torch.bfloat16]
+    assert relative_error(out[:5], layer(x, FUSED).float()) < TOLERANCES[torch.bfloat16]
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # NumPy's, in the interpreter
@@ -121,7 +122,7 @@ def test_a_row_that_is_no_number_changes_no_other_row() -> None:
     layer, x = mlp(torch.float32), tokens(6)
     broken = x.clone()
     broken[2] = float("nan")
-    out, expected = layer(broken, fused=True), layer(x, fused=True)
+    out, expected = layer(broken, FUSED), layer(x, FUSED)
     others = [0, 1, 3, 4, 5]
     assert relative_error(out[others], expected[others]) < TOLERANCES[torch.float32]
 
@@ -179,7 +180,7 @@ def test_the_worst_routing_needs_exactly_the_most_blocks(num_pairs: int) -> None
 
 def test_sizes_that_are_no_multiple_of_16_are_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 16, not 40"):
-        mlp(torch.float32, inner=40)(tokens(3), fused=True)
+        mlp(torch.float32, inner=40)(tokens(3), FUSED)
 
 
 def test_a_whole_model_of_experts_says_the_same_with_fused_operations(
@@ -211,7 +212,7 @@ def test_a_layer_of_qwen3_30b_a3b_equals_the_reference_and_replays_from_a_graph(
     graph = torch.cuda.CUDAGraph()
     static = torch.zeros_like(x)
     with torch.cuda.graph(graph):
-        out = layer(static, fused=True)
+        out = layer(static, FUSED)
     static.copy_(x)  # other experts than those captured
     graph.replay()
-    assert bool((out == layer(x, fused=True)).all())
+    assert bool((out == layer(x, FUSED)).all())
