@@ -36,6 +36,9 @@ __all__ = ["Completion", "Details", "Engine", "EngineDead", "Output"]
 
 logger = logging.getLogger(__name__)
 
+GPU_PLAN_LEAD_NS = 2_000_000
+"""`Limits.plan_lead_ns` on a card: what a plan and its launch take there, and some more."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
@@ -321,6 +324,8 @@ class Engine:
         while action is not None:
             answer: int | Report | None = None
             if isinstance(action, Deliver):
+                for step in launched.values():
+                    self._hold(step)
                 answer = None if self._closing else self._deliver()
             elif isinstance(action, Launch):
                 self._launch(action.step, launched)
@@ -329,6 +334,16 @@ class Engine:
             elif isinstance(action, Idle):
                 self._sleep(action.wake_at)
             action = send(loop, answer)
+
+    def _hold(self, launched: Launched) -> None:
+        """Wait until the step in flight is about to end: what arrives meanwhile can be in the next plan."""
+        lead, end = self.limits.plan_lead_ns, self._runner.expected_end(launched)
+        if lead is None or end is None:
+            return
+        wait_ns = end - lead - time.monotonic_ns()
+        if wait_ns > 0:
+            with self._inbox:
+                self._inbox.wait_for(lambda: self._closing, wait_ns / 1e9)
 
     def _deliver(self) -> int:
         """Submissions in the order of their stamps, then cancellations by id: the simulator's order too."""

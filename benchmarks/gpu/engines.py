@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from policies.replica_state import Limits
-from policies.shapes import default_capture_sizes
+from policies.shapes import default_capture_sizes, default_mixed_capture_sizes
 from policies.stack import StackSpec
-from runtime.engine import Engine
+from runtime.engine import GPU_PLAN_LEAD_NS, Engine
 from runtime.memory import profile_num_blocks
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Output
@@ -51,7 +51,9 @@ def make_engine(loaded: LoadedModel, scheduler: str, block_size: int) -> Engine:
         **sizes,
         prefix_caching=False,
         capture_sizes=default_capture_sizes(MAX_NUM_SEQS) if cuda else (),
+        mixed_capture_sizes=default_mixed_capture_sizes(sizes["max_num_batched_tokens"]) if cuda else (),
         lag=1,
+        plan_lead_ns=GPU_PLAN_LEAD_NS if cuda else None,
     )
     engine = Engine(loaded, limits, StackSpec(scheduler).build(block_size=block_size))
     engine.startup_seconds.update(seconds)

@@ -14,14 +14,16 @@ from runtime.kernels.launch import kernel
 
 
 @kernel
-@triton.jit(do_not_specialize=["first", "num_chunks"])
+@triton.jit(do_not_specialize=["first", "num_chunks", "num_seqs"])
 def plan_chunks(
     query_start_loc,  # [S + 1] int32
     seq_lens,  # [S] int32
+    decode_count,  # [1] int32: the first sequence that is a chunk; None: it is `first`
     tiles,  # [bound, 2] int32, out: (sequence, first query in it)
     num_tiles,  # [1] int32, out
-    first,  # the first sequence that is a chunk
-    num_chunks,
+    first,
+    num_chunks,  # at most
+    num_seqs,
     BLOCK_M: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
     PDL: tl.constexpr,
@@ -32,7 +34,9 @@ def plan_chunks(
         gdc_wait()
     mine = tl.program_id(0)
     chunks = tl.arange(0, CHUNKS_PAD)
-    there = chunks < num_chunks
+    if decode_count is not None:
+        first = tl.load(decode_count)
+    there = (chunks < num_chunks) & (first + chunks < num_seqs)
     begin = tl.load(query_start_loc + first + chunks, mask=there, other=0)
     end = tl.load(query_start_loc + first + chunks + 1, mask=there, other=0)
     length = tl.load(seq_lens + first + chunks, mask=there, other=0)
