@@ -51,6 +51,24 @@ def plan_chunks(
 
 
 @triton.jit
+def _cache_slots(table, start, seq_len, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """Where the keys start .. start + BLOCK_N lie, [BLOCK_N] int64. A block's id is looked up once where it can be."""
+    if BLOCK_N % BLOCK_SIZE == 0:
+        blocks = start // BLOCK_SIZE + tl.arange(0, BLOCK_N // BLOCK_SIZE)
+        if MASKED:
+            ids = tl.load(table + blocks, mask=blocks * BLOCK_SIZE < seq_len, other=0)
+        else:
+            ids = tl.load(table + blocks)
+        first = ids.to(tl.int64) * BLOCK_SIZE
+        return tl.reshape(first[:, None] + tl.arange(0, BLOCK_SIZE)[None, :], [BLOCK_N])
+    tokens = start + tl.arange(0, BLOCK_N)
+    if BLOCK_SIZE % BLOCK_N == 0:
+        return tl.load(table + start // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
+    ids = tl.load(table + tokens // BLOCK_SIZE, mask=tokens < seq_len, other=0)
+    return ids.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
+
+
+@triton.jit
 def _over_keys(
     q,
     acc,
@@ -78,11 +96,8 @@ def _over_keys(
     for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         tokens = start + tl.arange(0, BLOCK_N)
         there = tokens < seq_len
-        if MASKED:
-            page = tl.load(table + tokens // BLOCK_SIZE, mask=there, other=0)
-        else:
-            page = tl.load(table + tokens // BLOCK_SIZE)
-        rows = (page.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * D) + kv_head * D
+        slots = _cache_slots(table, start, seq_len, BLOCK_SIZE, BLOCK_N, MASKED)
+        rows = slots * (KV_HEADS * D) + kv_head * D
         where = rows[:, None] + dims[None, :]
         if MASKED:
             inside = there[:, None] & (dims < D)[None, :] if D != D_PAD else there[:, None]

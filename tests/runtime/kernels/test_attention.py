@@ -113,7 +113,7 @@ def test_decodes_equal_attention_written_out(heads: int, kv_heads: int, dim: int
     check([1] * 6, [33, 1, 100, 0, 16, 47], 6, heads, kv_heads, dim, 16, dtype)
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_size", [8, 16, 24, 32, 64, 128])
 def test_every_block_size_serves_decodes_and_chunks(block_size: int) -> None:
     check([1, 1, 20, 3], [130, 70, 20, 131], 2, 4, 2, 16, block_size, torch.float32)
 
