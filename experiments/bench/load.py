@@ -64,7 +64,10 @@ class Load:
         return time.perf_counter_ns() - self._start_ns
 
     async def open_loop(self, due_ns: Sequence[int]) -> None:
-        """Send request i at `due_ns[i]` (ascending), however many are in flight. The run begins now."""
+        """Send request i at `due_ns[i]` (ascending), however many are in flight. The run begins now.
+
+        An event loop's timers go by the millisecond: uvloop's may be half of one early.
+        """
         self._start_ns = time.perf_counter_ns()
         async with asyncio.TaskGroup() as tasks:
             for i, due in enumerate(due_ns):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from experiments.bench.load import Counts, Load
 from experiments.bench.measuring import Measured
@@ -19,6 +20,8 @@ from experiments.records import RunWriter, run_info
 from experiments.spec import SpecError
 from experiments.workloads import Workload
 from runtime.client import APIError, AsyncClient, Client
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def run_bench(
     """
     spec, workload = target.spec, target.workload
     allow_open_files()
-    asyncio.run(_warm_up(target))
+    _in_event_loop(_warm_up(target))
     info = run_info(
         "client",
         spec=spec.model_dump(mode="json"),
@@ -96,7 +99,7 @@ def run_bench(
     counts, whole = Counts(), False
     try:
         with _undisturbed():
-            counts, whole = asyncio.run(_drive(target, on_end, on_tick))
+            counts, whole = _in_event_loop(_drive(target, on_end, on_tick))
     finally:
         writer.close() if whole else writer.abort()
     return Outcome(counts, not whole, without_usage)
@@ -150,6 +153,16 @@ def _turned(prompt: Prompt) -> Prompt:
 
 def _client(target: Target) -> AsyncClient:
     return AsyncClient(target.spec.base_url, api_key=target.api_key, timeout_s=target.spec.timeout_s, retries=0)
+
+
+def _in_event_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run to the end, in uvloop where there is one. Ctrl-C cancels it."""
+    if sys.platform == "win32":
+        return asyncio.run(work)
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
 
 
 @contextmanager

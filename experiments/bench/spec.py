@@ -57,8 +57,6 @@ class BenchSpec(BaseModel):
 
     @model_validator(mode="after")
     def _fitting(self) -> BenchSpec:
-        if self.concurrency is not None and self.workload.rate is not None:
-            raise ValueError("concurrency sends the next request when one has ended; leave the rate out")
         if self.api == "chat" and self.prompts == "ids":
             raise ValueError("the chat API takes no token ids; send prompts 'text', or use api 'completions'")
         if self.vocab_size is not None and (self.prompts, self.tokenizer) != ("ids", None):

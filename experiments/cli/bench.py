@@ -76,6 +76,8 @@ def bench(
     Example: diptych bench --base-url http://127.0.0.1:8000 -w chat -n 200 --rate 4 --save-result result.json
     """
     _check_settings(settings or [])
+    if concurrency is not None and (rate is not None or speed_up is not None):
+        raise SpecError("--concurrency sends a request when another has ended; leave --rate and --speed-up out")
     given = gather(context)
     slo = _objectives(goodput or [])
     folder = out or Path("runs") / f"{Path(given.workload.name).name.split('.')[0]}-client"
@@ -87,7 +89,7 @@ def bench(
     specification = check_bench(
         base_url=base_url,
         model=model or _first_model(base_url, api_key),
-        workload=_sped_up(given, speed_up, concurrency),
+        workload=_sped_up(given, speed_up),
         seed=given.seed,
         api=api,
         concurrency=concurrency,
@@ -167,12 +169,10 @@ def _check_settings(settings: list[str]) -> None:
             )
 
 
-def _sped_up(spec: RunSpec, speed_up: float | None, concurrency: int | None) -> dict[str, Any]:
+def _sped_up(spec: RunSpec, speed_up: float | None) -> dict[str, Any]:
     """The workload's fields, its time scaled."""
     fields = spec.workload.model_dump()
     if speed_up is not None:
-        if concurrency is not None:
-            raise SpecError("--speed-up is for arrival times, which --concurrency leaves out; give one of them")
         fields["time_scale"] /= speed_up
     return fields
 

@@ -120,6 +120,8 @@ class RunWriter:
         They go to disk by age alone: a load generator, which has no other thread, is not to wait for a file.
         """
         self._check_open()
+        if self._failure is not None:
+            raise self._failure
         self._client.append(client_row)
         self._requests.append(row)
         self._num_requests += 1

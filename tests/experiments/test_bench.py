@@ -123,7 +123,7 @@ def test_an_open_loop_run_sends_each_request_at_its_time_and_records_it(
     client = run.client.sort_values("request_id")
     assert client["due_ns"].tolist() == workload.arrival_ns.tolist()
     late = run.requests.sort_values("request_id")["arrival_ns"].to_numpy() - client["due_ns"].to_numpy()
-    assert 0 <= late.min() <= np.median(late) < 20_000_000
+    assert -1_000_000 <= late.min() <= np.median(late) < 20_000_000  # uvloop's timers go by whole milliseconds
     said = re.search(r"lateness of a submission ([\d.]+) ms", out)
     assert said is not None
     assert float(said[1]) == pytest.approx(late.max() / 1e6, abs=0.06)
@@ -354,7 +354,7 @@ async def no_model(seen: Seen, answer: Answer) -> None:
         (["-m", "x", *RANDOM_IDS], "a warm-up request failed: HTTP 404: The model `x` does not exist."),
         ([], "the server was asked for its models: HTTP 404"),
         (["-m", "x"], "give --tokenizer FOLDER, or --vocab-size N"),
-        (["-m", "x", "--concurrency", "2"], "leave the rate out"),
+        (["-m", "x", "--concurrency", "2"], "leave --rate and --speed-up out"),
         (["-m", "x", "--api", "chat", "--prompts", "ids"], "the chat API takes no token ids"),
         (["-m", "x", "--api", "embeddings"], "api: Input should be 'completions' or 'chat'"),
         (["-m", "x", "--set", "limits.lag=0"], "the server has its own"),
