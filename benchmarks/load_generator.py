@@ -38,7 +38,16 @@ SECONDS = 10
 
 @dataclass(frozen=True)
 class Measured:
-    """One rate. Times in milliseconds; `cpu` is process time a request."""
+    """One rate. Times in milliseconds.
+
+    Attributes:
+        gap: between two chunks of an answer.
+        rate: requests a second that were due; sent_per_s: that were sent.
+        in_flight: requests, on average.
+        late_p50, late_max: lateness of submissions.
+        ttft_added_p50, e2e_added_p50, e2e_added_p99: measured beyond what the server took.
+        cpu: process time of the generator, a request.
+    """
 
     gap: int
     rate: int
@@ -59,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of sending, at each rate")
     options = parser.parse_args(argv)
     found = [measure(gap, rate, options.seconds) for gap in GAPS_MS for rate in RATES]
-    columns = list(asdict(found[0]))
-    table = Table(*columns, title=f"diptych bench, one process, {platform.processor() or platform.machine()}")
+    headings = [name.replace("_", "\n") for name in asdict(found[0])]
+    table = Table(*headings, title=f"diptych bench, one process, {platform.processor() or platform.machine()}")
     for one in found:
         table.add_row(*(f"{value:,.1f}" if isinstance(value, float) else str(value) for value in asdict(one).values()))
     Console().print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,8 @@ from experiments.cli.app import app, complain, console
 from experiments.cli.failures import INTERRUPTED
 from experiments.cli.options import gather, make_parent, progress
 from experiments.cli.summary import summary_table
+from experiments.compare import format_figure
+from experiments.metrics import summarize
 from experiments.records import Run, check_free, read_run
 from experiments.spec import RunSpec, SpecError
 from experiments.workloads import make_workload
@@ -51,6 +54,7 @@ def bench(
     temperature: Annotated[float | None, typer.Option(help="The server's default where it is not given.")] = None,
     extra_body: Annotated[str | None, typer.Option(help="A JSON object of further fields for every request.")] = None,
     warm_up: Annotated[int, typer.Option(help="Requests before the first that counts.", min=0)] = 1,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for a server that is just starting.", min=0)] = 0.0,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request has failed.")] = 3600.0,
     tokenizer: Annotated[
         Path | None, typer.Option(help="A folder with tokenizer.json; else the server is asked.")
@@ -86,9 +90,10 @@ def bench(
         make_parent(save_result)
     from experiments.bench.spec import check_bench  # what it imports takes its time
 
+    models = _models(base_url, api_key, wait) if model is None or wait else []
     specification = check_bench(
         base_url=base_url,
-        model=model or _first_model(base_url, api_key),
+        model=model or models[0],
         workload=_sped_up(given, speed_up),
         seed=given.seed,
         api=api,
@@ -105,6 +110,10 @@ def bench(
     outcome = _run(specification, folder, overwrite, api_key)
     run = read_run(folder)
     console.print(summary_table(run, f"{specification.model} at {specification.base_url}"))
+    if slo:
+        console.print(
+            f"Goodput: {format_figure(summarize(run, slo)['request_goodput'])} requests/s met every objective"
+        )
     _say_how_it_went(run, outcome)
     if save_result is not None:
         from experiments.bench import result_json
@@ -177,17 +186,24 @@ def _sped_up(spec: RunSpec, speed_up: float | None) -> dict[str, Any]:
     return fields
 
 
-def _first_model(base_url: str, api_key: str | None) -> str:
-    from runtime.client import APIError, Client
+def _models(base_url: str, api_key: str | None, wait_s: float) -> list[str]:
+    """The models that are served; asked until there is an answer, or until the time is up."""
+    from runtime.client import APIConnectionError, APIError, Client, OverloadedError
 
-    try:
-        with Client(base_url, api_key=api_key) as client:
-            models = client.models()
-    except APIError as error:
-        raise SpecError(f"the server was asked for its models: {error}") from error
+    until = time.monotonic() + wait_s
+    with Client(base_url, api_key=api_key, retries=0) as client, console.status("asking the server for its models"):
+        while True:
+            try:
+                models = client.models()
+                break
+            except APIError as error:
+                starting = isinstance(error, APIConnectionError | OverloadedError)
+                if not starting or time.monotonic() > until:
+                    raise SpecError(f"the server was asked for its models: {error}") from error
+                time.sleep(0.5)
     if not models:
         raise SpecError(f"{base_url} serves no model; start it with one")
-    return models[0]
+    return models
 
 
 def _json_object(text: str | None) -> dict[str, Any]:

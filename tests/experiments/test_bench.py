@@ -385,6 +385,28 @@ def test_nobody_at_the_address_is_said_in_one_line(
     assert re.fullmatch(r"diptych: the server was asked for its models: http://\S+ cannot be reached: .*\n", err)
 
 
+def test_a_server_that_is_just_starting_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def starting(seen: Seen, answer: Answer) -> None:
+        asked.append(seen.path)
+        if len(asked) < 3:
+            await answer.whole(503, b"loading")
+        else:
+            await model_server(steady)(seen, answer)
+
+    asked: list[str] = []
+    flags = ["-n", "2", "--rate", "90", "--goodput", "ttft:5000", *RANDOM_IDS]
+    with serving(starting) as server:
+        status, _, err = bench(monkeypatch, capsys, server.url, *SMALL, *flags)
+        assert status == 2
+        assert "asked for its models: HTTP 503: loading" in err
+        status, out, _ = bench(monkeypatch, capsys, server.url, *SMALL, *flags, "--wait", "20")
+    assert status == 0
+    assert asked[:3] == ["/v1/models"] * 3
+    assert re.search(r"Goodput: [\d.]+ requests/s met every objective", out)
+
+
 def test_a_server_that_tells_no_tokenizer_gets_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
