@@ -8,7 +8,7 @@
 
 Both have the same methods and raise the same errors (`runtime.openai_wire.APIError` and its kinds). A request is tried
 again where the server could not be reached or answered 429 or 503, after the time that it asked for, and never once a
-piece of its answer has been handed out.
+piece of its answer has been handed out. A streamed one is sent when its iteration begins, and closing that ends it.
 
 They differ in the library below. `Client` has httpx2, `AsyncClient` aiohttp: with hundreds of requests at once httpx2's
 pool takes 4 to 10 ms of a core for each, which a load generator does not have; aiohttp takes 1 to 2.
@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import aiohttp
 import httpx2
@@ -64,6 +64,7 @@ __all__ = [
     "Usage",
 ]
 
+T = TypeVar("T")
 _Opened = tuple[httpx2.Response, Iterator[Chunk], Chunk | None]
 _AsyncOpened = tuple[aiohttp.ClientResponse, AsyncIterator[Chunk], Chunk | None]
 
@@ -100,6 +101,7 @@ class _Settings:
         self.root = wire.root_url(base_url)
         self._headers = wire.request_headers(api_key, headers)
         self._timeout_s = timeout_s
+        self._retries = retries
         self._retrying: dict[str, Any] = {
             "stop": tenacity.stop_after_attempt(1 + retries),
             "retry": tenacity.retry_if_exception(_worth_retrying),
@@ -155,11 +157,11 @@ class Client(_Settings):
         return wire.parse_completion(self.post(wire.CHAT, wire.chat_body(messages, model, params, False)))
 
     def stream_completion(self, prompt: Prompt, *, model: str, **params: Any) -> Iterator[Chunk]:
-        """`complete`, in chunks as they come. Leaving the iteration early ends the request. APIError."""
+        """`complete`, in chunks as they come. APIError."""
         return self.stream(wire.COMPLETIONS, wire.completion_body(prompt, model, params, True))
 
     def stream_chat(self, messages: Messages, *, model: str, **params: Any) -> Iterator[Chunk]:
-        """`chat`, in chunks as they come. Leaving the iteration early ends the request. APIError."""
+        """`chat`, in chunks as they come. APIError."""
         return self.stream(wire.CHAT, wire.chat_body(messages, model, params, True))
 
     def models(self) -> list[str]:
@@ -191,25 +193,27 @@ class Client(_Settings):
 
     def get(self, path: str) -> bytes:
         """Content of an answer to GET. APIError."""
-        return tenacity.Retrying(**self._retrying)(self._whole, "GET", path)
+        return self._retried(self._whole, "GET", path)
 
     def post(self, path: str, body: Mapping[str, Any]) -> bytes:
         """Content of an answer to POST of a JSON body. APIError."""
-        return tenacity.Retrying(**self._retrying)(self._whole, "POST", path, json.dumps(body).encode())
+        return self._retried(self._whole, "POST", path, json.dumps(body).encode())
 
     def stream(
         self, path: str, body: Mapping[str, Any] | bytes, headers: Mapping[str, str] | None = None
     ) -> Iterator[Chunk]:
         """Chunks of an answer to POST of a body that asks for a stream (bytes: JSON already). APIError."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        opened: _Opened = tenacity.Retrying(**self._retrying)(self._open, path, content, headers)
-        response, chunks, first = opened
+        response, chunks, first = self._retried(self._open, path, content, headers)
         try:
             if first is not None:
                 yield first
                 yield from chunks
         finally:
             response.close()
+
+    def _retried(self, ask: Callable[..., T], *args: Any) -> T:
+        return tenacity.Retrying(**self._retrying)(ask, *args)
 
     def _whole(self, method: str, path: str, content: bytes | None = None) -> bytes:
         with _explained(self.root):
@@ -274,12 +278,12 @@ class AsyncClient(_Settings):
         """Answer a conversation, `{"role": ..., "content": ...}` each. APIError."""
         return wire.parse_completion(await self.post(wire.CHAT, wire.chat_body(messages, model, params, False)))
 
-    def stream_completion(self, prompt: Prompt, *, model: str, **params: Any) -> AsyncIterator[Chunk]:
-        """`complete`, in chunks as they come. Leaving the iteration early ends the request. APIError."""
+    def stream_completion(self, prompt: Prompt, *, model: str, **params: Any) -> AsyncGenerator[Chunk, None]:
+        """`complete`, in chunks as they come. APIError."""
         return self.stream(wire.COMPLETIONS, wire.completion_body(prompt, model, params, True))
 
-    def stream_chat(self, messages: Messages, *, model: str, **params: Any) -> AsyncIterator[Chunk]:
-        """`chat`, in chunks as they come. Leaving the iteration early ends the request. APIError."""
+    def stream_chat(self, messages: Messages, *, model: str, **params: Any) -> AsyncGenerator[Chunk, None]:
+        """`chat`, in chunks as they come. APIError."""
         return self.stream(wire.CHAT, wire.chat_body(messages, model, params, True))
 
     async def models(self) -> list[str]:
@@ -311,19 +315,18 @@ class AsyncClient(_Settings):
 
     async def get(self, path: str) -> bytes:
         """Content of an answer to GET. APIError."""
-        return await tenacity.AsyncRetrying(**self._retrying)(self._whole, "GET", path)
+        return await self._retried(self._whole, "GET", path)
 
     async def post(self, path: str, body: Mapping[str, Any]) -> bytes:
         """Content of an answer to POST of a JSON body. APIError."""
-        return await tenacity.AsyncRetrying(**self._retrying)(self._whole, "POST", path, json.dumps(body).encode())
+        return await self._retried(self._whole, "POST", path, json.dumps(body).encode())
 
     async def stream(
         self, path: str, body: Mapping[str, Any] | bytes, headers: Mapping[str, str] | None = None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """Chunks of an answer to POST of a body that asks for a stream (bytes: JSON already). APIError."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        opened: _AsyncOpened = await tenacity.AsyncRetrying(**self._retrying)(self._open, path, content, headers)
-        response, chunks, first = opened
+        response, chunks, first = await self._retried(self._open, path, content, headers)
         try:
             if first is not None:
                 yield first
@@ -331,6 +334,11 @@ class AsyncClient(_Settings):
                     yield chunk
         finally:
             response.close()  # which gives the connection back where the answer was read to its end
+
+    async def _retried(self, ask: Callable[..., Awaitable[T]], *args: Any) -> T:
+        if not self._retries:  # a load generator asks once, and has no 0.2 ms for the machinery
+            return await ask(*args)
+        return await tenacity.AsyncRetrying(**self._retrying)(ask, *args)
 
     async def _whole(self, method: str, path: str, content: bytes | None = None) -> bytes:
         with _explained(self.root):

@@ -106,8 +106,11 @@ class Load:
                 counts.failed += 1
             self._on_end(measured)
 
-    async def watch(self, on_tick: Callable[[Counts], None], every_s: float = 0.1) -> None:
-        """Until cancelled: measure how late the event loop is, and tell `on_tick` how far the run is."""
+    async def watch(self, on_tick: Callable[[Counts], None], every_s: float = 0.02) -> None:
+        """Until cancelled: measure how late the event loop is, and tell `on_tick` how far the run is.
+
+        Delays much shorter than `every_s` are not seen.
+        """
         while True:
             before = time.perf_counter_ns()
             await asyncio.sleep(every_s)

@@ -316,7 +316,7 @@ def test_leaving_a_stream_early_closes_its_connection(call: Call) -> None:
         async with AsyncClient(url) as client:
             stream = client.stream_completion("x", model="m")
             await anext(stream)
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
             assert await asyncio.to_thread(gone.wait, 5)
 
     with serving(handler) as server:
