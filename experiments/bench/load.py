@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.bench.measuring import Measured, measure
@@ -44,6 +44,7 @@ class Load:
         body: request number -> JSON body; called shortly before the request is due.
         on_end: called with each request when it ends, and with those in flight when the run is cancelled.
         timeout_s: for a whole answer.
+        headers: request number -> further headers.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class Load:
         body: Callable[[int], bytes],
         on_end: Callable[[Measured], None],
         timeout_s: float,
+        headers: Callable[[int], Mapping[str, str]] = lambda i: {},
     ) -> None:
+        self._headers = headers
         self._client, self._path, self._body, self._on_end, self._timeout_s = client, path, body, on_end, timeout_s
         self._name = f"bench-{uuid.uuid4().hex[:8]}"  # a server may refuse an id that it has seen
         self._start_ns = time.perf_counter_ns()
@@ -96,7 +99,7 @@ class Load:
         counts.sent += 1
         counts.running += 1
         try:
-            headers = {"x-request-id": f"{self._name}-{i}"}
+            headers = {"x-request-id": f"{self._name}-{i}", **self._headers(i)}
             await measure(self._client, self._path, body, headers, measured, self._timeout_s, self.now_ns)
         finally:
             counts.running -= 1

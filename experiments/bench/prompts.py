@@ -86,6 +86,11 @@ def cap_of(workload: Workload, spec: BenchSpec, i: int) -> int:
     return int((workload.output_tokens if spec.ignore_eos else workload.max_tokens)[i])
 
 
+def make_headers(workload: Workload, i: int) -> dict[str, str]:
+    """The headers of request i beside its id: its tenant, as `diptych serve` takes it."""
+    return {} if workload.tenant is None else {"x-tenant": workload.tenant[i]}
+
+
 def make_body(workload: Workload, spec: BenchSpec, prompts: Prompts, i: int) -> bytes:
     """The body of request i, with the fields that `vllm bench serve` sends."""
     body: dict[str, Any] = {"model": spec.model}

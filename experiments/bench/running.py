@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from experiments.bench.load import Counts, Load
 from experiments.bench.measuring import Measured
-from experiments.bench.prompts import Prompt, Prompts, make_body, make_prompts
+from experiments.bench.prompts import Prompt, Prompts, make_body, make_headers, make_prompts
 from experiments.bench.recording import rows
 from experiments.bench.spec import BenchSpec
 from experiments.records import RunWriter, run_info
@@ -111,7 +111,7 @@ async def _drive(
     """Run the load; whether it came to its end."""
     spec, workload = target.spec, target.workload
     async with _client(target) as client:
-        load = Load(client, spec.path, lambda i: make_body(workload, spec, target.prompts, i), on_end, spec.timeout_s)
+        load = _load(client, target, target.prompts, on_end)
         watch = asyncio.create_task(load.watch(on_tick))
         try:
             if spec.concurrency is None:
@@ -134,12 +134,11 @@ async def _warm_up(target: Target) -> None:
     spec = target.spec
     if not spec.warm_up:
         return
-    workload = target.workload.slice(spec.warm_up)
-    prompts = [_turned(prompt) for prompt in target.prompts[: len(workload)]]
+    prompts = [_turned(prompt) for prompt in target.prompts[: spec.warm_up]]
     ended: list[Measured] = []
     async with _client(target) as client:
-        load = Load(client, spec.path, lambda i: make_body(workload, spec, prompts, i), ended.append, spec.timeout_s)
-        await load.closed_loop(len(workload), spec.concurrency or len(workload))
+        load = _load(client, target, prompts, ended.append)
+        await load.closed_loop(len(prompts), spec.concurrency or len(prompts))
     failed = next((measured for measured in ended if not measured.completed), None)
     if failed is not None:
         raise SpecError(f"a warm-up request failed: {failed.error} (--warm-up 0 leaves them out)")
@@ -149,6 +148,18 @@ def _turned(prompt: Prompt) -> Prompt:
     """The same content from the middle on: another beginning, the same length."""
     half = len(prompt) // 2
     return prompt[half:] + prompt[:half]  # type: ignore[operator,return-value]
+
+
+def _load(client: AsyncClient, target: Target, prompts: Prompts, on_end: Callable[[Measured], None]) -> Load:
+    spec, workload = target.spec, target.workload
+    return Load(
+        client,
+        spec.path,
+        lambda i: make_body(workload, spec, prompts, i),
+        on_end,
+        spec.timeout_s,
+        lambda i: make_headers(workload, i),
+    )
 
 
 def _client(target: Target) -> AsyncClient:

@@ -329,6 +329,7 @@ def test_a_trace_is_sent_by_its_own_times_and_faster_where_that_is_asked(
     assert run.client.sort_values("request_id")["due_ns"].tolist() == [i * 50_000_000 for i in range(5)]
     assert sorted(len(body["prompt"]) for body in server.bodies(COMPLETIONS)[1:]) == [5, 6, 7, 8, 9]
     assert {body["user"] for body in server.bodies(COMPLETIONS)} == {"t"}
+    assert {seen.headers["x-tenant"] for seen in server.seen if seen.path == COMPLETIONS} == {"t"}
     assert set(run.requests["tenant"]) == {"t"}
 
 
