@@ -9,7 +9,7 @@ REQUESTS: dict[str, str] = {
     "request_id": "int64",
     "replica": "int32",
     "arrival_ns": "int64",  # stamped on the way in
-    "before_step": "int64",  # handed to the control plane before the plan with this index; -1: seen by a client alone
+    "before_step": "int64",  # handed to the control plane before the plan with this index
     "tenant": "string",
     "session": "int64?",
     "program": "int64?",
@@ -30,7 +30,7 @@ REQUESTS: dict[str, str] = {
     "first_token_ns": "int64?",
     "finish_ns": "int64?",
     "end_before_step": "int64?",  # for a cancelled request: cancelled before the plan with this index
-    "status": "string",  # stop, length, cancelled, dropped, refused, unfinished; failed, as a client sees it
+    "status": "string",  # stop, length, cancelled, dropped, refused, unfinished
     "error": "string",
     "token_steps": "list<int64>",  # steps that produced a token of it, where it did not run with the decode group
     "decode_runs": "list<int64>",  # pairs (a, b): a token in each step with a < decode_clock <= b of the group

@@ -23,7 +23,7 @@ CLIENT: dict[str, str] = {
 """client.parquet, one row a request: what only a client sees, in place of the steps that it does not."""
 
 CLIENT_TABLES: dict[str, dict[str, str]] = {"requests": records.REQUESTS, "client": CLIENT}
-"""What a client of a server writes."""
+"""What a client of a server writes. There a request's status may also be `failed`, and its before_step is -1."""
 
 _TYPES = {
     "int64": pa.int64(),
