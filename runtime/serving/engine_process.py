@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -57,9 +58,12 @@ def _serve(inbound: zmq.Socket[bytes], outbox: Outbox, launch: Launch) -> None:
         engine = hosted.engine
         outbox.engine = engine
         outbox.send(messages.Ready(hosted.info))
-        receiver = threading.Thread(target=_receive, args=(inbound, outbox, hosted), name="receiver", daemon=True)
+        stopped, stop = os.pipe()
+        receiver = threading.Thread(target=_receive, args=(inbound, stopped, outbox, hosted), name="receiver")
         receiver.start()
         engine.wait()
+        os.write(stop, b".")
+        receiver.join()
     try:
         engine.raise_if_dead()
     except EngineDead as dead:
@@ -107,18 +111,19 @@ class Outbox:
             self._socket.send(data)
 
 
-def _receive(inbound: zmq.Socket[bytes], outbox: Outbox, hosted: Hosted) -> None:
-    """Take messages until the front says that it is over, or is gone."""
+def _receive(inbound: zmq.Socket[bytes], stopped: int, outbox: Outbox, hosted: Hosted) -> None:
+    """Take messages until the front says that it is over, or is gone, or `stopped` (a pipe) says that the engine is."""
     engine, parent = hosted.engine, multiprocessing.parent_process()
     poller = zmq.Poller()
     poller.register(inbound, zmq.POLLIN)
+    poller.register(stopped, zmq.POLLIN)
     if parent is not None:
         poller.register(parent.sentinel, zmq.POLLIN)
     try:
         while True:
             ready = dict(poller.poll())
             if inbound not in ready:
-                break  # the front has died
+                break  # the engine has stopped, or the front has died
             message = messages.decode_to_engine(inbound.recv())
             if isinstance(message, messages.Shutdown):
                 break

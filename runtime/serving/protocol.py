@@ -141,13 +141,23 @@ class Sampling(Body):
 def _check_prompt(prompt: Any) -> Any:
     """Text, texts, token ids, or lists of them. By hand: a union would try every item against every alternative."""
     if isinstance(prompt, str):
-        return prompt
+        return _checked_text(prompt)
     if isinstance(prompt, list) and prompt:
-        if all(isinstance(item, str) for item in prompt) or _are_ids(prompt):
+        if _are_ids(prompt):
             return prompt
+        if all(isinstance(item, str) for item in prompt):
+            return [_checked_text(item) for item in prompt]
         if all(isinstance(item, list) and item and _are_ids(item) for item in prompt):
             return prompt
     raise ValueError("give a text, a list of texts, token ids, or a list of lists of token ids")
+
+
+def _checked_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text has half a character (a lone surrogate) in it") from None
+    return text
 
 
 def _are_ids(items: list[Any]) -> bool:
