@@ -263,7 +263,9 @@ class EngineProcess(EngineClient):
     # What comes from the process
 
     def _send(self, message: messages.ToEngine) -> None:
-        self._outbound.send(messages.encode(message))  # without a high-water mark: queued, never waits
+        # Without a high-water mark it is queued, and never waits; without a peer, there is nobody to tell.
+        with contextlib.suppress(zmq.Again):
+            self._outbound.send(messages.encode(message), zmq.NOBLOCK)
 
     async def _read(self) -> None:
         while True:
@@ -313,7 +315,7 @@ class EngineProcess(EngineClient):
         """The process has ended. One that ended by itself has said why, and that is still on its way."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._process.sentinel)
-        self._process.join()
+        self._process.join(1.0)  # it is ending: for its status
         code = self._process.exitcode or 0
         if code < 0:
             self._die(f"the engine process was killed by signal {-code}")

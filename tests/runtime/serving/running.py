@@ -82,6 +82,13 @@ def wait_until(true: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @contextmanager
 def running(
     model: Path | str, *flags: str, admin: bool = True, path: Path | None = None, **limits: object
@@ -132,5 +139,4 @@ def running(
         finally:
             process.kill()
             reader.join(PATIENCE)
-            left = [pid for pid in family if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
-            assert not left, f"processes are left: {left}"
+            wait_until(lambda: not any(map(_lives, family)), "no process of the server is left")

@@ -24,7 +24,7 @@ class Measured:
 
 
 def _vllm_rules(server: Running, path: str, payload: dict[str, Any]) -> Measured:
-    """Events end with an empty line; comments are skipped; a chunk with choices is a token, one without is the usage."""
+    """Events end with an empty line; comments are skipped; a chunk with choices is a token, others are the usage."""
     found, buffer, done = Measured(), "", False
     start = last = time.perf_counter()
     with server.http.stream("POST", path, json=payload, headers={"x-request-id": "bench-7"}) as response:
