@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from pathlib import Path
 from typing import Annotated
@@ -62,6 +61,7 @@ def serve(
     """
     from experiments.serving import ServeOptions, serve_spec  # torch is slow to import
     from runtime.serving.messages import EngineInfo
+    from runtime.serving.server import run
     from runtime.serving.service import EdgeLimits
 
     # What is served comes over HTTP, but a specification has a workload.
@@ -92,5 +92,5 @@ def serve(
         console.print(f"serving on {address} (Ctrl-C ends it)")
 
     console.print(f"loading {specification.model.source}")
-    asyncio.run(serve_spec(specification, serving, on_ready))
+    run(serve_spec(specification, serving, on_ready))
     console.print("ended" if out is None else f"ended. Records: {out}")
