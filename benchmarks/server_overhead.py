@@ -230,9 +230,13 @@ def measure(folder: Path, at_once: tuple[int, ...], tokens: int) -> list[Row]:
         for count in at_once:
             requests = max(count, tokens // OUTPUT_TOKENS)
             for way in ("stream", "whole"):
-                before = json.loads(_get(port, "/server_info"))["steps"], _cpu(front), _cpu(engine_process)
+                before = (
+                    json.loads(_get(port, "/server_info"))["engines"][0]["steps"],
+                    _cpu(front),
+                    _cpu(engine_process),
+                )
                 lives, took = asyncio.run(serve_over_http(port, count, requests, way == "stream"))
-                after = json.loads(_get(port, "/server_info"))["steps"], _cpu(front), _cpu(engine_process)
+                after = json.loads(_get(port, "/server_info"))["engines"][0]["steps"], _cpu(front), _cpu(engine_process)
                 row = _row(way, count, lives, took, requests)
                 base = rows["engine", count].between_tokens_us
                 each = 1e6 / (requests * OUTPUT_TOKENS)
@@ -302,7 +306,7 @@ def main() -> None:
         folder = Path(name) / "nano"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-        rows = measure(folder, AT_ONCE, 3_200 if options.quick else 32_000)
+        rows = measure(folder, AT_ONCE, 3_200 if options.quick else 16_000)
     show(rows, console)
     if options.json is not None:
         result = {

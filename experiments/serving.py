@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from experiments.records import RunWriter, run_info
 from experiments.spec import RunSpec
+from policies import registry
 from policies.contract import Recorder
 from runtime.serving.app import build_app
 from runtime.serving.commands import Hosted
-from runtime.serving.engine_client import EngineProcess
+from runtime.serving.coordinator import Coordinator
+from runtime.serving.engine_client import EngineClient
+from runtime.serving.engine_proxy import EngineProcess
 from runtime.serving.keys import Keys
 from runtime.serving.messages import EngineInfo
 from runtime.serving.recent_rows import RecentRows
@@ -57,7 +61,7 @@ async def serve_spec(
     keys, admin_keys = Keys(options.keys), Keys(options.admin_keys)
     allow_many_connections()
     with bind(options.host, options.port) as bound:
-        client = await EngineProcess.start(functools.partial(host_engine, spec, options))
+        client = await _start_engines(spec, options)
         try:
             tokenizer = load_tokenizer(spec.model.source, load_format=spec.model.load_format)
             name = options.served_model_name or client.info.model
@@ -73,6 +77,22 @@ async def serve_spec(
             )
         finally:
             await client.close()
+
+
+async def _start_engines(spec: RunSpec, options: ServeOptions) -> EngineClient:
+    """One engine, or several behind the specification's router: each on a card of its own, if on cards."""
+    if spec.replicas == 1:
+        return await EngineProcess.start(functools.partial(host_engine, spec, options))
+
+    def start(number: int) -> Awaitable[EngineProcess]:
+        device = f"cuda:{number}" if spec.model.device == "cuda" else spec.model.device
+        model = spec.model.model_copy(update={"device": device})
+        own = spec.model_copy(update={"model": model, "seed": spec.seed + number})  # or they would draw alike
+        record = None if options.record is None else options.record / f"replica-{number}"
+        return EngineProcess.start(functools.partial(host_engine, own, replace(options, record=record)))
+
+    name = spec.policies.router
+    return await Coordinator.start(spec.replicas, registry.make("router", name, seed=spec.seed), name, start)
 
 
 @contextmanager
@@ -121,6 +141,7 @@ def host_engine(spec: RunSpec, options: ServeOptions, on_flush: Callable[[], Non
             {**prepared.seconds, **engine.startup_seconds},
             spec.model.device,
             spec.model.dtype,
+            os.getpid(),
             None if options.record is None else str(options.record),
         )
         yield Hosted(engine, about, stack, spec.seed, rows)

@@ -30,6 +30,10 @@ def serve(
     admission: options.Admission = None,
     preemption: options.Preemption = None,
     eviction: options.Eviction = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Engines, each in a process of its own, behind --router.")
+    ] = None,
+    router: options.Router = None,
     seed: options.Seed = None,
     settings: options.Set = None,
     host: Annotated[

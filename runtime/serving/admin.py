@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Awaitable
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query
 
-from runtime.serving.engine_client import CommandFailed, EngineGone
+from policies import registry
+from runtime.serving.coordinator import Coordinator
+from runtime.serving.engine_client import CommandFailed, EngineGone, EngineStartError
 from runtime.serving.errors import ApiError
 from runtime.serving.protocol import PoliciesBody
 from runtime.serving.service import Service
+
+Answer = TypeVar("Answer")
 
 
 def router(service: Service) -> APIRouter:
@@ -23,6 +28,28 @@ def router(service: Service) -> APIRouter:
             raise ApiError(400, str(error)) from None
         except EngineGone as gone:
             raise ApiError(503, str(gone)) from None
+
+    def several() -> Coordinator:
+        if not isinstance(service.client, Coordinator):
+            raise ApiError(
+                400, "this server has one engine, and no router; start it with --replicas 2 or more", "router"
+            )
+        return service.client
+
+    def draining(number: int, draining: bool) -> dict[str, Any]:
+        try:
+            several().set_draining(number, draining)
+        except CommandFailed as error:
+            raise ApiError(404, str(error)) from None
+        return {"replica": number, "draining": draining}
+
+    async def started(starting: Awaitable[Answer]) -> Answer:
+        try:
+            return await starting
+        except CommandFailed as error:
+            raise ApiError(404, str(error)) from None
+        except EngineStartError as error:
+            raise ApiError(503, str(error)) from None
 
     @routes.post("/admin/drain")
     async def drain() -> dict[str, Any]:
@@ -59,7 +86,40 @@ def router(service: Service) -> APIRouter:
     @routes.post("/admin/policies")
     async def policies(body: PoliciesBody) -> Any:
         """Let other policies decide from the next step on; requests that are here stay."""
-        return await command("swap", **body.changes)
+        changes = body.changes
+        router_name = changes.pop("router", None)
+        if router_name is not None:
+            replicas = several()
+            try:
+                new = registry.make("router", router_name, seed=0)
+            except registry.PolicyError as error:
+                raise ApiError(400, str(error), "router") from None
+        answer = await command("swap", **changes) if changes else {}
+        if router_name is not None:
+            replicas.swap_router(new, router_name)
+            answer = {**answer, "router": router_name}
+        return answer
+
+    @routes.post("/admin/replicas")
+    async def join() -> dict[str, int]:
+        """Start one more replica; answers once it takes requests."""
+        return {"replica": await started(several().join())}
+
+    @routes.post("/admin/replicas/{number}/drain")
+    async def drain_replica(number: int) -> dict[str, Any]:
+        """Route nothing more to this replica; what it has goes on."""
+        return draining(number, True)
+
+    @routes.post("/admin/replicas/{number}/undrain")
+    async def undrain_replica(number: int) -> dict[str, Any]:
+        """Route to this replica again."""
+        return draining(number, False)
+
+    @routes.post("/admin/replicas/{number}/restart")
+    async def restart_replica(number: int) -> dict[str, int]:
+        """Put a fresh engine in this replica's place, dead or alive; answers once it takes requests."""
+        await started(several().restart(number))
+        return {"replica": number}
 
     @routes.get("/admin/record")
     async def record(

@@ -10,6 +10,9 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from runtime.engine_stats import EngineStats
+from runtime.serving.coordinator import Coordinator
+from runtime.serving.engine_client import EngineView
 from runtime.serving.errors import ApiError
 from runtime.serving.service import Service
 
@@ -17,7 +20,6 @@ from runtime.serving.service import Service
 def router(service: Service) -> APIRouter:
     """The endpoints, for this service."""
     routes = APIRouter(tags=["Server"])
-    info = service.client.info
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -33,7 +35,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/model_info")
     async def model_info() -> dict[str, Any]:
         """As SGLang's benchmark asks for it."""
-        return {"model_path": info.model, "is_generation": True, "served_model_name": service.model}
+        return {"model_path": service.client.info.model, "is_generation": True, "served_model_name": service.model}
 
     @routes.get("/health", response_model=None)
     async def health() -> Response:
@@ -59,18 +61,14 @@ def router(service: Service) -> APIRouter:
         return {
             "version": _version(),
             "model": service.model,
-            "engine": {**asdict(info), "max_total_tokens": info.max_total_tokens},
             "edge": asdict(service.limits),
             "draining": service.draining,
             "error": service.client.error,
-            "requests": {
-                "live": service.client.num_live,
-                "queued": queued,
-                "queued_tokens": queued_tokens,
-                "running": service.client.stats.num_running,
-                "waiting": service.client.stats.num_waiting,
-            },
-            "steps": _steps(service),
+            "live": service.client.num_live,
+            "queued": queued,
+            "queued_tokens": queued_tokens,
+            **({"router": service.client.router_name} if isinstance(service.client, Coordinator) else {}),
+            "engines": [_engine(engine) for engine in service.client.engines],
         }
 
     return routes
@@ -87,9 +85,22 @@ def _card(service: Service) -> dict[str, Any]:
     }
 
 
-def _steps(service: Service) -> dict[str, Any]:
+def _engine(engine: EngineView) -> dict[str, Any]:
+    stats = engine.stats
+    return {
+        "id": engine.id,
+        "state": engine.state,
+        "error": engine.error,
+        **asdict(engine.info),
+        "max_total_tokens": engine.info.max_total_tokens,
+        "running": stats.num_running,
+        "waiting": stats.num_waiting,
+        "steps": _steps(stats),
+    }
+
+
+def _steps(stats: EngineStats) -> dict[str, Any]:
     """Microseconds a step of the host's work by part, and of the device."""
-    stats = service.client.stats
     count = max(1, stats.num_steps)
     by_part = {part: round(ns / count / 1e3, 1) for part, ns in stats.host_ns.items() if part not in ("wait", "idle")}
     return {

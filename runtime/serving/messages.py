@@ -74,6 +74,7 @@ class EngineInfo:
     startup_seconds: dict[str, float]
     device: str
     dtype: str
+    pid: int
     record_folder: str | None = None
 
     @property

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from runtime.serving.engine_client import EngineClient, Prompt
+from runtime.engine_stats import EngineStats
+from runtime.serving.engine_client import EngineClient, EngineView, Prompt
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _ITL = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
@@ -38,7 +39,7 @@ class ServerMetrics:
     def __init__(self, client: EngineClient, model: str) -> None:
         self.registry = CollectorRegistry()
         self._lives: dict[int, _Life] = {}
-        labels = {"model_name": model, "engine": "0"}
+        labels = {"model_name": model, "engine": "0" if len(client.engines) == 1 else "all"}
         names = list(labels)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -65,7 +66,7 @@ class ServerMetrics:
             "vllm:admission_rejections", "Requests refused with 503", [*names, "reason"], registry=self.registry
         )
         self._label_values = list(labels.values())
-        self.registry.register(_EngineCollector(client, names, self._label_values))
+        self.registry.register(_EngineCollector(client, model))
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -110,41 +111,58 @@ class ServerMetrics:
 
 
 class _EngineCollector(Collector):
-    """The engine's counters and gauges as of its last step."""
+    """The counters and gauges of each engine as of its last step."""
 
-    def __init__(self, client: EngineClient, names: list[str], values: list[str]) -> None:
+    def __init__(self, client: EngineClient, model: str) -> None:
         self._client = client
-        self._names = names
-        self._values = values
+        self._model = model
         self._started = time.time()
 
     def collect(self) -> Iterable[Metric]:
-        stats, limits = self._client.stats, self._client.info.limits
-        free = stats.num_free_blocks if stats.num_steps else limits.num_blocks
+        engines = self._client.engines
+        for name, text, read in _GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=_LABELS)
+            for engine in engines:
+                gauge.add_metric([self._model, str(engine.id)], read(engine))
+            yield gauge
+        for name, text, count in _COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=_LABELS, created=self._started)
+            for engine in engines:
+                counter.add_metric([self._model, str(engine.id)], count(engine.stats))
+            yield counter
+        host = CounterMetricFamily(
+            "diptych:host_seconds", "Time of the engine's thread by part", labels=[*_LABELS, "part"]
+        )
+        for engine in engines:
+            for part, ns in engine.stats.host_ns.items():
+                host.add_metric([self._model, str(engine.id), part], ns / 1e9)
+        yield host
         for name, text, value in (
-            ("vllm:num_requests_running", "Requests that run", stats.num_running),
-            ("vllm:num_requests_waiting", "Requests that the engine has waiting", stats.num_waiting),
-            ("vllm:kv_cache_usage_perc", "Share of KV blocks that requests hold", 1 - free / limits.num_blocks),
             ("diptych:num_requests_queued", "Requests without a first token", self._client.num_queued[0]),
             ("diptych:num_queued_tokens", "Prompt tokens of those", self._client.num_queued[1]),
         ):
-            gauge = GaugeMetricFamily(name, text, labels=self._names)
-            gauge.add_metric(self._values, value)
-            yield gauge
-        for name, text, value in (
-            ("vllm:num_preemptions", "Preemptions", stats.num_preemptions),
-            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.num_prefix_queried),
-            ("vllm:prefix_cache_hits", "Prompt tokens found there", stats.num_prefix_hits),
-            ("diptych:steps", "Steps of the engine", stats.num_steps),
-            ("diptych:computed_tokens", "Tokens computed, prompts' and outputs'", stats.num_computed_tokens),
-            ("diptych:device_seconds", "Time of steps on the device", stats.device_ns / 1e9),
-        ):
-            counter = CounterMetricFamily(name, text, labels=self._names, created=self._started)
-            counter.add_metric(self._values, value)
-            yield counter
-        host = CounterMetricFamily(
-            "diptych:host_seconds", "Time of the engine's thread by part", labels=[*self._names, "part"]
-        )
-        for part, ns in stats.host_ns.items():
-            host.add_metric([*self._values, part], ns / 1e9)
-        yield host
+            queued = GaugeMetricFamily(name, text, labels=["model_name"])
+            queued.add_metric([self._model], value)
+            yield queued
+
+
+def _kv_usage(engine: EngineView) -> float:
+    """Share of blocks that are held; before the first step nothing is known, and nothing held."""
+    return 1 - engine.stats.num_free_blocks / engine.info.limits.num_blocks if engine.stats.num_steps else 0.0
+
+
+_LABELS = ["model_name", "engine"]
+_GAUGES: tuple[tuple[str, str, Callable[[EngineView], float]], ...] = (
+    ("vllm:num_requests_running", "Requests that run", lambda e: e.stats.num_running),
+    ("vllm:num_requests_waiting", "Requests that the engine has waiting", lambda e: e.stats.num_waiting),
+    ("vllm:kv_cache_usage_perc", "Share of KV blocks that requests hold", _kv_usage),
+    ("diptych:engine_up", "1 while the engine takes requests", lambda e: e.state == "serving"),
+)
+_COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
+    ("vllm:num_preemptions", "Preemptions", lambda s: s.num_preemptions),
+    ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache", lambda s: s.num_prefix_queried),
+    ("vllm:prefix_cache_hits", "Prompt tokens found there", lambda s: s.num_prefix_hits),
+    ("diptych:steps", "Steps of the engine", lambda s: s.num_steps),
+    ("diptych:computed_tokens", "Tokens computed, prompts' and outputs'", lambda s: s.num_computed_tokens),
+    ("diptych:device_seconds", "Time of steps on the device", lambda s: s.device_ns / 1e9),
+)

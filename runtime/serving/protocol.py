@@ -344,11 +344,12 @@ class PoliciesBody(Body):
     admission: str | None = None
     preemption: str | None = None
     eviction: str | None = None
+    router: str | None = None
 
     @model_validator(mode="after")
     def _some_role(self) -> PoliciesBody:
         if not self.changes:
-            raise ValueError("name at least one of scheduler, queue, admission, preemption, eviction")
+            raise ValueError(f"name at least one of {', '.join(type(self).model_fields)}")
         return self
 
     @property

@@ -37,12 +37,9 @@ class Running:
     def __post_init__(self) -> None:
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
 
-    @property
-    def engine(self) -> psutil.Process:
-        """The engine's process."""
-        spawned = [c for c in psutil.Process(self.process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
-        (engine,) = spawned
-        return engine
+    def engine(self, number: int = 0) -> psutil.Process:
+        """An engine's process."""
+        return psutil.Process(self.info()["engines"][number]["pid"])
 
     def info(self) -> dict[str, Any]:
         answer: dict[str, Any] = self.http.get("/server_info").json()
@@ -59,7 +56,7 @@ class Running:
         return total
 
     def num_blocks_held(self) -> float:
-        limits = self.info()["engine"]["limits"]
+        limits = self.info()["engines"][0]["limits"]
         return round(self.metric("vllm:kv_cache_usage_perc") * limits["num_blocks"])
 
     def operate(self, path: str, body: object = None) -> Any:

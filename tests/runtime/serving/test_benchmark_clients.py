@@ -82,9 +82,9 @@ def test_vllm_bench_counts_every_token_once(server: Running, chat: bool) -> None
 
 def test_one_write_a_step_holds_all_choices_of_a_client(server: Running) -> None:
     payload = {"prompt": "Hello", "max_tokens": 30, "n": 8, "ignore_eos": True, "stream": True}
-    steps = server.info()["steps"]["count"]
+    steps = server.info()["engines"][0]["steps"]["count"]
     found = _vllm_rules(server, "/v1/completions", payload)
-    steps = server.info()["steps"]["count"] - steps
+    steps = server.info()["engines"][0]["steps"]["count"] - steps
     assert len(found.itls) + 1 == 30 * 8
     assert found.writes <= steps + 1
 

@@ -22,7 +22,7 @@ def tight(model_folder: Path) -> Iterator[Running]:
 
 
 def _nothing_is_left(server: Running) -> bool:
-    return server.info()["requests"]["live"] == 0 and server.num_blocks_held() == 0
+    return server.info()["live"] == 0 and server.num_blocks_held() == 0
 
 
 def _kinds(server: Running, since_step: int) -> set[str]:
@@ -36,10 +36,10 @@ def _next_step(server: Running) -> int:
 def test_while_queued(tight: Running) -> None:
     tight.operate("/admin/pause")
     client = Client(tight, LONG)
-    wait_until(lambda: tight.info()["requests"]["waiting"] == 1, "it waits")
+    wait_until(lambda: tight.info()["engines"][0]["waiting"] == 1, "it waits")
     client.leave()
-    wait_until(lambda: tight.info()["requests"]["waiting"] == 0, "it is gone while nothing runs")
-    assert tight.info()["requests"]["queued"] == 0
+    wait_until(lambda: tight.info()["engines"][0]["waiting"] == 0, "it is gone while nothing runs")
+    assert tight.info()["queued"] == 0
     tight.operate("/admin/resume")
     assert _nothing_is_left(tight)
 
@@ -76,7 +76,7 @@ def test_while_preempted_and_the_others_get_the_same_answers(tight: Running) -> 
     clients = []
     for body in requests:  # one after another: the last to be admitted is the one that is preempted
         clients.append(Client(tight, body))
-        wait_until(lambda: tight.info()["requests"]["live"] == len(clients), "it has been taken")
+        wait_until(lambda: tight.info()["live"] == len(clients), "it has been taken")
     wait_until(lambda: "preempt" in _kinds(tight, before), "somebody is preempted")
     tight.operate("/admin/pause")
     decisions = tight.record("decisions", before)
@@ -85,7 +85,7 @@ def test_while_preempted_and_the_others_get_the_same_answers(tight: Running) -> 
     assert preempted[-1] in ids[2:], "the two whose answers are compared go on"
     for client in clients[2:]:
         client.leave()
-    wait_until(lambda: tight.info()["requests"]["live"] == 2, "two are gone")
+    wait_until(lambda: tight.info()["live"] == 2, "two are gone")
     tight.operate("/admin/resume")
     assert [client.json()["choices"] for client in clients[:2]] == alone
     wait_until(lambda: _nothing_is_left(tight), "nothing is left")

@@ -130,7 +130,7 @@ def test_a_full_queue_answers_503_and_when_to_come_again(strict: Running) -> Non
     strict.operate("/admin/pause")
     try:
         waiting = [Client(strict, {"prompt": [5] * 20, "max_tokens": 2}) for _ in range(2)]
-        wait_until(lambda: strict.info()["requests"]["queued"] == 2, "two requests wait")
+        wait_until(lambda: strict.info()["queued"] == 2, "two requests wait")
         for body, says in (
             ({"prompt": [5], "n": 2}, "2 requests wait already; the queue holds 3"),
             ({"prompt": [5] * 61}, "40 prompt tokens wait already, and this request has 61; the queue holds 100"),
@@ -152,7 +152,7 @@ def test_a_request_that_takes_too_long_is_ended_and_told_so(strict: Running) -> 
         response = strict.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
         assert response.status_code == 504
         assert "longer than the server's limit of 4 s" in response.json()["error"]["message"]
-        wait_until(lambda: strict.info()["requests"]["live"] == 0, "the request is gone")
+        wait_until(lambda: strict.info()["live"] == 0, "the request is gone")
     finally:
         strict.operate("/admin/resume")
 

@@ -34,16 +34,16 @@ def _open(server: Running) -> tuple[Client, Client, Client]:
     """One that streams, one that waits for its whole answer, one that is queued behind them."""
     streaming, whole = Client(server, {**FOREVER, "stream": True}), Client(server, FOREVER)
     assert b"200 OK" in streaming.read_some()
-    wait_until(lambda: server.info()["requests"]["running"] == 2, "two run")
+    wait_until(lambda: server.info()["engines"][0]["running"] == 2, "two run")
     queued = Client(server, FOREVER)
-    wait_until(lambda: server.info()["requests"]["live"] == 3, "the third waits")
+    wait_until(lambda: server.info()["live"] == 3, "the third waits")
     return streaming, whole, queued
 
 
 def test_when_the_engine_is_killed_everybody_is_told_at_once(model_folder: Path) -> None:
     with running(model_folder, max_num_seqs=2, num_blocks=512, max_model_len=2048) as server:
         streaming, whole, queued = _open(server)
-        server.engine.kill()
+        server.engine().kill()
         killed = time.monotonic()
         for client in (whole, queued):
             answer = client.everything()
@@ -90,7 +90,7 @@ def test_ctrl_c_lets_requests_end_and_then_ends_them(model_folder: Path) -> None
 
 def test_when_the_front_is_killed_the_engine_ends_by_itself(model_folder: Path) -> None:
     with running(model_folder, num_blocks=512, max_model_len=2048) as server:
-        engine = server.engine
+        engine = server.engine()
         client = Client(server, {**FOREVER, "stream": True})
         assert client.read_some()
         server.process.kill()

@@ -61,8 +61,8 @@ def recorded(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
                 leaving.leave()
             statuses = [answer.result().status_code for answer in answers]
         assert statuses == [200] * 150
-        assert server.info()["engine"]["stack"]["scheduler"] == "mixed"
-        wait_until(lambda: server.info()["requests"]["live"] == 0, "everybody has ended")
+        assert server.info()["engines"][0]["stack"]["scheduler"] == "mixed"
+        wait_until(lambda: server.info()["live"] == 0, "everybody has ended")
         assert server.num_blocks_held() == 0
     return read_run(folder)
 
@@ -116,18 +116,18 @@ def test_a_pause_stops_the_steps_and_a_resume_goes_on_where_it_was(server: Runni
     body = {"prompt": "Hello", "max_tokens": 400, "ignore_eos": True, "seed": 4}
     undisturbed = server.http.post("/v1/completions", json=body).json()["choices"]
     paused = Client(server, body)
-    wait_until(lambda: server.info()["requests"]["running"] == 1, "it runs")
+    wait_until(lambda: server.info()["engines"][0]["running"] == 1, "it runs")
     server.operate("/admin/pause")
-    steps = server.info()["steps"]["count"]
+    steps = server.info()["engines"][0]["steps"]["count"]
     threading.Event().wait(0.3)
-    assert server.info()["steps"]["count"] <= steps + 1  # the one in flight
+    assert server.info()["engines"][0]["steps"]["count"] <= steps + 1  # the one in flight
     server.operate("/admin/resume")
     assert paused.json()["choices"] == undisturbed
 
 
 def test_a_drain_refuses_newcomers_and_serves_who_is_there(server: Running) -> None:
     there = Client(server, {"prompt": "Hello", "max_tokens": 300, "ignore_eos": True})
-    wait_until(lambda: server.info()["requests"]["live"] == 1, "it is taken")
+    wait_until(lambda: server.info()["live"] == 1, "it is taken")
     assert server.operate("/admin/drain")["live"] == 1
     refused = server.http.post("/v1/completions", json={"prompt": "Hello"})
     assert refused.status_code == 503
@@ -161,13 +161,13 @@ def test_metrics_and_settings_add_up(server: Running) -> None:
     assert server.metric("vllm:generation_tokens_total") == tokens + 30
     assert server.metric("vllm:num_requests_running") == 0
     assert server.metric("vllm:time_to_first_token_seconds_count") >= 6
-    steps = server.info()["steps"]
+    steps = server.info()["engines"][0]["steps"]
     assert 0 < steps["host_us_by_part"]["plan"] < steps["host_us"]
     assert steps["device_us"] > 0
 
 
 def test_what_cannot_be_swapped_changes_nothing(server: Running) -> None:
-    before = server.info()["engine"]["stack"]
+    before = server.info()["engines"][0]["stack"]
     for body in ({"scheduler": "sarathi,chunk_size=0"}, {"admission": "nonesuch"}, {"router": "round_robin"}):
         assert server.http.post("/admin/policies", json=body, headers=OPERATOR).status_code == 400
-    assert server.info()["engine"]["stack"] == before
+    assert server.info()["engines"][0]["stack"] == before

@@ -114,13 +114,13 @@ def _assert_same(streamed: list[dict[str, Any]], whole: list[dict[str, Any]]) ->
 
 def test_a_stop_string_ends_the_request_in_the_engine_as_one_that_stopped(server: Running) -> None:
     body = {"prompt": "Hello", "max_tokens": 900, "seed": 1, "ignore_eos": True, "stop": ["e"]}
-    stopped, steps = server.info()["requests"], server.info()["steps"]["count"]
-    assert stopped["live"] == 0
+    steps = server.info()["engines"][0]["steps"]["count"]
+    assert server.info()["live"] == 0
     answer = server.http.post("/v1/completions", json=body).json()
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["choices"][0]["stop_reason"] == "e"
     spent = answer["usage"]["completion_tokens"]
     assert spent < 300
     info = server.info()
-    assert info["requests"]["live"] == 0
-    assert info["steps"]["count"] - steps < spent + 20  # and not the 900 that it would have gone on for
+    assert info["live"] == 0
+    assert info["engines"][0]["steps"]["count"] - steps < spent + 20  # and not the 900 that it would have gone on for
