@@ -105,6 +105,7 @@ class Generation:
     """Seconds since 1970."""
     _of_request: dict[int, Choice] = field(default_factory=dict)
     _num_unfinished: int = 0
+    _abandoned: bool = False
 
     @classmethod
     def start(cls, client: EngineClient, codec: TextCodec, prompts: Sequence[Prompt], observer: Observer) -> Generation:
@@ -138,6 +139,8 @@ class Generation:
             choice = self._of_request[output.request_id]
             if not choice.finished:  # else: tokens of a step in flight when its text ended
                 deltas.append(self._take(choice, output, at))
+        if self._abandoned:  # after these outputs had come, and before they were taken
+            raise ClientGone
         return deltas
 
     def _take(self, choice: Choice, output: TokenOutput, at: float) -> Delta:
@@ -159,6 +162,7 @@ class Generation:
     def abandon(self) -> None:
         """The client has gone away: end what runs, and have `next` raise ClientGone."""
         if not self.finished:
+            self._abandoned = True
             self._give_up("abort")
             self.call.fail(ClientGone())
 

@@ -19,6 +19,9 @@ from runtime.serving.service import Service
 AFTER_DRAIN_SECONDS = 5
 """What connections may take to close once every request has been ended."""
 
+KEEP_ALIVE_SECONDS = 60
+"""How long a connection without a request is kept: longer than pools of clients leave theirs idle between two."""
+
 
 class Server(uvicorn.Server):
     """Serves until SIGINT or SIGTERM. Then no new requests are taken; after `drain_s` seconds, or with a second signal,
@@ -33,6 +36,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 timeout_graceful_shutdown=round(drain_s) + AFTER_DRAIN_SECONDS,
                 backlog=4096,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
             )
         )
         self._service = service

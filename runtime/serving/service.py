@@ -24,7 +24,7 @@ class EdgeLimits:
 
     Attributes:
         max_queued_requests, max_queued_tokens: of requests that wait for their first token, and of their prompts; more
-            are refused with 503. A request that finds nobody waiting is always taken.
+            are refused with 503. Who finds nobody waiting may bring any number of tokens.
         max_body_bytes: of a request's body.
         request_timeout_s: seconds from a request's arrival to its end; 0: none.
         max_prompts: prompts of one completions request.
@@ -128,6 +128,11 @@ class Service:
             raise ApiError(503, "the server takes no new requests: it is being drained", retry_after=5)
         queued, queued_tokens = self.client.num_queued
         limits = self.limits
+        if num_requests > limits.max_queued_requests:
+            raise ApiError(
+                400,
+                f"{num_requests} continuations at once; the queue holds {limits.max_queued_requests}: ask for fewer",
+            )
         if queued + num_requests > limits.max_queued_requests:
             self.metrics.rejected("requests")
             raise ApiError(

@@ -34,7 +34,7 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(server: Run
     assert server.http.get("/health").status_code == 200
     assert server.http.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 2}).status_code == 200
     assert sum(seen.values()) > CASES / 2
-    assert seen[200] > len(operations)
+    assert seen[200] > len(operations) - len(with_arguments)
     assert seen[400] > len(operations)
 
 
@@ -52,6 +52,8 @@ def _fuzz(operation: Any, count: int, seen: dict[int, int]) -> None:
     )
     @hypothesis.given(cases)
     def run(case: schemathesis.Case) -> None:
+        if isinstance(case.body, dict) and sum(seen.values()) % 4:
+            case.body.pop("model", None)  # any other name than the one ends in 404, and what is behind is not reached
         response = case.call(headers=OPERATOR, timeout=PATIENCE)
         seen[response.status_code] = seen.get(response.status_code, 0) + 1
         assert response.status_code not in (500, 502, 504), (case.as_curl_command(), response.text)
