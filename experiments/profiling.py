@@ -68,7 +68,8 @@ def profile(
     spec = resolved(spec, loaded)
     with timed(parts, "memory_profile"):
         limits = real_limits(spec, loaded)
-    uncached = replace(limits, prefix_caching=False)  # prompts repeat here, and each is to be computed
+    # Prompts repeat here, and each is to be computed; and a host that waits would look like a busy one.
+    uncached = replace(limits, prefix_caching=False, plan_lead_ns=None)
     with timed(parts, "warm_up"):
         warm_up(loaded, uncached, spec)
     recorder = StepRows()
@@ -96,7 +97,7 @@ def profile(
         "dtype": spec.model.dtype,
         "quantization": spec.model.quantization,
         "kv_cache_dtype": spec.model.kv_cache_dtype,
-        "limits": {**asdict(limits), "capture_sizes": list(limits.capture_sizes)},
+        "limits": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(limits).items()},
         "seconds": seconds,
         "seed": spec.seed,
         "num_steps": len(steps),

@@ -19,10 +19,10 @@ from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload, prompt_token_ids
 from policies.contract import Recorder
 from policies.replica_state import Limits
-from policies.shapes import default_capture_sizes
+from policies.shapes import default_capture_sizes, default_mixed_capture_sizes
 from policies.stack import PolicyStack
 from runtime.attention import AttentionShape, get_backend
-from runtime.engine import Details, Engine, EngineDead
+from runtime.engine import GPU_PLAN_LEAD_NS, Details, Engine, EngineDead
 from runtime.kv_cache import bytes_per_block, num_blocks_that_fit
 from runtime.memory import free_bytes, profile_num_blocks
 from runtime.sampling.params import SamplingParams
@@ -90,7 +90,7 @@ def real_limits(spec: RunSpec, loaded: LoadedModel) -> Limits:
     given = spec.limits
     dtype = kv_dtype(spec.model) or loaded.model.dtype
     max_model_len = given.max_model_len or min(8192, loaded.config.max_model_len)
-    capture_sizes = _capture_sizes(spec, loaded)
+    ladders = _capture_ladders(spec, loaded)
     num_blocks = given.num_blocks
     if num_blocks is None and given.kv_cache_gib is None and loaded.model.device.type == "cuda":
         with explained("measuring the largest step"):
@@ -117,7 +117,12 @@ def real_limits(spec: RunSpec, loaded: LoadedModel) -> Limits:
             f"{there / GIB:,.1f} GiB; lower limits.num_blocks or limits.kv_cache_gib"
         )
     fields = {name: getattr(given, name) for name in LIMITS}
-    return Limits(**{**fields, "num_blocks": num_blocks, "max_model_len": max_model_len}, capture_sizes=capture_sizes)
+    lead = given.plan_lead_ns
+    if lead is None and loaded.model.device.type == "cuda":
+        lead = GPU_PLAN_LEAD_NS
+    return Limits(
+        **{**fields, "num_blocks": num_blocks, "max_model_len": max_model_len, "plan_lead_ns": lead, **ladders}
+    )
 
 
 def resolved(spec: RunSpec, loaded: LoadedModel) -> RunSpec:
@@ -130,18 +135,22 @@ def resolved(spec: RunSpec, loaded: LoadedModel) -> RunSpec:
     return spec.model_copy(update={"model": spec.model.model_copy(update={"attention": name})})
 
 
-def _capture_sizes(spec: RunSpec, loaded: LoadedModel) -> tuple[int, ...]:
-    """Batch sizes that the runner captures. Raises SpecError for given ones where it captures none."""
-    device, given = loaded.model.device, spec.limits.capture_sizes
-    backend = get_backend(spec.model.attention, device)
-    capturable = device.type == "cuda" and backend.capturable
-    if given is None:
-        return default_capture_sizes(spec.limits.max_num_seqs) if capturable else ()
-    if given and not capturable:
-        raise SpecError(
-            f"limits.capture_sizes: attention {backend.name!r} on {device} runs from no captured graphs; leave it out"
-        )
-    return given
+def _capture_ladders(spec: RunSpec, loaded: LoadedModel) -> dict[str, tuple[int, ...]]:
+    """What the runner captures, by the names of Limits. Raises SpecError for given sizes where it captures none."""
+    device, given = loaded.model.device, spec.limits
+    backend, cuda = get_backend(spec.model.attention, device), device.type == "cuda"
+    ladders = {}
+    for name, captured, default in (
+        ("capture_sizes", backend.capturable, default_capture_sizes(given.max_num_seqs)),
+        ("mixed_capture_sizes", backend.captures_chunks, default_mixed_capture_sizes(given.max_num_batched_tokens)),
+    ):
+        sizes = getattr(given, name)
+        if sizes and not (cuda and captured):
+            raise SpecError(
+                f"limits.{name}: attention {backend.name!r} on {device} runs from no captured graphs; leave it out"
+            )
+        ladders[name] = sizes if sizes is not None else default if cuda and captured else ()
+    return ladders
 
 
 def _memory_there(loaded: LoadedModel) -> int:
@@ -263,7 +272,7 @@ def warm_up(loaded: LoadedModel, limits: Limits, spec: RunSpec, cost: CostModel 
 
     Without captured graphs: the run's own engine captures its own.
     """
-    limits = replace(limits, capture_sizes=())
+    limits = replace(limits, capture_sizes=(), mixed_capture_sizes=())
     stack = spec.policies.stack.build(block_size=limits.block_size, oracle=dict.fromkeys(range(4), WARM_UP_TOKENS))
     length = min(64, limits.max_model_len - WARM_UP_TOKENS, limits.num_blocks * limits.block_size // 8)
     with explained("warming up"), start_engine(loaded, limits, stack, spec.model, cost=cost) as engine:

@@ -136,9 +136,10 @@ def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
         fields["max_model_len"] = SIMULATED_MODEL_LEN
     if fields["num_blocks"] is None:
         fields["num_blocks"] = _blocks_that_fit(spec, costs)
-    fields["capture_sizes"] = given.capture_sizes
-    if given.capture_sizes is None:
-        fields["capture_sizes"] = measured.capture_sizes if measured is not None else ()
+    for name, otherwise in (("capture_sizes", ()), ("mixed_capture_sizes", ()), ("plan_lead_ns", None)):
+        fields[name] = getattr(given, name)
+        if fields[name] is None:
+            fields[name] = getattr(measured, name) if measured is not None else otherwise
     return Limits(**fields)
 
 

@@ -24,6 +24,8 @@ from policies.registry import PolicySpec
 from policies.replica_state import Limits
 from policies.stack import StackSpec
 
+CaptureSizes = tuple[Annotated[int, Field(strict=True, ge=1)], ...]
+
 _LIMITS = Limits(num_blocks=1)
 _STACK = StackSpec()
 
@@ -48,7 +50,10 @@ class LimitsSpec(_Part):
         max_model_len: longest sequence, prompt and output; None: the model's limit, 8192 at most (simulated: 32768).
         capture_sizes: batch sizes, ascending, at which steps of decodes alone run from captured CUDA graphs; None: the
             default ladder on a GPU whose attention can be captured, none on a CPU; simulated: the calibration's.
+        mixed_capture_sizes: the same for steps with prefill chunks, in tokens.
         lag: 1 plans a step while the one before runs; 0 takes turns.
+        plan_lead_ms: with lag 1, a step is planned when the one in flight is expected to end within so long, so that
+            what arrives meanwhile can be in it. None: 2 on a GPU; at once on a CPU; simulated: the calibration's.
     """
 
     num_blocks: Annotated[int, Field(strict=True, ge=1, le=2**24)] | None = None
@@ -59,8 +64,15 @@ class LimitsSpec(_Part):
     max_num_batched_tokens: Count = _LIMITS.max_num_batched_tokens
     max_model_len: SequenceLength | None = None
     prefix_caching: bool = _LIMITS.prefix_caching
-    capture_sizes: tuple[Annotated[int, Field(strict=True, ge=1)], ...] | None = None
+    capture_sizes: CaptureSizes | None = None
+    mixed_capture_sizes: CaptureSizes | None = None
     lag: Annotated[int, Field(strict=True, ge=0, le=1)] = 1
+    plan_lead_ms: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None = None
+
+    @property
+    def plan_lead_ns(self) -> int | None:
+        """`plan_lead_ms` in whole nanoseconds."""
+        return None if self.plan_lead_ms is None else round(1e6 * self.plan_lead_ms)
 
     @model_validator(mode="after")
     def _one_size(self) -> LimitsSpec:
@@ -70,13 +82,12 @@ class LimitsSpec(_Part):
 
     @model_validator(mode="after")
     def _a_ladder(self) -> LimitsSpec:
-        sizes = self.capture_sizes or ()
-        if list(sizes) != sorted(set(sizes)):
-            raise ValueError(f"capture_sizes must ascend, not {list(sizes)}")
-        if sizes and sizes[-1] > self.max_num_seqs:
-            raise ValueError(
-                f"capture_sizes ends at {sizes[-1]}, above max_num_seqs={self.max_num_seqs}; leave that out"
-            )
+        for name, bound in (("capture_sizes", "max_num_seqs"), ("mixed_capture_sizes", "max_num_batched_tokens")):
+            sizes, most = getattr(self, name) or (), getattr(self, bound)
+            if list(sizes) != sorted(set(sizes)):
+                raise ValueError(f"{name} must ascend, not {list(sizes)}")
+            if sizes and sizes[-1] > most:
+                raise ValueError(f"{name} ends at {sizes[-1]}, above {bound}={most}; leave that out")
         return self
 
 

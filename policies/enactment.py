@@ -372,12 +372,14 @@ class Enactment:
                 self.state.register_full_blocks(chunk.request, self.now)
 
     def _measure(self) -> None:
-        step, group = self.step, self.state.group
+        step, group, limits = self.step, self.state.group, self.state.limits
         in_group = step.decode_all
         step.num_decodes = step.num_decodes if in_group else len(step.decodes)
         ends = [chunk.start + chunk.num_tokens for chunk in step.chunks]
         chunk_tokens = sum(chunk.num_tokens for chunk in step.chunks)
-        padded, graph = padded_batch(step.num_decodes, len(step.chunks), chunk_tokens, self.state.limits.capture_sizes)
+        padded, graph = padded_batch(
+            step.num_decodes, len(step.chunks), chunk_tokens, limits.capture_sizes, limits.mixed_capture_sizes
+        )
         step.shape = StepShape(
             num_decodes=step.num_decodes,
             decode_context=sum(self._contexts) + (group.context if in_group else 0),

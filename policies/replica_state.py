@@ -23,7 +23,11 @@ from policies.stack import PolicyStack
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one replica can hold and run. Both panels must be given the same."""
+    """What one replica can hold and run. Both panels must be given the same.
+
+    `plan_lead_ns`: with `lag=1`, a step is planned when the one in flight is expected to end within so long, so that
+    what arrives meanwhile can be in it; None: at once.
+    """
 
     num_blocks: int
     block_size: int = 16
@@ -32,7 +36,9 @@ class Limits:
     max_model_len: int = 4096
     prefix_caching: bool = True
     capture_sizes: tuple[int, ...] = ()
+    mixed_capture_sizes: tuple[int, ...] = ()
     lag: int = 0
+    plan_lead_ns: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
@@ -40,8 +46,11 @@ class Limits:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.lag not in (0, 1):
             raise ValueError(f"lag must be 0 or 1, not {self.lag}")
-        if list(self.capture_sizes) != sorted(set(self.capture_sizes)):
-            raise ValueError(f"capture_sizes must ascend, not {self.capture_sizes}")
+        if self.plan_lead_ns is not None and self.plan_lead_ns < 0:
+            raise ValueError(f"plan_lead_ns must be at least 0, not {self.plan_lead_ns}")
+        for name in ("capture_sizes", "mixed_capture_sizes"):
+            if list(getattr(self, name)) != sorted(set(getattr(self, name))):
+                raise ValueError(f"{name} must ascend, not {getattr(self, name)}")
 
 
 class ReplicaState:

@@ -37,13 +37,32 @@ def default_capture_sizes(largest: int) -> tuple[int, ...]:
     return tuple(sorted(size for size in sizes if 0 < size <= largest))
 
 
-def padded_batch(num_decodes: int, num_chunks: int, chunk_tokens: int, sizes: Sequence[int]) -> tuple[int, bool]:
+MAX_CAPTURED_CHUNKS = 64
+"""Steps with more chunks than this run uncaptured: a captured one sets aside room for so many."""
+MAX_CAPTURED_TOKENS = 2048
+"""Beyond, a step keeps a card busy for longer than it takes to launch it."""
+
+
+def default_mixed_capture_sizes(largest: int) -> tuple[int, ...]:
+    """Token counts of steps with chunks worth capturing: every 64 to 256, every 128 to 1024, every 256 to 2048.
+
+    Up to `largest` tokens a step, which is one of them where it is not above 2048.
+    """
+    largest = min(largest, MAX_CAPTURED_TOKENS)
+    sizes = {*range(64, 257, 64), *range(384, 1025, 128), *range(1280, MAX_CAPTURED_TOKENS + 1, 256), largest}
+    return tuple(sorted(size for size in sizes if 0 < size <= largest))
+
+
+def padded_batch(
+    num_decodes: int, num_chunks: int, chunk_tokens: int, sizes: Sequence[int], mixed_sizes: Sequence[int] = ()
+) -> tuple[int, bool]:
     """Tokens that are really computed, and whether a captured graph runs them.
 
-    Only steps of decodes alone are captured; they are padded to the next captured size. Larger and mixed steps run
-    as they are. `sizes` ascends; an empty one means that nothing is captured.
+    A step of decodes alone is padded to the next of `sizes`, one with chunks to the next of `mixed_sizes`. What is
+    larger, or has too many chunks, runs as it is. Both ascend; an empty one means that nothing is captured.
     """
     tokens = num_decodes + chunk_tokens
-    if num_chunks or not num_decodes or not sizes or num_decodes > sizes[-1]:
+    ladder = mixed_sizes if num_chunks else sizes
+    if not tokens or not ladder or tokens > ladder[-1] or num_chunks > MAX_CAPTURED_CHUNKS:
         return tokens, False
-    return sizes[bisect_left(sizes, num_decodes)], True
+    return ladder[bisect_left(ladder, tokens)], True

@@ -83,7 +83,8 @@ class DeviceState:
         self.columns = -(-max_model_len // block_size) + 1
         self.tokens = torch.zeros(num_slots, max_model_len + 1, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(num_slots, self.columns, dtype=torch.int32, device=device)
-        row = -(-(num_slots + 1) // _ALIGN) * _ALIGN
+        self.max_seqs = num_slots + 1  # the last of a padded step with chunks is padding
+        row = -(-(self.max_seqs + 1) // _ALIGN) * _ALIGN
         names = ("slots", "starts", "query_start", "sampled", "sampled_slots", "sampled_ends", "draws", "temperature")
         self.at = {name: _ALIGN + i * row for i, name in enumerate(names)}
         self.at["keys"] = _ALIGN + len(names) * row  # int64: two places each
@@ -109,12 +110,13 @@ class DeviceState:
         temperature: npt.NDArray[np.float32] | None = None,
         keys: Ints | None = None,
         *,
-        padded: int | None = None,
+        padded: tuple[int, int] | None = None,
     ) -> None:
-        """Bring a step to the device, padded to `padded` sequences of one token.
+        """Bring a step to the device, padded to `padded` sequences and tokens.
 
-        Tokens of arrivals are put in their slots. Block ids wait in the buffer for `apply_blocks`; where they are more
-        than half of it holds, the first of them are applied at once.
+        Padding sequences have one token each for as long as there are any; the last has what is left. Tokens of
+        arrivals are put in their slots. Block ids wait in the buffer for `apply_blocks`; where they are more than half
+        of it holds, the first of them are applied at once.
         """
         blocks, at_once = rows.new_blocks, _TAIL // 6
         while len(blocks) > at_once:
@@ -125,22 +127,25 @@ class DeviceState:
             self._send_tokens(early)
         staging = self._staging()
         array, at, count = staging.array, self.at, len(rows.slots)
-        padded = count if padded is None else padded
-        array[at["slots"] : at["slots"] + padded] = -1
+        num_seqs, num_tokens = padded or (count, int(rows.lengths.sum()))
+        array[2] = rows.num_decodes
+        array[at["slots"] : at["slots"] + num_seqs] = -1
         array[at["slots"] : at["slots"] + count] = rows.slots
-        array[at["starts"] : at["starts"] + padded] = 0
+        array[at["starts"] : at["starts"] + num_seqs] = 0
         array[at["starts"] : at["starts"] + count] = rows.starts
-        offsets = array[at["query_start"] : at["query_start"] + padded + 1]
+        offsets = array[at["query_start"] : at["query_start"] + num_seqs + 1]
         offsets[0] = 0
         np.cumsum(rows.lengths, out=offsets[1 : count + 1])
-        offsets[count + 1 :] = np.arange(offsets[count] + 1, offsets[count] + 1 + padded - count)
+        offsets[count + 1 :] = np.minimum(offsets[count] + np.arange(1, num_seqs - count + 1), num_tokens)
+        offsets[-1] = num_tokens
         chosen, num = rows.sampled_rows, len(rows.sampled_rows)
+        array[at["sampled"] : at["sampled"] + num_seqs] = 0
         array[at["sampled"] : at["sampled"] + num] = offsets[1:][chosen] - 1
-        array[at["sampled_slots"] : at["sampled_slots"] + padded] = -1
+        array[at["sampled_slots"] : at["sampled_slots"] + num_seqs] = -1
         array[at["sampled_slots"] : at["sampled_slots"] + num] = rows.slots[chosen]
         array[at["sampled_ends"] : at["sampled_ends"] + num] = rows.ends[chosen]
         array[at["draws"] : at["draws"] + num] = rows.draws
-        floats = array[at["temperature"] : at["temperature"] + padded].view(np.float32)
+        floats = array[at["temperature"] : at["temperature"] + num_seqs].view(np.float32)
         floats[:] = 0.0
         if temperature is not None and keys is not None:
             floats[:num] = temperature
@@ -152,10 +157,10 @@ class DeviceState:
         if pieces:
             self._scatter_tokens(pieces[-1], tokens_at, staging)
 
-    def send_padding(self, size: int) -> None:
+    def send_padding(self, num_seqs: int, num_tokens: int) -> None:
         """Bring a step of nothing but padding to the device, as a graph's first run and capture need one."""
         none = np.empty(0, np.int64)
-        self.send(StepRows(none.reshape(0, 3), none, none, none, none, none, size), [], padded=size)
+        self.send(StepRows(none.reshape(0, 3), none, none, none, none, none, 0), [], padded=(num_seqs, num_tokens))
 
     def _staging(self) -> Staging:
         staging = self._ring[self._next]
@@ -242,10 +247,17 @@ class DeviceState:
         inputs.num_decodes = rows.num_decodes
         return inputs
 
-    def captured_inputs(self, size: int) -> ForwardInputs:
+    def captured_decodes(self, size: int) -> ForwardInputs:
         """The model's inputs of whatever step of `size` decodes, padding included, was sent."""
         inputs = self._expand(size, size, 1)
         inputs.num_decodes = size
+        return inputs
+
+    def captured_mixed(self, num_tokens: int) -> ForwardInputs:
+        """The model's inputs of whatever step of `max_seqs` sequences and `num_tokens` tokens was sent."""
+        inputs = self._expand(num_tokens, self.max_seqs, num_tokens)
+        inputs.num_decodes = self.max_seqs
+        inputs.decode_count = self.upload[2:3]
         return inputs
 
     def _expand(self, num_tokens: int, num_seqs: int, longest: int) -> ForwardInputs:

@@ -37,6 +37,9 @@ __all__ = ["Completion", "Details", "Engine", "EngineDead", "Output"]
 
 logger = logging.getLogger(__name__)
 
+GPU_PLAN_LEAD_NS = 2_000_000
+"""`Limits.plan_lead_ns` on a card: what a plan and its launch take there, and some more."""
+
 Answer = TypeVar("Answer")
 
 
@@ -383,6 +386,9 @@ class Engine:
         while action is not None:
             answer: int | Report | None = None
             if isinstance(action, Deliver):
+                for step in launched.values():
+                    self._hold(step)
+                lap("wait")
                 answer = None if self._closing else self._deliver()
                 lap("deliver")
             elif isinstance(action, Launch):
@@ -400,6 +406,16 @@ class Engine:
                 lap("idle")
             action, planned = send(loop, answer), isinstance(action, Deliver)
             lap("plan" if planned else "report")
+
+    def _hold(self, launched: Launched) -> None:
+        """Wait until the step in flight is about to end: what arrives meanwhile can be in the next plan."""
+        lead, end = self.limits.plan_lead_ns, self._runner.expected_end(launched)
+        if lead is None or end is None:
+            return
+        wait_ns = end - lead - time.monotonic_ns()
+        if wait_ns > 0:
+            with self._inbox:
+                self._inbox.wait_for(lambda: self._closing, wait_ns / 1e9)
 
     def _deliver(self) -> int:
         """Submissions in the order of their stamps, then ends from outside by id, then calls: the simulator's order

@@ -16,8 +16,8 @@ class ForwardInputs:
     and sequences with `seq_lens == 0` are padding: their slot is -1, nothing is written for them, and what
     comes out at their rows means nothing.
 
-    A step that is captured in a CUDA graph has decodes alone, and no lengths on the host: kernels find them on the
-    device, whatever they are when the graph runs.
+    A step that is captured in a CUDA graph has no lengths on the host: kernels find them on the device, whatever they
+    are when the graph runs. If it has chunks, it has `decode_count` too.
 
     Shapes and types (device tensors unless said otherwise):
         input_ids        [T] int64
@@ -28,7 +28,9 @@ class ForwardInputs:
         block_table      [S, max_blocks] int32, each sequence's block ids; what follows its last is ignored
         host_query_lens, host_seq_lens
                          the lengths again, on the host, S entries each; None in a captured step
-        num_decodes      the first so many sequences have one token each, and sequence i of them has row i
+        num_decodes      the first so many sequences have one token each, and sequence i of them has row i; in a
+                         captured step with chunks at most so many
+        decode_count     [1] int32, how many they really are there; None in other steps
     """
 
     input_ids: Tensor
@@ -40,3 +42,4 @@ class ForwardInputs:
     host_query_lens: Sequence[int] | None
     host_seq_lens: Sequence[int] | None
     num_decodes: int = 0
+    decode_count: Tensor | None = None

@@ -1,13 +1,13 @@
-"""Steps of decodes alone, captured once in CUDA graphs and replayed (CUDA programming guide, "CUDA Graphs").
+"""Steps captured once in CUDA graphs and replayed (CUDA programming guide, "CUDA Graphs").
 
-One graph a batch size of the ladder, all in one memory pool. A graph reads the step from the buffer that the host
-fills, runs the model, samples the rows that need no more than a temperature, and puts the tokens where the next step
-reads them.
+One graph a batch size of decodes alone, and one a number of tokens of steps with chunks, all in one memory pool. A
+graph reads the step from the buffer that the host fills, runs the model, samples the rows that need no more than a
+temperature, and puts the tokens where the next step reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +21,25 @@ from runtime.models.llama import LlamaModel
 
 @dataclass(frozen=True, slots=True)
 class CapturedStep:
-    """`hidden` [size, hidden_size] and `tokens` int64 [size] hold a replay's results until the next one."""
+    """A step of `num_seqs` sequences and `num_tokens` tokens, padding included.
 
+    `hidden` [rows, hidden_size] and `tokens` int64 [rows], of the rows that sample, hold a replay's results until the
+    next one.
+    """
+
+    num_seqs: int
+    num_tokens: int
     graph: torch.cuda.CUDAGraph
     hidden: Tensor
     tokens: Tensor
 
 
-class DecodeGraphs:
-    """Captured decode steps by batch size.
+class StepGraphs:
+    """Captured steps.
 
     Args:
-        sizes: of the batches, ascending.
+        decode_sizes: of steps of decodes alone.
+        mixed_sizes: tokens of steps with chunks.
         stream: where they are captured and replayed.
     """
 
@@ -41,54 +48,59 @@ class DecodeGraphs:
         model: LlamaModel,
         state: DeviceState,
         hashed_vocab: Tensor,
-        sizes: Sequence[int],
+        decode_sizes: Iterable[int],
+        mixed_sizes: Iterable[int],
         stream: torch.cuda.Stream,
     ) -> None:
         self._model = model
         self._state = state
         self._hashed_vocab = hashed_vocab
-        self._tokens = torch.zeros(max(sizes), dtype=torch.int64, device=state.device)
-        self._steps: dict[int, CapturedStep] = {}
+        self._tokens = torch.zeros(state.num_slots, dtype=torch.int64, device=state.device)
+        shape = (state.num_slots, model.config.hidden_size)
+        self._hidden = torch.zeros(shape, dtype=model.dtype, device=state.device)
+        self._steps: dict[tuple[bool, int], CapturedStep] = {}
         pool = torch.cuda.graph_pool_handle()
+        sizes = [*((True, size) for size in mixed_sizes), *((False, size) for size in decode_sizes)]
+        sizes.sort(key=lambda key: -key[1])  # the largest first: the others fit into its memory
         with torch.inference_mode(), torch.cuda.stream(stream):
             with compiling():
-                for size in sizes:
-                    self._step(size)
-            for size in reversed(sizes):  # the largest first: the others fit into its memory
-                state.send_padding(size)
-                self._step(size)  # buffers and libraries' plans are made outside of the capture
+                for chunks, size in sizes:
+                    self._step(chunks, size)
+            for chunks, size in sizes:
+                num_seqs = state.max_seqs if chunks else size
+                state.send_padding(num_seqs, size)
+                self._step(chunks, size)  # buffers and libraries' plans are made outside of the capture
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    hidden = self._step(size)
-                self._steps[size] = CapturedStep(graph, hidden, self._tokens[:size])
+                    hidden, tokens = self._step(chunks, size)
+                self._steps[chunks, size] = CapturedStep(num_seqs, size, graph, hidden, tokens)
             stream.synchronize()
 
-    def _step(self, size: int) -> Tensor:
-        state, tokens = self._state, self._tokens[:size]
+    def _step(self, chunks: bool, size: int) -> tuple[Tensor, Tensor]:
+        state = self._state
         state.apply_blocks()
-        inputs = state.captured_inputs(size)
+        inputs = state.captured_mixed(size) if chunks else state.captured_decodes(size)
         if is_compiling():
             for unwritten in (inputs.input_ids, inputs.seq_lens, inputs.block_table):
                 unwritten.zero_()  # the kernel that fills them has not run, and other libraries' do
         hidden = self._model.forward(inputs)
-        logits = self._model.logits(hidden)
+        rows = size
+        if chunks:
+            rows = min(size, state.num_slots)
+            hidden = torch.index_select(hidden, 0, state.part("sampled", rows), out=self._hidden[:rows])
+        logits, tokens = self._model.logits(hidden), self._tokens[:rows]
         sample(
             logits,
-            state.part("temperature", size),
-            state.part("keys", size),
-            state.part("draws", size),
+            state.part("temperature", rows),
+            state.part("keys", rows),
+            state.part("draws", rows),
             self._hashed_vocab,
             tokens,
         )
         state.store(tokens)
-        return hidden
+        return hidden, tokens
 
-    def __contains__(self, size: int | None) -> bool:
-        return size in self._steps
-
-    def replay(self, size: int) -> CapturedStep:
-        """Run the step that was sent, on the current stream."""
-        step = self._steps[size]
-        step.graph.replay()
-        return step
+    def find(self, chunks: bool, num_tokens: int) -> CapturedStep | None:
+        """The step of so many tokens, padding included, with chunks among them or of decodes alone."""
+        return self._steps.get((chunks, num_tokens))

@@ -7,7 +7,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -31,19 +32,20 @@ from runtime.startup import timed
 from runtime.weights import LoadedModel
 
 if TYPE_CHECKING:
-    from runtime.graphs import DecodeGraphs
+    from runtime.graphs import CapturedStep, StepGraphs
 
+_RECENT = 8
 _RESULTS = 4
 """Buffers for sampled tokens on the host: more than there are steps in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """What a step needs of the host. `graph_size` is the batch of the captured graph that runs it, if one does."""
+    """What a step needs of the host. `padded_tokens` is the size of the captured graph that runs it, if one does."""
 
     arrived: list[tuple[int, Sequence, list[int]]]  # slot, and all tokens so far
     rows: StepRows
-    graph_size: int | None
+    padded_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,11 @@ class Launched:
     pending: Pending
 
 
+def _size_of(step: Step) -> tuple[int, bool]:
+    """What a step's time depends on most: its tokens, padding included, and whether it has chunks."""
+    return step.shape.padded_tokens, step.shape.num_chunks > 0
+
+
 def _check_device(device: torch.device, kv_dtype: torch.dtype | None) -> None:
     """Raises ModelError for what this device cannot do."""
     if device.type != "cuda":
@@ -159,8 +166,8 @@ class ModelRunner:
     """The model, its KV cache, and the requests that have a slot.
 
     On a CPU steps run one after another on a thread of their own, so that there too the engine plans while a step
-    runs. On a card they are queued on a stream; those of decodes alone are captured in CUDA graphs, for the batch
-    sizes `plane.limits.capture_sizes`, where the attention allows it.
+    runs. On a card they are queued on a stream; where the attention allows it they run from captured CUDA graphs, for
+    the sizes that `plane.limits` names.
 
     Args:
         loaded: the model; it is attached to a new cache of `plane.limits.num_blocks` blocks.
@@ -207,20 +214,24 @@ class ModelRunner:
         self._arrived: list[tuple[int, Sequence, list[int]]] = []
         self._grown: list[Request] = []
         self._last_end = 0  # when the last collected step ended
+        self._recent: dict[tuple[int, bool], deque[int]] = {}  # how long the last steps of a size took
         self._stream: torch.cuda.Stream | None = None
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self._thread: ThreadPoolExecutor | None = None
         if cuda:
             try:
-                self._start_on_card(backend.capturable, [size for size in limits.capture_sizes if size <= slots])
+                self._start_on_card(
+                    [size for size in limits.capture_sizes if backend.capturable and size <= slots],
+                    limits.mixed_capture_sizes if backend.captures_chunks else (),
+                )
             except BaseException:
                 self._model.detach(self.kv_cache)  # or it would hold the memory for as long as the model lives
                 raise
         else:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="model-runner")
 
-    def _start_on_card(self, capturable: bool, sizes: list[int]) -> None:
-        from runtime.graphs import DecodeGraphs  # Triton is not needed elsewhere
+    def _start_on_card(self, decode_sizes: Collection[int], mixed_sizes: Collection[int]) -> None:
+        from runtime.graphs import StepGraphs  # Triton is not needed elsewhere
         from runtime.kernels.sample import sample
 
         self._sample = sample
@@ -229,9 +240,12 @@ class ModelRunner:
         slots = self._state.num_slots
         self._results = [torch.zeros(slots, dtype=torch.int64, pin_memory=True) for _ in range(_RESULTS)]
         self._next_result = 0
-        if capturable and sizes:
+        if decode_sizes or mixed_sizes:
+            hashed_vocab = self._sampler.hashed_vocab
             with timed(self.startup_seconds, "capture"):
-                self._graphs = DecodeGraphs(self._model, self._state, self._sampler.hashed_vocab, sizes, self._stream)
+                self._graphs = StepGraphs(
+                    self._model, self._state, hashed_vocab, decode_sizes, mixed_sizes, self._stream
+                )
 
     def close(self) -> None:
         """Wait for the steps on their way, and let the thread, the graphs and the KV cache go."""
@@ -388,16 +402,15 @@ class ModelRunner:
         slots, num = rows.slots[rows.sampled_rows], len(rows.sampled_rows)
         plain = self._sampling.plain(slots, rows.draws)
         temperature, keys = self._sampling.temperature_and_keys(slots)
-        graphs, size = self._graphs, inputs.graph_size
-        if graphs is None or size is None or size not in graphs:
-            graphs = size = None
-        state.send(rows, arrived, temperature, keys, padded=size)
-        if graphs is not None and size is not None:
-            captured = graphs.replay(size)
+        captured = self._captured(inputs)
+        if captured is not None:
+            state.send(rows, arrived, temperature, keys, padded=(captured.num_seqs, captured.num_tokens))
+            captured.graph.replay()
             if plain:
                 return captured.tokens[:num], None
             hidden = captured.hidden[:num]
         else:
+            state.send(rows, arrived, temperature, keys)
             state.apply_blocks()
             hidden = self._model.forward(state.inputs_of(rows))
             if not num:
@@ -414,7 +427,19 @@ class ModelRunner:
         state.store(sampled.token_ids)
         return sampled.token_ids, sampled.logprobs
 
+    def _captured(self, inputs: StepInputs) -> CapturedStep | None:
+        if self._graphs is None or inputs.padded_tokens is None:
+            return None
+        return self._graphs.find(len(inputs.rows.slots) > inputs.rows.num_decodes, inputs.padded_tokens)
+
     # The result, on the engine's thread
+
+    def expected_end(self, launched: Launched) -> int | None:
+        """When a step on its way will have ended, going by the last ones of its size (`monotonic_ns`): rather too early
+        than too late. None where there was no such step.
+        """
+        recent = self._recent.get(_size_of(launched.step))
+        return None if recent is None else max(launched.launched_at, self._last_end) + min(recent)
 
     def collect(self, launched: Launched) -> StepResult:
         """Wait for a step's sampled tokens. Raises what went wrong on the device."""
@@ -427,4 +452,5 @@ class ModelRunner:
         ended_at = known_at if waiting else min(known_at, launched.pending.ended_at(began_at))
         self._last_end = max(began_at, ended_at)
         device_ns = self._last_end - began_at
+        self._recent.setdefault(_size_of(launched.step), deque(maxlen=_RECENT)).append(device_ns)
         return StepResult(launched.requests, token_ids, _by_row(logprobs), device_ns, known_at)

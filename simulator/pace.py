@@ -38,17 +38,19 @@ class ComputedPace:
     """Step times from a cost model: the device runs steps one after another, the host works beside it.
 
     Under `lag=0` the loop makes a step last prepare + device + finish; under `lag=1` the host's share of one step
-    overlaps the device's share of another.
+    overlaps the device's share of another. `plan_lead_ns`: as in `policies.replica_state.Limits`.
     """
 
-    def __init__(self, costs: CostModel) -> None:
+    def __init__(self, costs: CostModel, plan_lead_ns: int | None = None) -> None:
         self._costs = costs
+        self._lead = plan_lead_ns
         self._host_free = 0
         self._device_free = 0
         self._timings: dict[int, tuple[Timing, int]] = {}
 
     def plan_at(self, index: int, now: int) -> int | None:
-        return max(now, self._host_free)
+        ready = max(now, self._host_free)
+        return ready if self._lead is None else max(ready, self._device_free - self._lead)
 
     def launch(self, step: Step, now: int) -> None:
         cost = self._costs.cost(step.shape)

@@ -55,7 +55,7 @@ class Simulation:
             SimulatedReplica(
                 self.env,
                 ControlPlane(limits, stack, replica=i, cost=costs, recorder=recorder, check=check),
-                ComputedPace(costs),
+                ComputedPace(costs, limits.plan_lead_ns),
                 self._on_end,
             )
             for i, stack in enumerate(stacks)

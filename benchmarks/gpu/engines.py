@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from policies.replica_state import Limits
-from policies.shapes import default_capture_sizes
+from policies.shapes import default_capture_sizes, default_mixed_capture_sizes
 from policies.stack import StackSpec
-from runtime.engine import Engine
+from runtime.engine import GPU_PLAN_LEAD_NS, Engine
 from runtime.memory import profile_num_blocks
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Output
@@ -22,8 +22,7 @@ from runtime.weights import LoadedModel, load_model
 
 STEADY, MIXED = "prefill_first", "mixed"
 """Schedulers: prompts before decodes, where all requests are there at once; and together, where they keep coming."""
-MAX_NUM_BATCHED_TOKENS = {STEADY: 8192, MIXED: 2048}
-"""Mixed, the smaller step lets more decodes ride along with the prompts."""
+MAX_NUM_BATCHED_TOKENS = 8192
 MAX_NUM_SEQS = 256
 MAX_MODEL_LEN = 4096
 CPU_BLOCKS = 1024
@@ -41,7 +40,7 @@ def make_engine(loaded: LoadedModel, scheduler: str, block_size: int) -> Engine:
     sizes: dict[str, Any] = {
         "block_size": block_size,
         "max_num_seqs": MAX_NUM_SEQS,
-        "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS[scheduler],
+        "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
         "max_model_len": min(MAX_MODEL_LEN, loaded.config.max_model_len),
     }
     with timed(seconds, "memory_profile"):
@@ -51,7 +50,9 @@ def make_engine(loaded: LoadedModel, scheduler: str, block_size: int) -> Engine:
         **sizes,
         prefix_caching=False,
         capture_sizes=default_capture_sizes(MAX_NUM_SEQS) if cuda else (),
+        mixed_capture_sizes=default_mixed_capture_sizes(sizes["max_num_batched_tokens"]) if cuda else (),
         lag=1,
+        plan_lead_ns=GPU_PLAN_LEAD_NS if cuda else None,
     )
     engine = Engine(loaded, limits, StackSpec(scheduler).build(block_size=block_size))
     engine.startup_seconds.update(seconds)

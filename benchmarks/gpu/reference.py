@@ -3,8 +3,12 @@
 Source of vLLM's figures: vLLM 0.24.0 on one H100 80GB HBM3, PyTorch 2.11.0+cu130, November 2026; random weights, bf16,
 FlashAttention 3, default compilation and CUDA graphs, prefix caching off, `max_model_len` 4096, `max_num_seqs` 256,
 `max_num_batched_tokens` 8192 (online 2048), greedy, `ignore_eos`, no detokenising, random token ids as prompts, one
-generate call timed from outside. Floors of a decode step: weights and the KV cache of the batch, each read once, at the
-3.11 TB/s that the same card reads.
+generate call timed from outside.
+
+Floors, of what the same card does at its best: 3.11 TB/s read and 789 TFLOP/s in bf16. A decode step reads the weights
+and the KV cache of the batch once. A prefill multiplies by every weight of a layer and attends. The offline works do
+both: the KV cache of every output token, the weights once a step (as many steps as the longest output needs, or 256
+outputs at a time), and the prompts' products.
 """
 
 from __future__ import annotations
@@ -20,6 +24,11 @@ DEVICE_BYTES_PER_MS = 3.11e9
 MEAN_CONTEXT = 576  # of a decode step from 512 to 640 tokens
 WEIGHTS_MS = {"llama-3.1-8b": 4.83, "qwen3-0.6b": 0.38}
 KV_BYTES_PER_TOKEN = {"llama-3.1-8b": 131_072, "qwen3-0.6b": 114_688}
+FLOPS_PER_MS = 7.89e11
+LAYER_WEIGHTS = {"llama-3.1-8b": 6.979e9, "qwen3-0.6b": 0.440e9}  # in products, LM head left out
+ATTENTION_WIDTH = {"llama-3.1-8b": 32 * 32 * 128, "qwen3-0.6b": 28 * 16 * 128}  # layers x heads x head dimension
+_OFFLINE_FLOOR_TOK_S = {"llama-3.1-8b": 10_806.0, "qwen3-0.6b": 26_338.0}
+_AZURE_FLOORS = {"llama-3.1-8b": (7_298.0, 29.5), "qwen3-0.6b": (20_840.0, 84.3)}  # output tokens/s, requests/s
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,12 @@ def decode_floor_ms(model: str, batch: int) -> float:
     return WEIGHTS_MS[model] + batch * MEAN_CONTEXT * KV_BYTES_PER_TOKEN[model] / DEVICE_BYTES_PER_MS
 
 
+def prefill_floor_ms(model: str, length: int) -> float:
+    """One prompt's products and causal attention at the card's peak; reading the weights, if that takes longer."""
+    flops = 2 * LAYER_WEIGHTS[model] * length + 2 * ATTENTION_WIDTH[model] * length**2
+    return max(WEIGHTS_MS[model], flops / FLOPS_PER_MS)
+
+
 def metrics(model: str) -> list[Metric]:
     """Everything that is compared for a model, in the order of the table; nothing for a model without figures."""
     if model not in MODELS:
@@ -102,14 +117,30 @@ def metrics(model: str) -> list[Metric]:
     short, long, many = _PREFILL[model]
     offline, azure_tokens, azure_requests, start = _OFFLINE[model]
     offline_target, azure_target, start_target = _OFFLINE_TARGETS[model]
+    many_floor, azure_floor = 1e3 * 2048 / prefill_floor_ms(model, 2048), _AZURE_FLOORS[model]
     found += [
-        Metric("prefill_ms_1x512", "prefill 1 x 512", "ms", short),
-        Metric("prefill_ms_1x2048", "prefill 1 x 2048", "ms", long, _PREFILL_TARGETS.get(model)),
-        Metric("prefill_tok_s_32x2048", "prefill 32 x 2048", "tokens/s", many, higher_is_better=True),
-        Metric("offline256_out_tok_s", "offline256", "output tokens/s", offline, offline_target, higher_is_better=True),
+        Metric("prefill_ms_1x512", "prefill 1 x 512", "ms", short, None, prefill_floor_ms(model, 512)),
+        Metric(
+            "prefill_ms_1x2048",
+            "prefill 1 x 2048",
+            "ms",
+            long,
+            _PREFILL_TARGETS.get(model),
+            prefill_floor_ms(model, 2048),
+        ),
+        Metric("prefill_tok_s_32x2048", "prefill 32 x 2048", "tokens/s", many, None, many_floor, True),
+        Metric(
+            "offline256_out_tok_s",
+            "offline256",
+            "output tokens/s",
+            offline,
+            offline_target,
+            _OFFLINE_FLOOR_TOK_S[model],
+            True,
+        ),
         Metric("offline256_req_s", "offline256", "requests/s", higher_is_better=True),
-        Metric("azure_out_tok_s", "offline Azure conv", "output tokens/s", azure_tokens, higher_is_better=True),
-        Metric("azure_req_s", "offline Azure conv", "requests/s", azure_requests, azure_target, higher_is_better=True),
+        Metric("azure_out_tok_s", "offline Azure conv", "output tokens/s", azure_tokens, None, azure_floor[0], True),
+        Metric("azure_req_s", "offline Azure conv", "requests/s", azure_requests, azure_target, azure_floor[1], True),
         Metric("start_s", "start to first output token", "s", start, start_target),
         Metric("idle_pct_b1", "GPU idle between steps, batch 1", "%"),
         *(

@@ -20,6 +20,7 @@ class AttentionBackend(Protocol):
 
     name: str
     capturable: bool  # whether a step of decodes alone may be captured in a CUDA graph
+    captures_chunks: bool  # whether one with chunks may be
 
     def prepare(self, inputs: ForwardInputs, kv_cache: PagedKVCache) -> object:
         """What the layers of one step share (indices, masks, launch sizes); `attend` gets it back."""

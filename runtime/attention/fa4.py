@@ -31,6 +31,7 @@ class Fa4Backend:
 
     name = "fa4"
     capturable = True
+    captures_chunks = False
 
     def __init__(self) -> None:
         from flash_attn.cute.interface import flash_attn_varlen_func

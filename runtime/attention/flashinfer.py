@@ -46,6 +46,7 @@ class FlashInferBackend:
 
     name = "flashinfer"
     capturable = False
+    captures_chunks = False
 
     def __init__(self) -> None:
         self._decode: Any = None

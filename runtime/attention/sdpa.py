@@ -61,6 +61,7 @@ class SdpaBackend:
 
     name = "sdpa"
     capturable = False
+    captures_chunks = False
 
     def prepare(self, inputs: ForwardInputs, kv_cache: PagedKVCache) -> _Plan:
         """Split the step into prefill chunks and groups of decodes; build their indices and masks."""

@@ -27,6 +27,7 @@ class SplitBackend:
     def __init__(self, prefill: AttentionBackend, decode: AttentionBackend) -> None:
         self.name = f"prefill={prefill.name},decode={decode.name}"
         self.capturable = decode.capturable
+        self.captures_chunks = False  # the cut is where the decodes end, and that is on the host
         self._prefill = prefill
         self._decode = decode
 

@@ -1,7 +1,7 @@
 """Our own attention: one family of Triton kernels for prefill, decode and mixed steps. Needs no further package.
 
 Decodes go through `runtime.kernels.attention_decode`, chunks through `runtime.kernels.attention_prefill`; a mixed step
-through both. Nothing is read back from the device, so that a step of decodes can be captured in a CUDA graph.
+through both. Nothing is read back from the device, so that a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from triton import next_power_of_2
 
+from policies.shapes import MAX_CAPTURED_CHUNKS
 from runtime.forward import ForwardInputs
 from runtime.kernels.attention_decode import decode, plan_decodes
 from runtime.kernels.attention_prefill import plan_chunks, prefill
@@ -59,6 +60,7 @@ class TritonBackend:
 
     name = "triton"
     capturable = True
+    captures_chunks = True
 
     def __init__(self, decode_config: DecodeConfig | None = None, prefill_config: PrefillConfig | None = None) -> None:
         self._decode = decode_config
@@ -69,12 +71,11 @@ class TritonBackend:
 
     def prepare(self, inputs: ForwardInputs, kv_cache: PagedKVCache) -> _Plan:
         """Cut the decodes into ranges and list the query tiles of the chunks, both on the device."""
-        num_seqs = len(inputs.seq_lens)
         plan = _Plan(inputs)
         if inputs.num_decodes:
             self._plan_decodes(plan, kv_cache)
-        if num_seqs > inputs.num_decodes:
-            self._plan_chunks(plan, num_seqs - inputs.num_decodes, kv_cache)
+        if inputs.decode_count is not None or len(inputs.seq_lens) > inputs.num_decodes:
+            self._plan_chunks(plan, kv_cache)
         return plan
 
     def _plan_decodes(self, plan: _Plan, kv_cache: PagedKVCache) -> None:
@@ -85,7 +86,7 @@ class TritonBackend:
         plan.first_seq = torch.empty(ranges + 1, dtype=torch.int32, device=device)
         pdl = use_pdl(device)
         plan_decodes[(1,)](
-            plan.inputs.seq_lens, plan.first_tile, plan.first_seq, num_seqs,
+            plan.inputs.seq_lens, plan.inputs.decode_count, plan.first_tile, plan.first_seq, num_seqs,
             BLOCK_N=config.block_n, RANGES=ranges, RANGES_PAD=next_power_of_2(ranges),
             SEQS_PAD=max(256, next_power_of_2(num_seqs)), PDL=pdl, num_warps=8, launch_pdl=pdl,
         )  # fmt: skip
@@ -93,17 +94,21 @@ class TritonBackend:
             self._arrived = torch.zeros(max(512, num_seqs) * kv_cache.num_kv_heads, dtype=torch.int32, device=device)
             self._kept.append(self._arrived)
 
-    def _plan_chunks(self, plan: _Plan, num_chunks: int, kv_cache: PagedKVCache) -> None:
-        inputs, first = plan.inputs, plan.inputs.num_decodes
-        assert inputs.host_query_lens is not None, "chunks are not captured"
+    def _plan_chunks(self, plan: _Plan, kv_cache: PagedKVCache) -> None:
+        inputs, first, num_seqs = plan.inputs, plan.inputs.num_decodes, len(plan.inputs.seq_lens)
         device, config = kv_cache.device, self._prefill_config(kv_cache)
-        bound = sum(-(-n // config.block_m) for n in inputs.host_query_lens[first:])
+        if inputs.host_query_lens is not None:
+            num_chunks = num_seqs - first
+            bound = sum(-(-n // config.block_m) for n in inputs.host_query_lens[first:])
+        else:
+            num_chunks = min(MAX_CAPTURED_CHUNKS, num_seqs)
+            bound = len(inputs.input_ids) // config.block_m + num_chunks
         plan.tiles = torch.empty((bound, 2), dtype=torch.int32, device=device)
         plan.num_tiles = torch.empty(1, dtype=torch.int32, device=device)
         pdl = use_pdl(device)
         plan_chunks[(num_chunks,)](
-            inputs.query_start_loc, inputs.seq_lens, plan.tiles, plan.num_tiles, first, num_chunks,
-            BLOCK_M=config.block_m, CHUNKS_PAD=max(16, next_power_of_2(num_chunks)), PDL=pdl, num_warps=1,
+            inputs.query_start_loc, inputs.seq_lens, inputs.decode_count, plan.tiles, plan.num_tiles, first, num_chunks,
+            num_seqs, BLOCK_M=config.block_m, CHUNKS_PAD=max(16, next_power_of_2(num_chunks)), PDL=pdl, num_warps=1,
             launch_pdl=pdl,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from runtime.kernels.launch import kernel
 @triton.jit(do_not_specialize=["num_seqs"])
 def plan_decodes(
     seq_lens,  # [S] int32
+    decode_count,  # [1] int32: so many of the sequences are decodes; None: all of them
     first_tile,  # [S + 1] int32, out: tiles before each sequence
     first_seq,  # [RANGES + 1] int32, out: the sequence in which each range begins; then the tiles of a range
     num_seqs,
@@ -34,7 +35,10 @@ def plan_decodes(
         gdc_launch_dependents()
         gdc_wait()
     seqs = tl.arange(0, SEQS_PAD)
-    tiles = (tl.load(seq_lens + seqs, mask=seqs < num_seqs, other=0) + BLOCK_N - 1) // BLOCK_N
+    mine = seqs < num_seqs
+    if decode_count is not None:
+        mine = mine & (seqs < tl.load(decode_count))
+    tiles = (tl.load(seq_lens + seqs, mask=mine, other=0) + BLOCK_N - 1) // BLOCK_N
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
     share = (total + RANGES - 1) // RANGES

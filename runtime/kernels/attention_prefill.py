@@ -14,14 +14,16 @@ from runtime.kernels.launch import kernel
 
 
 @kernel
-@triton.jit(do_not_specialize=["first", "num_chunks"])
+@triton.jit(do_not_specialize=["first", "num_chunks", "num_seqs"])
 def plan_chunks(
     query_start_loc,  # [S + 1] int32
     seq_lens,  # [S] int32
+    decode_count,  # [1] int32: the first sequence that is a chunk; None: it is `first`
     tiles,  # [bound, 2] int32, out: (sequence, first query in it)
     num_tiles,  # [1] int32, out
-    first,  # the first sequence that is a chunk
-    num_chunks,
+    first,
+    num_chunks,  # at most
+    num_seqs,
     BLOCK_M: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
     PDL: tl.constexpr,
@@ -32,7 +34,9 @@ def plan_chunks(
         gdc_wait()
     mine = tl.program_id(0)
     chunks = tl.arange(0, CHUNKS_PAD)
-    there = chunks < num_chunks
+    if decode_count is not None:
+        first = tl.load(decode_count)
+    there = (chunks < num_chunks) & (first + chunks < num_seqs)
     begin = tl.load(query_start_loc + first + chunks, mask=there, other=0)
     end = tl.load(query_start_loc + first + chunks + 1, mask=there, other=0)
     length = tl.load(seq_lens + first + chunks, mask=there, other=0)
@@ -44,6 +48,24 @@ def plan_chunks(
         tl.store(tiles + 2 * (before + i) + 1, (count - 1 - i) * BLOCK_M)
     if mine == 0:
         tl.store(num_tiles, tl.sum(counts, 0))
+
+
+@triton.jit
+def _cache_slots(table, start, seq_len, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """Where the keys start .. start + BLOCK_N lie, [BLOCK_N] int64. A block's id is looked up once where it can be."""
+    if BLOCK_N % BLOCK_SIZE == 0:
+        blocks = start // BLOCK_SIZE + tl.arange(0, BLOCK_N // BLOCK_SIZE)
+        if MASKED:
+            ids = tl.load(table + blocks, mask=blocks * BLOCK_SIZE < seq_len, other=0)
+        else:
+            ids = tl.load(table + blocks)
+        first = ids.to(tl.int64) * BLOCK_SIZE
+        return tl.reshape(first[:, None] + tl.arange(0, BLOCK_SIZE)[None, :], [BLOCK_N])
+    tokens = start + tl.arange(0, BLOCK_N)
+    if BLOCK_SIZE % BLOCK_N == 0:
+        return tl.load(table + start // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
+    ids = tl.load(table + tokens // BLOCK_SIZE, mask=tokens < seq_len, other=0)
+    return ids.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
 
 
 @triton.jit
@@ -74,11 +96,8 @@ def _over_keys(
     for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         tokens = start + tl.arange(0, BLOCK_N)
         there = tokens < seq_len
-        if MASKED:
-            page = tl.load(table + tokens // BLOCK_SIZE, mask=there, other=0)
-        else:
-            page = tl.load(table + tokens // BLOCK_SIZE)
-        rows = (page.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * D) + kv_head * D
+        slots = _cache_slots(table, start, seq_len, BLOCK_SIZE, BLOCK_N, MASKED)
+        rows = slots * (KV_HEADS * D) + kv_head * D
         where = rows[:, None] + dims[None, :]
         if MASKED:
             inside = there[:, None] & (dims < D)[None, :] if D != D_PAD else there[:, None]

@@ -100,6 +100,15 @@ def test_a_real_run_replays_without_a_divergence(
     _assert_replays(tmp_path / "real")
 
 
+def test_a_run_that_plans_late_replays_without_a_divergence(tiny: LoadedModel, tmp_path: Path) -> None:
+    given = _spec("mixed", 1, True)
+    spec = check_spec(given | {"limits": {**given["limits"], "plan_lead_ms": 0.2}})  # type: ignore[dict-item]
+    assert spec.limits.plan_lead_ns == 200_000
+    run_real(spec, tmp_path / "real", workload=_workload(3), loaded=tiny, check=True)
+    assert set(read_run(tmp_path / "real").requests["status"]) <= {"stop", "length"}
+    _assert_replays(tmp_path / "real")
+
+
 @pytest.mark.parametrize("queue", ["priority", "sjf", "sjf,predictor=oracle"])
 def test_every_queue_replays_without_a_divergence(queue: str, tiny: LoadedModel, tmp_path: Path) -> None:
     spec = check_spec(_spec("mixed", 1, True, queue))

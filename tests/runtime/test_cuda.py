@@ -96,7 +96,7 @@ def test_half_precision_serves(on_cpu: LoadedModel) -> None:
 
 TEXTS = conftest.PROMPTS[:8]
 EAGER = Limits(64, max_num_seqs=8, max_num_batched_tokens=256, max_model_len=256, lag=1)
-CAPTURED = replace(EAGER, capture_sizes=(1, 2, 4, 8))
+CAPTURED = replace(EAGER, capture_sizes=(1, 2, 4, 8), mixed_capture_sizes=(64, 128, 256))
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 
 
@@ -115,9 +115,10 @@ def real_on_card(source: str) -> LoadedModel:
 
 
 def completions(loaded: LoadedModel, limits: Limits, params: SamplingParams) -> list[Completion]:
-    """Of all texts, in order. `limits.capture_sizes` are those at which graphs must have been captured."""
+    """Of all texts, in order. Where the limits name sizes, graphs must have been captured."""
     with Engine(loaded, limits, StackSpec().build(), check=True) as engine:
-        assert ("capture" in engine.startup_seconds) == bool(limits.capture_sizes)
+        captured = bool(limits.capture_sizes or limits.mixed_capture_sizes)
+        assert ("capture" in engine.startup_seconds) == captured
         return [completion for (completion,) in engine.generate(TEXTS, params)]
 
 
@@ -139,12 +140,35 @@ def test_a_real_models_greedy_tokens_from_graphs_are_the_cpus(source: str, real_
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("sizes", [(1, 2, 4, 8), (8,), (1, 3)])  # padded little, much, and with steps too large for any
+@pytest.mark.parametrize(
+    ("sizes", "mixed_sizes"),
+    [((1, 2, 4, 8), ()), ((8,), (256,)), ((1, 3), (16, 48)), ((), (32, 64, 128, 256))],
+)  # padded little, much, with steps too large for any, and those with chunks alone
 def test_a_graphs_tokens_are_those_of_the_same_steps_without(
-    sizes: tuple[int, ...], lag: int, real_on_card: LoadedModel, eager: list[tuple[int, ...]]
+    sizes: tuple[int, ...],
+    mixed_sizes: tuple[int, ...],
+    lag: int,
+    real_on_card: LoadedModel,
+    eager: list[tuple[int, ...]],
 ) -> None:
-    limits = replace(EAGER, capture_sizes=sizes, lag=lag)
+    limits = replace(EAGER, capture_sizes=sizes, mixed_capture_sizes=mixed_sizes, lag=lag)
     assert ids(completions(real_on_card, limits, GREEDY)) == eager
+
+
+@pytest.mark.parametrize("preset", ["tiny-moe", "smollm2-135m"])
+@pytest.mark.parametrize("budget", [40, 300])
+def test_chunks_ride_with_decodes_in_captured_steps(preset: str, budget: int) -> None:
+    loaded = load_model(preset, load_format="dummy", device="cuda", dtype=torch.float32)
+    limits = Limits(200, max_num_seqs=12, max_num_batched_tokens=budget, max_model_len=256, lag=1)
+    generator = torch.Generator().manual_seed(0)
+    lengths = (3, 150, 17, 90, 41, 1, 64, 65, 120, 33, 5, 140)
+    prompts = [torch.randint(0, 200, (length,), generator=generator).tolist() for length in lengths]
+    params = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(len(prompts))]
+    found = []
+    for sizes in ((), tuple(range(20, budget + 1, 20))):
+        with Engine(loaded, replace(limits, mixed_capture_sizes=sizes), StackSpec("mixed").build(), check=True) as on:
+            found.append([completion.token_ids for (completion,) in on.generate(prompts, params)])
+    assert found[0] == found[1]
 
 
 def test_log_probabilities_from_a_graphs_hidden_states_are_those_without(real_on_card: LoadedModel) -> None:

@@ -435,6 +435,20 @@ def test_closing_ends_the_requests_that_run_and_those_that_wait(lag: int) -> Non
         engine.submit([1], greedy(1), Listener())
 
 
+def test_closing_does_not_wait_for_the_time_to_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = time.monotonic_ns() + 10**15
+    monkeypatch.setattr(ModelRunner, "expected_end", lambda self, launched: never)
+    engine = serve(tiny(), lag=1, plan_lead_ns=1_000)
+    held = threading.Event()
+    hold = engine._hold
+    monkeypatch.setattr(engine, "_hold", lambda launched: (held.set(), hold(launched)))
+    (listener,) = submit_together(engine, _prompts(1), greedy(900))
+    assert held.wait(PATIENCE)
+    engine.close()
+    assert listener.ended
+    assert len(listener.token_ids) <= 1  # of the step in flight
+
+
 def test_closing_an_engine_that_never_served_returns() -> None:
     serve(tiny()).close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 
@@ -57,6 +57,16 @@ def test_with_lag_the_hosts_work_hides_behind_the_device() -> None:
     # Step 1 is prepared while step 0 runs, so the device goes from one to the next without a pause.
     assert requests[0].first_token_ns == 7_000_000
     assert requests[0].finish_ns == 7_000_000 + 3 * 5_000_000
+
+
+def test_what_arrives_while_a_step_runs_is_in_the_next_one_if_that_is_planned_late() -> None:
+    work = [(0, 8, 8), (4_000_000, 8, 1)]  # the second arrives while step 0 runs, from 2 to 7 ms
+    at_once = Limits(64, prefix_caching=False, lag=1)
+    (_, second), _, _ = simulate(work, at_once, HostAndDevice(1))
+    assert second.first_token_ns == 17_000_000
+    first, second = simulate(work, replace(at_once, plan_lead_ns=2_000_000), HostAndDevice(1))[0]
+    assert second.first_token_ns == 12_000_000
+    assert first.finish_ns == 7_000_000 + 7 * 5_000_000  # and the device still never waits
 
 
 def test_with_lag_a_request_that_stops_before_its_cap_costs_one_discarded_token() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,14 @@ def written_out(query: Tensor, layer: int, cache: PagedKVCache, inputs: ForwardI
     return out
 
 
+def as_captured(inputs: ForwardInputs) -> ForwardInputs:
+    """The same step without lengths on the host: where the decodes end is on the device alone."""
+    count = torch.tensor([inputs.num_decodes], dtype=torch.int32, device=DEVICE)
+    unread = torch.zeros(int(inputs.query_start_loc[-1]), dtype=torch.int64, device=DEVICE)
+    rest = {"host_query_lens": None, "host_seq_lens": None, "num_decodes": len(inputs.seq_lens)}
+    return replace(inputs, input_ids=unread, decode_count=count, **rest)
+
+
 def error(out: Tensor, expected: Tensor, rows: Tensor) -> float:
     difference = (out.cpu().double() - expected)[rows]
     return float(difference.norm() / expected[rows].norm())
@@ -79,7 +88,7 @@ def error(out: Tensor, expected: Tensor, rows: Tensor) -> float:
 
 def check(
     query_lens: list[int], seq_lens: list[int], num_decodes: int, heads: int, kv_heads: int, dim: int,
-    block_size: int, dtype: torch.dtype, backend: TritonBackend | None = None,
+    block_size: int, dtype: torch.dtype, backend: TritonBackend | None = None, captured: bool = False,
 ) -> None:  # fmt: skip
     torch.manual_seed(sum(seq_lens) + heads)
     num_blocks = sum(-(-n // block_size) for n in seq_lens) + 1
@@ -87,9 +96,10 @@ def check(
     inputs = make_inputs(query_lens, seq_lens, cache, num_decodes)
     query = torch.randn(sum(query_lens), heads, dim).to(DEVICE, dtype)
     backend = backend or (TritonBackend() if CUDA else TritonBackend(DECODE, PREFILL))
+    given = as_captured(inputs) if captured else inputs
     real = torch.cat([torch.full((n,), length > 0) for n, length in zip(query_lens, seq_lens, strict=True)])
     for layer in (0, 1, 0):  # the counters of cut sequences must be as they were before
-        out = backend.attend(query, layer, cache, backend.prepare(inputs, cache))
+        out = backend.attend(query, layer, cache, backend.prepare(given, cache))
         bound = 1e-5 if dtype == torch.float32 else 5e-3
         assert error(out, written_out(query, layer, cache, inputs), real) < bound
 
@@ -103,7 +113,7 @@ def test_decodes_equal_attention_written_out(heads: int, kv_heads: int, dim: int
     check([1] * 6, [33, 1, 100, 0, 16, 47], 6, heads, kv_heads, dim, 16, dtype)
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_size", [8, 16, 24, 32, 64, 128])
 def test_every_block_size_serves_decodes_and_chunks(block_size: int) -> None:
     check([1, 1, 20, 3], [130, 70, 20, 131], 2, 4, 2, 16, block_size, torch.float32)
 
@@ -121,6 +131,22 @@ def test_chunks_equal_attention_written_out(heads: int, kv_heads: int, dim: int,
 
 def test_a_mixed_step_with_padding_equals_attention_written_out() -> None:
     check([1, 1, 1, 40, 7, 1], [60, 9, 33, 40, 80, 0], 3, 6, 2, 32, 16, HALF)
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "num_decodes"),
+    [
+        ([1, 1, 1, 40, 7, 1, 0, 0], [60, 9, 33, 40, 80, 0, 0, 0], 3),
+        ([33, 16, 90], [33, 50, 0], 0),  # no decodes
+        ([1, 1, 20], [60, 9, 0], 2),  # no chunks
+        ([1, 1, 30, 0], [60, 9, 30, 0], 2),  # no padding
+        ([1] * 70 + [3] * 64, [20] * 70 + [3] * 64, 70),
+    ],
+)
+def test_a_step_whose_cut_is_on_the_device_equals_attention_written_out(
+    query_lens: list[int], seq_lens: list[int], num_decodes: int
+) -> None:
+    check(query_lens, seq_lens, num_decodes, 4, 2, 16, 16, torch.float32, captured=True)
 
 
 def test_buffers_that_a_captured_graph_may_use_outlive_larger_ones() -> None:

@@ -62,9 +62,9 @@ def test_padding_reads_nothing_and_writes_nothing() -> None:
     state, _ = pair()
     decodes = StepRows(np.array([[3, 0, 5]]), ints(3), ints(6), ints(1), ints(0), ints(2), 1)
     temperature, keys = np.array([0.5], np.float32), ints(-(2**63) + 5)
-    state.send(decodes, [Arrived(3, [1, 2, 3, 4, 5, 6, 7])], temperature, keys, padded=4)
+    state.send(decodes, [Arrived(3, [1, 2, 3, 4, 5, 6, 7])], temperature, keys, padded=(4, 4))
     state.apply_blocks()
-    inputs = state.captured_inputs(4)
+    inputs = state.captured_decodes(4)
     assert inputs.input_ids.tolist() == [7, 0, 0, 0]
     assert inputs.positions.tolist() == [6, 0, 0, 0]
     assert inputs.slot_mapping.tolist() == [46, -1, -1, -1]
@@ -81,10 +81,36 @@ def test_padding_reads_nothing_and_writes_nothing() -> None:
 def test_a_step_of_padding_alone_has_valid_tokens() -> None:
     state, _ = pair()
     state.send(STEP, ARRIVED)
-    state.send_padding(5)
-    inputs = state.captured_inputs(5)
+    state.send_padding(5, 5)
+    inputs = state.captured_decodes(5)
     assert inputs.input_ids.tolist() == [0] * 5
     assert inputs.slot_mapping.tolist() == [-1] * 5
+    state.send_padding(state.max_seqs, 600)
+    inputs = state.captured_mixed(600)
+    assert inputs.input_ids.tolist() == [0] * 600
+    assert inputs.slot_mapping.tolist() == [-1] * 600
+
+
+@pytest.mark.parametrize("padded", [36, 38, 100])  # no padding, less than sequences that pad, more than they
+def test_a_step_with_chunks_is_padded_to_a_number_of_tokens(padded: int) -> None:
+    state, plain = pair()
+    state.send(STEP, ARRIVED, np.array([0.5, 0.0], np.float32), ints(1, 2), padded=(state.max_seqs, padded))
+    plain.send(STEP, ARRIVED)
+    for one in (state, plain):
+        one.apply_blocks()
+    inputs, real = state.captured_mixed(padded), plain.inputs_of(STEP)
+    for name in ("input_ids", "positions", "slot_mapping"):
+        same(name, getattr(inputs, name)[:36], getattr(real, name))
+        assert getattr(inputs, name)[36:].tolist() == [-1 if name == "slot_mapping" else 0] * (padded - 36)
+    assert inputs.seq_lens.tolist() == [*STEP.ends.tolist(), 0, 0, 0, 0]
+    assert inputs.query_start_loc[:4].tolist() == [0, 1, 31, 36]
+    assert int(inputs.query_start_loc[-1]) == padded
+    assert inputs.decode_count is not None
+    assert inputs.decode_count.tolist() == [1]
+    assert state.part("sampled", 6).tolist() == [0, 35, 0, 0, 0, 0]
+    before = state.tokens.clone()
+    state.store(torch.arange(60, 66, device=DEVICE))
+    assert (state.tokens != before).nonzero().tolist() == [[1, 10], [2, 5]]
 
 
 @pytest.mark.parametrize("fused", [True, False])
