@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -148,9 +148,9 @@ class Service:
             )
 
 
-def sampling(build: object) -> SamplingParams:
+def sampling(build: Callable[[], SamplingParams]) -> SamplingParams:
     """Call something that makes `SamplingParams`; what they refuse is a 400 that names the field."""
     try:
-        return build()  # type: ignore[operator,no-any-return]
+        return build()
     except InvalidSamplingParams as error:
         raise bad_request(error) from None

@@ -93,10 +93,9 @@ def test_when_a_replica_is_killed_what_was_not_begun_goes_elsewhere_and_streams_
     assert "every replica is dead" in pair.http.post("/v1/completions", json={"prompt": "Hello"}).text
 
 
-@pytest.mark.parametrize(("num_requests", "num_kills"), [(100, 2), pytest.param(500, 10, marks=pytest.mark.slow)])
-def test_under_load_with_replicas_dying_every_request_ends_once(
-    model_folder: Path, num_requests: int, num_kills: int
-) -> None:
+@pytest.mark.slow
+def test_under_load_with_replicas_dying_every_request_ends_once(model_folder: Path) -> None:
+    num_requests, num_kills = 500, 10
     with running(model_folder, "--replicas", "2", "--max-queue", "2000", **LIMITS) as server:
         ends = asyncio.run(_load_and_kill(server, num_requests, num_kills))
         counts = collections.Counter(ends)
