@@ -95,7 +95,6 @@ class Answer(Response):
 
     async def _send_whole(self, send: Send) -> None:
         generation, form = self.generation, self.form
-        generation.call.patient = not any(choice.params.stop for choice in generation.choices)
         while not generation.finished:
             form.take(await generation.next())
         body = form.whole()

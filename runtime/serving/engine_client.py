@@ -51,8 +51,6 @@ class Call:
     def __init__(self) -> None:
         self.request_ids: list[int] = []
         """Of every continuation of every prompt, in order."""
-        self.patient = False
-        """Whether who waits is woken only when a request ends, since nothing is to be done with less."""
         self._arrived: list[tuple[float, TokenOutput]] = []
         self._failure: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -71,8 +69,7 @@ class Call:
     def put(self, received_at: float, output: TokenOutput) -> None:
         """An output for one of the requests. Who waits is woken once all outputs of the step have been put."""
         self._arrived.append((received_at, output))
-        if not self.patient or output.finish_reason is not None:
-            self._wake()
+        self._wake()
 
     def fail(self, error: BaseException) -> None:
         """Nothing more comes. What has arrived can still be taken."""
