@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -161,6 +161,32 @@ def _memory_there(loaded: LoadedModel) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is known once a model is ready to be served: the specification with "fastest" resolved, the limits, the cost
+    model for policies that plan by one, and what the parts of the start took."""
+
+    spec: RunSpec
+    limits: Limits
+    cost: CostModel | None
+    seconds: dict[str, float]
+
+
+def prepare(spec: RunSpec, loaded: LoadedModel, cost: CostModel | None = None) -> Prepared:
+    """Size the replica and warm it up. Raises as `real_limits` does."""
+    if cost is None and spec.cost is not None:
+        cost = make_costs(spec.cost)
+    seconds = {"load": loaded.load_seconds}
+    if spec.model.attention == "fastest":
+        with timed(seconds, "attention"):
+            spec = resolved(spec, loaded)
+    with timed(seconds, "memory_profile"):
+        limits = real_limits(spec, loaded)
+    with timed(seconds, "warm_up"):
+        warm_up(loaded, limits, spec, cost)
+    return Prepared(spec, limits, cost, seconds)
+
+
 def run_real(
     spec: RunSpec,
     folder: Path,
@@ -182,21 +208,13 @@ def run_real(
     check_servable(spec)
     workload = workload or make_workload(spec.workload)
     loaded = loaded or load(spec.model)
-    if cost is None and spec.cost is not None:
-        cost = make_costs(spec.cost)
-    seconds = {"load": loaded.load_seconds}
-    if spec.model.attention == "fastest":
-        with timed(seconds, "attention"):
-            spec = resolved(spec, loaded)
-    with timed(seconds, "memory_profile"):
-        limits = real_limits(spec, loaded)
+    prepared = prepare(spec, loaded, cost)
+    spec, limits, cost = prepared.spec, prepared.limits, prepared.cost
     oracle = dict(enumerate(workload.output_tokens.tolist()))
     build = spec.policies.stack.build
     stack = build(block_size=limits.block_size, seed=spec.seed, oracle=oracle)
     encode = None if loaded.tokenizer is None else loaded.tokenizer.encode
     prompts = prompt_token_ids(workload, encode, loaded.config.vocab_size, spec.seed)
-    with timed(seconds, "warm_up"):
-        warm_up(loaded, limits, spec, cost)
     info = run_info(
         "real",
         spec=spec.model_dump(mode="json"),
@@ -215,7 +233,7 @@ def run_real(
         ) as engine,
     ):
         if on_start is not None:
-            on_start({**seconds, **engine.startup_seconds})
+            on_start({**prepared.seconds, **engine.startup_seconds})
         _send(engine, spec, workload, prompts, on_output or (lambda output: None))
     if check:
         check_books(read_run(folder))
@@ -231,6 +249,7 @@ def start_engine(
     cost: CostModel | None = None,
     seed: int = 0,
     check: bool = False,
+    on_flush: Callable[[], None] | None = None,
 ) -> Engine:
     """An engine with the specification's attention and KV cache. Raises SpecError where the memory runs out."""
     with explained("starting the engine"):
@@ -244,6 +263,7 @@ def start_engine(
             kv_dtype=kv_dtype(model),
             seed=seed,
             check=check,
+            on_flush=on_flush,
         )
 
 

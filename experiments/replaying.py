@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ from pydantic import TypeAdapter
 from experiments.records import Run, RunError, RunWriter, run_info
 from experiments.simulated import costs_as_described
 from experiments.token_times import COMPLETED
-from policies.control_plane import PolicyStalled
+from policies.control_plane import ControlPlane, PolicyStalled
 from policies.replica_state import Limits
 from policies.request import Request, Slo, State
 from policies.stack import StackSpec
-from simulator.arrivals import Arrival, Scheduled
+from simulator.arrivals import Arrival, Cancellation, Scheduled
 from simulator.costs.base import CostModel
 from simulator.pace import Timing
-from simulator.simulation import replay
+from simulator.simulation import Intervention, replay
 
 NEVER = 1 << 60
 
@@ -34,8 +35,9 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
         raise RunError(f"{run.folder} has several replicas; replay takes the run of one")
     limits = TypeAdapter(Limits).validate_python(run.limits)
     _check_whole(run)
-    spec = StackSpec(**run.info["stack"])
-    stack = spec.build(block_size=limits.block_size, seed=int(run.spec.get("seed", 0)), oracle=oracle_of(run))
+    spec, seed = StackSpec(**run.info["stack"]), int(run.spec.get("seed", 0))
+    stack = spec.build(block_size=limits.block_size, seed=seed, oracle=oracle_of(run))
+    interventions = _interventions(run, spec, limits.block_size, seed)
     info = run_info(
         "replay",
         spec=run.spec,
@@ -48,7 +50,16 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
     )
     try:
         with RunWriter(folder, info, overwrite=overwrite) as writer:
-            replay(limits, stack, _timings(run.steps), _scheduled(run), cost=_cost(run), recorder=writer, check=check)
+            replay(
+                limits,
+                stack,
+                _timings(run.steps),
+                _scheduled(run),
+                interventions=interventions,
+                cost=_cost(run),
+                recorder=writer,
+                check=check,
+            )
     except PolicyStalled:
         if run.complete:  # otherwise it may be what ended the run itself
             raise
@@ -103,11 +114,37 @@ def _one(row: dict[str, Any]) -> Scheduled:
         slo=_slo(row),
         hints=dict(row["hints"]),
     )
+    before, end_before = row["before_step"], row["end_before_step"]
     end = State(row["status"]) if row["status"] in COMPLETED else None
-    output_tokens = NEVER if end is None else row["output_tokens"]
-    return Scheduled(
-        Arrival(request, output_tokens, row["block_keys"], end), row["before_step"], row["end_before_step"]
-    )
+    if end_before is None:
+        output_tokens = NEVER if end is None else row["output_tokens"]
+        return Scheduled(Arrival(request, output_tokens, row["block_keys"], end), before)
+    how = Cancellation(end_before) if end is None else Cancellation(end_before, end, row["output_tokens"])
+    return Scheduled(Arrival(request, NEVER, row["block_keys"]), before, how)
+
+
+def _interventions(run: Run, spec: StackSpec, block_size: int, seed: int) -> dict[int, list[Intervention]]:
+    """What an operator did while the run went on, by the step that it came before."""
+    plain: dict[str, Intervention] = {
+        "hold": ControlPlane.hold,
+        "release": ControlPlane.release,
+        "flush": ControlPlane.flush,
+    }
+    rows = run.decisions[run.decisions["kind"].isin(("swap", *plain))]
+    found: dict[int, list[Intervention]] = {}
+    for step, kind, reason in zip(rows["step"].tolist(), rows["kind"].tolist(), rows["reason"].tolist(), strict=True):
+        if kind == "swap":
+            names = dict(part.split(": ", 1) for part in reason.split("; "))
+            spec, policies = spec.rebuilt(names, block_size=block_size, seed=seed)
+            intervene: Intervention = functools.partial(_swap, policies, names)
+        else:
+            intervene = plain[kind]
+        found.setdefault(step, []).append(intervene)
+    return found
+
+
+def _swap(policies: dict[str, Any], names: dict[str, str], plane: ControlPlane, now: int) -> None:
+    plane.swap(policies, names, now)
 
 
 def _slo(row: dict[str, Any]) -> Slo | None:

@@ -200,7 +200,7 @@ class RunSpec(_Part):
     Attributes:
         target: the panel that `diptych run` uses.
         seed: of prompts' content and of sampling; the workload has a seed of its own.
-        replicas: of the simulated panel; the real one has one.
+        replicas: of the simulated panel and of `diptych serve`; a real run has one.
         cost: how the simulated panel turns steps into time (a roofline of an 8B model on an H100 where nobody says);
             policies of either panel that plan by predicted cost use it too.
         forced_lengths: the real panel ends each request after its recorded output tokens, whatever they are.

@@ -113,8 +113,8 @@ class Scheduler(Protocol):
         ...
 
     def remove(self, request: Request, now: int) -> None:
-        """A request is gone without a report that says so: cancelled in whatever state, or ended while it waited after
-        a preemption. It may not be in the queue."""
+        """A request is gone without a report that says so: cancelled (or stopped by its text) in whatever state, or
+        ended while it waited after a preemption. It may not be in the queue."""
         ...
 
     def plan(self, view: View, now: int) -> Plan:

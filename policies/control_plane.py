@@ -5,8 +5,10 @@ Both panels do nothing but call these four, in the order that `policies.loop` fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from policies import swapping
 from policies.contract import CostModel, Recorder, View
 from policies.enactment import Enactment
 from policies.plan import FOREVER, Plan, Report, Step
@@ -52,6 +54,7 @@ class ControlPlane:
         self._check = check
         self._next_index = 0
         self._empty_plans = 0
+        self._held = False
         self._last_ns = 0
 
     # What a panel may look at
@@ -86,6 +89,11 @@ class ControlPlane:
     def next_step(self) -> int:
         """Index of the next call of `plan`."""
         return self._next_index
+
+    @property
+    def held(self) -> bool:
+        """Whether `hold` is in force: plans run nothing."""
+        return self._held
 
     def block_table(self, request: Request) -> Sequence[int]:
         """The request's blocks, in order of its tokens."""
@@ -155,14 +163,19 @@ class ControlPlane:
             )
         return None
 
-    def cancel(self, request_id: int, now: int, num_output_tokens: int | None = None) -> bool:
-        """End a request in whatever state it is; its blocks are free at once. False if it had ended."""
+    def cancel(
+        self, request_id: int, now: int, num_output_tokens: int | None = None, end: State = State.CANCELLED
+    ) -> bool:
+        """End a request in whatever state it is; its blocks are free at once. False if it had ended.
+
+        `end`: `State.STOPPED` where its text has come to a stop string, which only those see who make text of tokens.
+        """
         self._advance(now)
         request = self._state.requests.get(request_id)
         if request is None:
             return False
         count = request.num_output_tokens if num_output_tokens is None else num_output_tokens
-        self._end(request, State.CANCELLED, count, now)
+        self._end(request, end, count, now, from_outside=True)
         self._verify()
         return True
 
@@ -193,6 +206,8 @@ class ControlPlane:
         return step
 
     def _ask(self, now: int) -> Plan:
+        if self._held:
+            return Plan()
         plan, name = self.stack.scheduler.plan(self._state, now), type(self.stack.scheduler).__name__
         if not isinstance(plan, Plan):
             raise TypeError(f"{name}.plan answered {plan!r}; it must return a Plan")
@@ -227,6 +242,44 @@ class ControlPlane:
             self._recording.reported(report)
         self._verify()
 
+    # What an operator does to a replica that is running. All of it comes after the submissions and cancellations that
+    # precede the next plan, and stands among that plan's decisions, so that a replay does it again.
+
+    def swap(self, policies: Mapping[str, Any], names: Mapping[str, str], now: int) -> None:
+        """Let other policy objects, by role, decide from the next plan on. No request is lost (`policies.swapping`).
+
+        `names`: role (a scheduler's queue too) -> the policy as text, for the record.
+        """
+        self._advance(now)
+        swapping.swap(self._state, policies, now)
+        self._record_event("swap", 0, "; ".join(f"{role}: {name}" for role, name in names.items()))
+        self._empty_plans = 0
+        self._verify()
+
+    def hold(self, now: int) -> None:
+        """From the next plan on run nothing, until `release`. Requests keep their places and their memory."""
+        self._advance(now)
+        self._held = True
+        self._record_event("hold", 0, "")
+
+    def release(self, now: int) -> None:
+        """End what `hold` began."""
+        self._advance(now)
+        self._held = False
+        self._record_event("release", 0, "")
+
+    def flush(self, now: int) -> int:
+        """Forget all idle cached blocks. Returns how many those were."""
+        self._advance(now)
+        count = self._state.pool.flush()
+        self._record_event("flush", count, "")
+        self._verify()
+        return count
+
+    def _record_event(self, kind: str, tokens: int, reason: str) -> None:
+        if self._recording is not None:
+            self._recording.event(kind, tokens, reason, self._next_index)
+
     def close(self) -> None:
         """Record the requests that have not ended. Nothing can be submitted afterwards."""
         for request in list(self._state.requests.values()):
@@ -238,14 +291,23 @@ class ControlPlane:
         assert now >= self._last_ns, f"time went back from {self._last_ns} to {now}"
         self._last_ns = now
 
-    def _end(self, request: Request, end: State, num_output_tokens: int, now: int, error: str = "") -> None:
+    def _end(
+        self,
+        request: Request,
+        end: State,
+        num_output_tokens: int,
+        now: int,
+        *,
+        error: str = "",
+        from_outside: bool = False,
+    ) -> None:
         state = self._state
         waited = request.state is State.WAITING
         queued = waited or request.state is State.PAUSED
         request.state = end
         request.finish_ns = now
         # A plan that drops a request has taken it off the queue; what ends while it runs is in the report.
-        if end is State.CANCELLED or (queued and end is not State.DROPPED):
+        if from_outside or (queued and end is not State.DROPPED):
             self.stack.scheduler.remove(request, now)
         if waited:
             state.waiting_tokens -= request.num_pending_tokens
@@ -258,20 +320,22 @@ class ControlPlane:
             else:
                 state.free(request, now)
         del state.requests[request.id]
-        self._record_end(request, num_output_tokens, error)
+        self._record_end(request, num_output_tokens, error, from_outside)
         if self.on_end is not None:
             self.on_end(request)
 
-    def _record_end(self, request: Request, num_output_tokens: int, error: str = "") -> None:
+    def _record_end(
+        self, request: Request, num_output_tokens: int, error: str = "", from_outside: bool = False
+    ) -> None:
         if self._recording is not None:
-            self._recording.ended(request, num_output_tokens, self._next_index, error)
+            self._recording.ended(request, num_output_tokens, self._next_index, error, from_outside)
 
     def _watch(self, step: Step) -> None:
         """Work conservation: a policy that plans nothing while it could must say when to ask again."""
         state = self._state
         waits_for_a_time = step.wake_at is not None and step.wake_at > step.plan_ns
         idle = not step.runs and state.last_launched == state.last_reported and not waits_for_a_time
-        if not idle or not state.requests or step.preempted or step.dropped:
+        if not idle or not state.requests or step.preempted or step.dropped or self._held:
             self._empty_plans = 0
             return
         self._empty_plans += 1

@@ -28,8 +28,15 @@ class Recording:
         """It came before the plan with this index."""
         self._before_step[request.id] = next_step
 
-    def ended(self, request: Request, num_output_tokens: int, next_step: int, error: str = "") -> None:
-        """It has ended, or the run has; `next_step`: before the plan with this index."""
+    def event(self, kind: str, tokens: int, reason: str, next_step: int) -> None:
+        """Somebody has acted on the replica itself, before the plan with this index."""
+        self._recorder.decision((self._replica, next_step, -1, kind, tokens, reason))
+
+    def ended(
+        self, request: Request, num_output_tokens: int, next_step: int, error: str = "", from_outside: bool = False
+    ) -> None:
+        """It has ended, or the run has; `next_step`: before the plan with this index. `from_outside`: not by what was
+        sampled, but because its client went away or found a stop string in the text."""
         before = next_step
         if request.state is not State.REFUSED:  # else the id may be that of another request, a live one
             before = self._before_step.pop(request.id, before)
@@ -62,7 +69,7 @@ class Recording:
             request.first_scheduled_ns,
             request.first_token_ns,
             request.finish_ns,
-            next_step if request.state is State.CANCELLED else None,
+            next_step if from_outside else None,
             status,
             error,
             request._token_steps,

@@ -29,7 +29,7 @@ REQUESTS: dict[str, str] = {
     "first_scheduled_ns": "int64?",
     "first_token_ns": "int64?",
     "finish_ns": "int64?",
-    "end_before_step": "int64?",  # for a cancelled request: cancelled before the plan with this index
+    "end_before_step": "int64?",  # ended before the plan with this index: cancelled, or stopped by a text
     "status": "string",  # stop, length, cancelled, dropped, refused, unfinished
     "error": "string",
     "token_steps": "list<int64>",  # steps that produced a token of it, where it did not run with the decode group
@@ -87,4 +87,7 @@ Kinds: `admit` (tokens: prefix hit), `chunk`, `decode` (one request, or the grou
 `join` and `leave` (the group), `capped` (its last token with the group), `preempt`, `resume`, `drop`, `refused`, and
 `blocked` (a waiting request was looked at and passed over; written when the reason changes; whoever waits and has no
 row of its own is behind the blocked one). Together they say for each step which request ran with how many tokens.
+
+What an operator did before a step stands first among its decisions, with request -1: `swap` (reason: roles and their
+new policies), `hold` (plans run nothing from here on), `release`, and `flush` (tokens: cached blocks forgotten).
 """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from policies import registry
 from policies.contract import Admission, Eviction, Preemption, Scheduler
@@ -49,6 +50,27 @@ class StackSpec:
             preemption=registry.make("preemption", self.preemption, **context),
             eviction=registry.make("eviction", self.eviction, **context),
         )
+
+    def rebuilt(
+        self, changes: Mapping[str, str], *, block_size: int = 16, seed: int = 0
+    ) -> tuple[StackSpec, dict[str, Any]]:
+        """The stack with other policies by role, and new objects for those that this replaces (`ControlPlane.swap`).
+
+        A new queue comes with a new scheduler around it. Raises `registry.PolicyError`, also for a policy that wants an
+        oracle: what is swapped in while a replica runs gets none.
+        """
+        known = [f.name for f in fields(self)]
+        for role in changes:
+            if role not in known:
+                raise registry.PolicyError(f"there is no role {role!r} in a stack; it has {', '.join(known)}")
+        spec = replace(self, **changes)
+        stack = spec.build(block_size=block_size, seed=seed)
+        if stack.clairvoyant:
+            raise registry.PolicyError(
+                f"{', '.join(changes.values())}: nobody knows true output lengths in advance here"
+            )
+        roles = {"scheduler" if role == "queue" else role for role in changes}
+        return spec, {role: getattr(stack, role) for role in sorted(roles)}
 
     def as_dict(self) -> dict[str, str]:
         """Role -> the policy's name and knobs, in one canonical spelling."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 import logging
 import operator
 import threading
@@ -14,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ from policies.replica_state import Limits
 from policies.request import Request, State
 from policies.stack import PolicyStack
 from runtime.detokenizer import IncrementalDetokenizer
+from runtime.engine_stats import EngineStats, LapClock
 from runtime.model_runner import Launched, ModelRunner, StepResult
 from runtime.sampling.batch import sampling_key
 from runtime.sampling.params import SamplingParams
@@ -39,10 +40,12 @@ logger = logging.getLogger(__name__)
 GPU_PLAN_LEAD_NS = 3_000_000
 """`Limits.plan_lead_ns` on a card: what waking up, a plan and its launch take there, and some more."""
 
+Answer = TypeVar("Answer")
+
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A request that has been checked and has no id yet."""
+    """A request that has been checked and is not stamped yet. `request_id`: None for the next one."""
 
     token_ids: list[int]
     params: SamplingParams
@@ -50,6 +53,21 @@ class _Entry:
     on_output: Callable[[Output], None]
     details: Details
     detokenizer: IncrementalDetokenizer | None
+    request_id: int | None = None
+
+
+class _Call(Generic[Answer]):
+    """A function that waits for the engine's thread, and its answer."""
+
+    def __init__(self, function: Callable[[ControlPlane, int], Answer]) -> None:
+        self._function = function
+        self.future: Future[Answer] = Future()
+
+    def run(self, plane: ControlPlane, now: int) -> None:
+        try:
+            self.future.set_result(self._function(plane, now))
+        except Exception as error:
+            self.future.set_exception(error)
 
 
 class EngineDead(RuntimeError):
@@ -71,6 +89,8 @@ class Engine:
         kv_dtype: of the KV cache; the model's own where None.
         seed: of the random draws of requests without a seed of their own.
         check: verify the control plane's invariants after every step (slow).
+        on_flush: called on the engine's thread when `on_output` has been called for all that there is to tell for now,
+            once a step and before the engine sleeps: so that what belongs together can be sent together.
     """
 
     def __init__(
@@ -85,6 +105,7 @@ class Engine:
         kv_dtype: torch.dtype | None = None,
         seed: int = 0,
         check: bool = False,
+        on_flush: Callable[[], None] | None = None,
     ) -> None:
         if limits.max_model_len > loaded.config.max_model_len:
             raise ValueError(
@@ -104,12 +125,16 @@ class Engine:
         self.startup_seconds = self._runner.startup_seconds
         """What the parts of the start took."""
         self._sequences: dict[int, Sequence] = {}
-        self._ids = itertools.count()
+        self._next_id = 0
         self._error: BaseException | None = None
+        self._on_flush = on_flush or (lambda: None)
+        self._stats = EngineStats()
+        self._clock = LapClock(self._stats.host_ns)
         # The inbox: the only thing that other threads touch.
         self._inbox = threading.Condition()
         self._submitted: list[Sequence] = []
-        self._cancelled: list[int] = []
+        self._cancelled: list[tuple[int, int | None]] = []  # request id; output tokens where a stop string ended it
+        self._calls: list[_Call[Any]] = []
         self._closing = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
@@ -126,8 +151,11 @@ class Engine:
         params: SamplingParams,
         on_output: Callable[[Output], None],
         details: Details | None = None,
+        request_id: int | None = None,
     ) -> int:
         """Hand in a request; returns its id. `on_output` is called on the engine's thread and must be quick.
+
+        Ids count up from 0; a caller with ids of its own gives larger and larger ones.
 
         The last output has a `finish_reason`; a request that can never be served gets one with an `error`. If
         `on_output` raises, that is logged, the request is cancelled, and it is not called again. Where
@@ -137,8 +165,8 @@ class Engine:
         EngineDead when the engine has stopped.
         """
         entry = self._checked(self._encode(prompt), params, on_output, details or Details())
-        (request_id,) = self._hand_in([entry])
-        return request_id
+        (given_id,) = self._hand_in([replace(entry, request_id=request_id)])
+        return given_id
 
     def _checked(
         self, token_ids: list[int], params: SamplingParams, on_output: Callable[[Output], None], details: Details
@@ -165,8 +193,12 @@ class Engine:
 
     def _sequence(self, entry: _Entry) -> Sequence:
         details = entry.details
+        request_id = self._next_id if entry.request_id is None else entry.request_id
+        if request_id < self._next_id:
+            raise ValueError(f"request id {request_id} is not above the last one, {self._next_id - 1}")
+        self._next_id = request_id + 1
         request = Request(
-            next(self._ids),
+            request_id,
             self.now(),
             len(entry.token_ids),
             entry.max_tokens,
@@ -187,8 +219,36 @@ class Engine:
     def cancel(self, request_id: int) -> None:
         """End a request in whatever state it is. Its blocks are free before the next step; unknown ids do nothing."""
         with self._inbox:
-            self._cancelled.append(request_id)
+            self._cancelled.append((request_id, None))
             self._inbox.notify()
+
+    def stop(self, request_id: int, num_output_tokens: int) -> None:
+        """As `cancel`, for a request whose text has come to a stop string after so many output tokens: it ends as one
+        that stopped. For listeners that make the text themselves; they get no output that says so."""
+        with self._inbox:
+            self._cancelled.append((request_id, num_output_tokens))
+            self._inbox.notify()
+
+    def call(self, function: Callable[[ControlPlane, int], Answer]) -> Future[Answer]:
+        """Have `function(control plane, now)` called on the engine's thread, before the next plan and after everything
+        that was handed in until now. What it raises is the future's; EngineDead where the engine has stopped."""
+        call = _Call(function)
+        with self._inbox:
+            if not self._closing and self._error is None:
+                self._calls.append(call)
+                self._inbox.notify()
+                return call.future
+        call.future.set_exception(EngineDead(self._obituary()))
+        return call.future
+
+    def stats(self) -> EngineStats:
+        """The engine's counters, and its gauges as of now. For the engine's thread: in `on_flush`, or a `call`."""
+        self._stats.look(self._plane)
+        return self._stats
+
+    def wait(self) -> None:
+        """Return once the engine has stopped, by `close` or an error."""
+        self._thread.join()
 
     def generate(
         self,
@@ -321,19 +381,31 @@ class Engine:
         loop = step_loop(self._plane, self.limits.lag)
         launched: dict[int, Launched] = {}
         action: Action | None = next(loop)
+        lap = self._clock.lap
+        lap("idle")
         while action is not None:
             answer: int | Report | None = None
             if isinstance(action, Deliver):
                 for step in launched.values():
                     self._hold(step)
+                lap("wait")
                 answer = None if self._closing else self._deliver()
+                lap("deliver")
             elif isinstance(action, Launch):
                 self._launch(action.step, launched)
+                lap("launch")
             elif isinstance(action, Collect):
                 answer = self._collect(launched.pop(action.step.index))
+                lap("take")
+                self._on_flush()
+                lap("send")
             elif isinstance(action, Idle):
+                self._on_flush()
+                lap("send")
                 self._sleep(action.wake_at)
-            action = send(loop, answer)
+                lap("idle")
+            action, planned = send(loop, answer), isinstance(action, Deliver)
+            lap("plan" if planned else "report")
 
     def _hold(self, launched: Launched) -> None:
         """Wait until a step with chunks is about to end: what arrives meanwhile can be in the next plan.
@@ -349,10 +421,12 @@ class Engine:
                 self._inbox.wait_for(lambda: self._closing, wait_ns / 1e9)
 
     def _deliver(self) -> int:
-        """Submissions in the order of their stamps, then cancellations by id: the simulator's order too."""
+        """Submissions in the order of their stamps, then ends from outside by id, then calls: the simulator's order
+        too."""
         with self._inbox:
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
+            calls, self._calls = self._calls, []
             now = self.now()  # what is stamped later comes before a later step
         # All of them first: if anything fails below, whoever is known here is told.
         self._sequences.update((sequence.request.id, sequence) for sequence in submitted)
@@ -362,32 +436,42 @@ class Engine:
                 self._plane.submit(sequence.request, now, keys)
             except RequestRefused as refusal:
                 self._finish(sequence, "error", str(refusal))
-        for request_id in sorted(cancelled):
+        for request_id, stopped_after in sorted(cancelled, key=operator.itemgetter(0)):
             live = self._sequences.get(request_id)
-            if live is not None:
+            if live is None:
+                continue
+            if stopped_after is None:
                 self._plane.cancel(request_id, now, live.num_output_tokens)
+            else:
+                self._plane.cancel(request_id, now, stopped_after, State.STOPPED)
+                del self._sequences[request_id]
+        for call in calls:
+            call.run(self._plane, now)
         return now
 
     def _launch(self, step: Step, launched: dict[int, Launched]) -> None:
         for request, reason in step.dropped:
             self._finish(self._sequences[request.id], "dropped", reason)
+        self._stats.launched(step)
         started = self._runner.launch(step, self._sequences.__getitem__)
         if started is not None:
             launched[step.index] = started
 
     def _sleep(self, wake_at: int | None) -> None:
-        if wake_at is None and self._plane.num_live:
+        if wake_at is None and self._plane.num_live and not self._plane.held:
             return  # the policy is asked once more; the control plane does not let it plan nothing twice
         timeout = threading.TIMEOUT_MAX
         if wake_at is not None:
             timeout = min(timeout, max(0, wake_at - self.now()) / 1e9)
         with self._inbox:
-            self._inbox.wait_for(lambda: self._submitted or self._cancelled or self._closing, timeout)
+            self._inbox.wait_for(lambda: self._submitted or self._cancelled or self._calls or self._closing, timeout)
 
     def _collect(self, launched: Launched) -> Report:
         result = self._runner.collect(launched)
+        self._clock.lap("wait")
         times = (launched.launched_at - self._start, result.known_at - self._start)
         report = Report(launched.step, *times, result.device_ns)
+        self._stats.collected(report)
         for row, request in enumerate(result.requests):
             sequence = self._sequences.get(request.id)
             if sequence is not None:  # else it ended while this step was in flight
@@ -441,8 +525,12 @@ class Engine:
         with self._inbox:
             self._closing = True
             waiting, self._submitted = self._submitted, []
+            calls, self._calls = self._calls, []
         for sequence in [*self._sequences.values(), *waiting]:
             self._finish(sequence, "error", self._obituary())
+        for call in calls:
+            call.future.set_exception(EngineDead(self._obituary()))
+        self._on_flush()
         try:
             self._plane.close()
         except Exception:

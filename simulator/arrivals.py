@@ -24,9 +24,19 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancellation:
+    """An end that came from outside, before the plan with index `before_step`: the client went away, or (`STOPPED`,
+    after `num_output_tokens`) found a stop string in the text."""
+
+    before_step: int
+    end: State = State.CANCELLED
+    num_output_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Scheduled:
     """When a recorded run handed a request to its control plane: before the plan with index `before_step`."""
 
     arrival: Arrival
     before_step: int
-    cancel_before_step: int | None = None
+    cancelled: Cancellation | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import simpy
 
@@ -12,7 +12,7 @@ from policies.control_plane import ControlPlane
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.stack import PolicyStack
-from simulator.arrivals import Arrival, Scheduled
+from simulator.arrivals import Arrival, Cancellation, Scheduled
 from simulator.costs.base import CostModel
 from simulator.pace import ComputedPace, RecordedPace, Timing
 from simulator.replica import SimulatedReplica
@@ -112,12 +112,17 @@ class Simulation:
             self._user_on_end(request)
 
 
+Intervention = Callable[[ControlPlane, int], object]
+"""What an operator did to a replica, at a time: called with its control plane and now."""
+
+
 def replay(
     limits: Limits,
     stack: PolicyStack,
     rows: Sequence[tuple[int, Timing]],
     scheduled: Iterable[Scheduled],
     *,
+    interventions: Mapping[int, Sequence[Intervention]] | None = None,
     cost: CostModel | None = None,
     recorder: Recorder | None = None,
     check: bool = False,
@@ -125,12 +130,13 @@ def replay(
     """Take a recorded run's arrivals and step times through the simulated replica.
 
     `rows[i]` are the times of the i-th call of plan(); `scheduled` says before which call each request came and, where
-    it was cancelled, before which call that was. With the same policy stack every plan must come out as recorded.
+    it was cancelled, before which call that was. `interventions`, by the index of the call that they came before,
+    follow both. With the same policy stack every plan must come out as recorded.
     """
     env = simpy.Environment(initial_time=0)
     plane = ControlPlane(limits, stack, cost=cost, recorder=recorder, check=check)
     replica = _ReplayedReplica(env, plane, RecordedPace(rows), lambda request: None)
-    replica.schedule(scheduled)
+    replica.schedule(scheduled, interventions or {})
     env.run()
     plane.close()
     return plane
@@ -139,16 +145,21 @@ def replay(
 class _ReplayedReplica(SimulatedReplica):
     """Takes each request before the plan that the record names, instead of by the clock."""
 
-    def schedule(self, scheduled: Iterable[Scheduled]) -> None:
+    def schedule(self, scheduled: Iterable[Scheduled], interventions: Mapping[int, Sequence[Intervention]]) -> None:
         self._submit_before: dict[int, list[Arrival]] = {}
-        self._cancel_before: dict[int, list[int]] = {}
+        self._cancel_before: dict[int, dict[int, Cancellation]] = {}
+        self._interventions = interventions
         for item in sorted(scheduled, key=lambda s: s.arrival.request.key):
             self._submit_before.setdefault(item.before_step, []).append(item.arrival)
-            if item.cancel_before_step is not None:
-                self._cancel_before.setdefault(item.cancel_before_step, []).append(item.arrival.request.id)
+            if item.cancelled is not None:
+                at = self._cancel_before.setdefault(item.cancelled.before_step, {})
+                at[item.arrival.request.id] = item.cancelled
 
     def _deliver(self, now: int) -> None:
         index = self.plane.next_step
         self._arrivals = self._submit_before.pop(index, [])
-        self._cancellations = self._cancel_before.pop(index, [])
         super()._deliver(now)
+        for request_id, how in sorted(self._cancel_before.pop(index, {}).items()):
+            self.plane.cancel(request_id, now, how.num_output_tokens, how.end)
+        for intervene in self._interventions.get(index, ()):
+            intervene(self.plane, now)

@@ -27,9 +27,9 @@ class PrefillFirst(QueuedScheduler):
         draft = view.draft()
         for request in view.prefilling.values():  # a prompt beyond the budget, being continued
             tokens = min(request.num_pending_tokens, draft.tokens_left)
-            if tokens:
-                draft.run(request, tokens)
-        if draft.num_tokens == 0:
+            if tokens and request.id not in draft.preempted:
+                draft.run_or_preempt(request, tokens, now)  # blocks it has, unless another scheduler has admitted it
+        if draft.num_tokens == 0 and not draft.preempted:
             self._admit_whole_prompts(view, draft, now)
         if draft.num_tokens == 0:
             draft.run_decodes(now)

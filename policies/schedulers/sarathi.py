@@ -37,6 +37,8 @@ class Sarathi(QueuedScheduler):
                 continue
             if draft.blocks_needed(request, tokens) <= draft.blocks_left:
                 draft.run(request, tokens)
+            elif draft.num_tokens == 0:  # admitted by another scheduler, without blocks for all of its prompt
+                draft.run_or_preempt(request, tokens, now)
         if not draft.preempted:
             self.admit_from_queue(draft, now, hold_all=True)
         return draft.finish()

@@ -51,8 +51,8 @@ class Static(QueuedScheduler):
             self._forming = True
         for request in view.prefilling.values():
             tokens = min(request.num_pending_tokens, draft.tokens_left)
-            if tokens:
-                draft.run(request, tokens)
+            if tokens and request.id not in draft.preempted:
+                draft.run_or_preempt(request, tokens, now)  # a member has its blocks; who ran before a swap may not
         if self._forming:
             self._form(draft, now)
         if draft.num_tokens == 0:

@@ -18,7 +18,7 @@ from runtime.weights.fill import fill
 from runtime.weights.gguf import GGUFFile
 from runtime.weights.quantise import QUANTIZATIONS, check_quantisable, quantise_layers_
 
-__all__ = ["DEFAULT_MODEL", "LOAD_FORMATS", "QUANTIZATIONS", "LoadedModel", "load_model"]
+__all__ = ["DEFAULT_MODEL", "LOAD_FORMATS", "QUANTIZATIONS", "LoadedModel", "load_model", "load_tokenizer"]
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 
@@ -86,6 +86,14 @@ def load_model(
     if wanted.device.type == "cuda":
         torch.cuda.synchronize(wanted.device)
     return dataclasses.replace(loaded, load_seconds=time.perf_counter() - start)
+
+
+def load_tokenizer(source: str, *, load_format: str = "auto") -> Tokenizer | None:
+    """The tokenizer, with its chat template, that `load_model` would give, without the weights. Raises ModelError."""
+    if load_format == "dummy":
+        return None if source in dummy.PRESETS else _folder_tokenizer(Path(source))[0]
+    path = _locate(source)
+    return _folder_tokenizer(path)[0] if path.is_dir() else Tokenizer.from_gguf(GGUFFile(path).metadata)
 
 
 def _load(source: str, load_format: str, wanted: _Wanted, seed: int) -> LoadedModel:

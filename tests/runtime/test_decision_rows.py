@@ -14,7 +14,7 @@ from policies.contract import Scheduler
 from policies.records import DECISIONS, REQUESTS, STEPS
 from runtime.engine import Engine
 from runtime.sequence import Output
-from tests.runtime.serving import Listener, Rows, greedy, serve, tiny
+from tests.runtime.engines import Listener, Rows, greedy, serve, tiny
 from tests.runtime.test_engine_tokens import PauseAndResume
 
 

@@ -30,7 +30,7 @@ from runtime.model_runner import ModelRunner
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Output
 from runtime.weights import LoadedModel
-from tests.runtime.serving import PATIENCE, Listener, Rows, greedy, serve, submit_together, tiny, tokens_of
+from tests.runtime.engines import PATIENCE, Listener, Rows, greedy, serve, submit_together, tiny, tokens_of
 from tests.runtime.test_engine_tokens import PauseAndResume
 
 

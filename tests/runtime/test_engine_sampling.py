@@ -15,7 +15,7 @@ from runtime.sampling.params import SamplingParams
 from runtime.sequence import Completion, Output
 from runtime.tokenizer import Tokenizer
 from runtime.weights import LoadedModel
-from tests.runtime.serving import Rows, greedy, serve, tiny, tokens_of, transformers_model
+from tests.runtime.engines import Rows, greedy, serve, tiny, tokens_of, transformers_model
 
 EACH = [
     SamplingParams(seed=1, max_tokens=40, ignore_eos=True),

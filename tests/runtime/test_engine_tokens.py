@@ -13,7 +13,7 @@ from policies.plan import Mode, Plan, Report
 from policies.request import Request, State
 from runtime.engine import Details
 from runtime.weights import LoadedModel
-from tests.runtime.serving import Rows, greedy, serve, submit_together, tiny, tokens_of, transformers_model
+from tests.runtime.engines import Rows, greedy, serve, submit_together, tiny, tokens_of, transformers_model
 
 TOKENS = 64
 SCHEDULERS = ("mixed", "sarathi,chunk_size=40", "prefill_first", "static,max_batch_size=8")

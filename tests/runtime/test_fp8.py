@@ -17,7 +17,7 @@ from runtime.models.llama import LlamaLayer
 from runtime.sampling.params import SamplingParams
 from runtime.weights import LoadedModel, load_model
 from tests.runtime.conftest import HandRunner
-from tests.runtime.serving import tiny
+from tests.runtime.engines import tiny
 
 TOKEN_IDS = [(7 * i) % 500 for i in range(40)]
 PROMPTS = [[(7 * i + 3 * j) % 500 + 1 for j in range(3 + 9 * i)] for i in range(5)]

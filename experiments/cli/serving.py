@@ -1,0 +1,100 @@
+"""`diptych serve`."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from experiments.cli import options
+from experiments.cli.app import app, console
+from experiments.cli.options import gather
+from experiments.cli.summary import startup_line
+from experiments.spec import SpecError
+
+Keys = Annotated[
+    list[str] | None,
+    typer.Option("--api-key", help="KEY or TENANT:KEY; may be repeated. Without one everybody is let in."),
+]
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    spec: options.Spec = None,
+    model: options.Model = None,
+    scheduler: options.Scheduler = None,
+    queue: options.Queue = None,
+    admission: options.Admission = None,
+    preemption: options.Preemption = None,
+    eviction: options.Eviction = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Engines, each in a process of its own, behind --router.")
+    ] = None,
+    router: options.Router = None,
+    seed: options.Seed = None,
+    settings: options.Set = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65_535)] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    api_key: Keys = None,
+    admin: Annotated[
+        bool, typer.Option(help="Offer the operator's endpoints, /admin/..., and keep recent steps.")
+    ] = False,
+    admin_key: Annotated[
+        str | None, typer.Option(envvar="DIPTYCH_ADMIN_KEY", help="Their key; without one it is drawn and printed.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait for their first token.", min=1)] = 1024,
+    max_queue_tokens: Annotated[int, typer.Option(help="Prompt tokens of those.", min=1)] = 1_000_000,
+    max_body_mib: Annotated[float, typer.Option(help="Of a request's body.", min=0.001)] = 16.0,
+    request_timeout: Annotated[float, typer.Option(help="Seconds that a request may take; 0: any.", min=0)] = 600.0,
+    drain: Annotated[float, typer.Option(help="Seconds that requests may go on after Ctrl-C.", min=0)] = 5.0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the run's record (default: none).")
+    ] = None,
+    overwrite: options.Overwrite = False,
+    check: options.Check = False,
+) -> None:
+    """Serve a model over HTTP: OpenAI's API, streaming, metrics; the policies by the same flags as `diptych run`.
+
+    Example: diptych serve --model SmolLM2-135M-Instruct --scheduler sarathi,chunk_size=256 --port 8000
+    """
+    from experiments.serving import ServeOptions, serve_spec  # torch is slow to import
+    from runtime.serving.messages import EngineInfo
+    from runtime.serving.server import run
+    from runtime.serving.service import EdgeLimits
+
+    # What is served comes over HTTP, but a specification has a workload.
+    fields = {} if spec is not None else {"workload__name": "fixed", "workload__n": 1}
+    specification = gather(context, model__source=model, **fields)
+    if admin_key is not None and not admin:
+        raise SpecError("--admin-key is the key of the operator's endpoints; give --admin too")
+    if admin and admin_key is None:
+        admin_key = secrets.token_urlsafe(24)
+        console.print(f"admin key: {admin_key}")
+    serving = ServeOptions(
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        keys=tuple(api_key or ()),
+        admin_keys=() if admin_key is None else (admin_key,),
+        edge=EdgeLimits(max_queue, max_queue_tokens, round(max_body_mib * 2**20), request_timeout),
+        record=out,
+        overwrite=overwrite,
+        check=check,
+        drain_s=drain,
+    )
+
+    def on_ready(address: str, info: EngineInfo) -> None:
+        console.print(startup_line(info.startup_seconds))
+        console.print(f"{info.model} in {info.dtype} on {info.device}, {info.limits.num_blocks} KV blocks", end="; ")
+        console.print(", ".join(f"{role} {policy}" for role, policy in info.stack.items()))
+        console.print(f"serving on {address} (Ctrl-C ends it)")
+
+    console.print(f"loading {specification.model.source}")
+    run(serve_spec(specification, serving, on_ready))
+    console.print("ended" if out is None else f"ended. Records: {out}")

@@ -1,0 +1,133 @@
+"""What an operator may do to the live server. Behind a key of its own, and there only if the server was told so."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Query
+
+from policies import registry
+from runtime.serving.coordinator import Coordinator
+from runtime.serving.engine_client import CommandFailed, EngineGone, EngineStartError
+from runtime.serving.errors import ApiError
+from runtime.serving.protocol import PoliciesBody
+from runtime.serving.service import Service
+
+Answer = TypeVar("Answer")
+
+
+def router(service: Service) -> APIRouter:
+    """The endpoints, for this service."""
+    routes = APIRouter(tags=["Operator"])
+
+    async def command(name: str, **arguments: Any) -> Any:
+        try:
+            return await service.client.command(name, arguments)
+        except CommandFailed as error:
+            raise ApiError(400, str(error)) from None
+        except EngineGone as gone:
+            raise ApiError(503, str(gone)) from None
+
+    def several() -> Coordinator:
+        if not isinstance(service.client, Coordinator):
+            raise ApiError(
+                400, "this server has one engine, and no router; start it with --replicas 2 or more", "router"
+            )
+        return service.client
+
+    def draining(number: int, draining: bool) -> dict[str, Any]:
+        try:
+            several().set_draining(number, draining)
+        except CommandFailed as error:
+            raise ApiError(404, str(error)) from None
+        return {"replica": number, "draining": draining}
+
+    async def started(starting: Awaitable[Answer]) -> Answer:
+        try:
+            return await starting
+        except CommandFailed as error:
+            raise ApiError(404, str(error)) from None
+        except EngineStartError as error:
+            raise ApiError(503, str(error)) from None
+
+    @routes.post("/admin/drain")
+    async def drain() -> dict[str, Any]:
+        """Take no new requests; those that are here go on."""
+        service.draining = True
+        return {"draining": True, "live": service.client.num_live}
+
+    @routes.post("/admin/undrain")
+    async def undrain() -> dict[str, Any]:
+        """Take requests again."""
+        service.draining = False
+        return {"draining": False, "live": service.client.num_live}
+
+    @routes.post("/admin/pause")
+    async def pause() -> Any:
+        """Run no more steps; requests keep their places and their memory."""
+        return await command("hold")
+
+    @routes.post("/admin/resume")
+    async def resume() -> Any:
+        """End a pause."""
+        return await command("release")
+
+    @routes.post("/admin/flush_prefix_cache")
+    async def flush_prefix_cache() -> Any:
+        """Forget cached blocks that no request holds."""
+        return await command("flush")
+
+    @routes.post("/flush_cache")
+    async def flush_cache() -> Any:
+        """The same, under SGLang's name."""
+        return await command("flush")
+
+    @routes.post("/admin/policies")
+    async def policies(body: PoliciesBody) -> Any:
+        """Let other policies decide from the next step on; requests that are here stay."""
+        changes = body.changes
+        router_name = changes.pop("router", None)
+        if router_name is not None:
+            replicas = several()
+            try:
+                new = registry.make("router", router_name, seed=0)
+            except registry.PolicyError as error:
+                raise ApiError(400, str(error), "router") from None
+        answer = await command("swap", **changes) if changes else {}
+        if router_name is not None:
+            replicas.swap_router(new, router_name)
+            answer = {**answer, "router": router_name}
+        return answer
+
+    @routes.post("/admin/replicas")
+    async def join() -> dict[str, int]:
+        """Start one more replica; answers once it takes requests."""
+        return {"replica": await started(several().join())}
+
+    @routes.post("/admin/replicas/{number}/drain")
+    async def drain_replica(number: int) -> dict[str, Any]:
+        """Route nothing more to this replica; what it has goes on."""
+        return draining(number, True)
+
+    @routes.post("/admin/replicas/{number}/undrain")
+    async def undrain_replica(number: int) -> dict[str, Any]:
+        """Route to this replica again."""
+        return draining(number, False)
+
+    @routes.post("/admin/replicas/{number}/restart")
+    async def restart_replica(number: int) -> dict[str, int]:
+        """Put a fresh engine in this replica's place, dead or alive; answers once it takes requests."""
+        await started(several().restart(number))
+        return {"replica": number}
+
+    @routes.get("/admin/record")
+    async def record(
+        table: Literal["steps", "decisions"] = "steps",
+        since_step: Annotated[int, Query(ge=0, le=2**62)] = 0,
+        limit: Annotated[int, Query(ge=1, le=100_000)] = 1000,
+    ) -> Any:
+        """The newest rows of the record in memory, from a step on."""
+        return await command("record", table=table, since_step=since_step, limit=limit)
+
+    return routes

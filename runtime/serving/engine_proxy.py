@@ -1,0 +1,269 @@
+"""One engine in a process of its own, as the front has it: started, fed, listened to, and buried."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from runtime.engine_stats import EngineStats
+from runtime.serving import messages
+from runtime.serving.engine_client import (
+    Call,
+    CommandFailed,
+    EngineClient,
+    EngineGone,
+    EngineStartError,
+    EngineView,
+    Prompt,
+    Sink,
+)
+from runtime.serving.engine_process import Launch, run_engine_process
+from runtime.serving.messages import EngineInfo, TokenOutput
+
+logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 20.0
+"""How long an engine process may take to end (it closes its record) before it is killed."""
+
+LAST_WORDS_SECONDS = 0.5
+"""How long the last message of a process that has ended may be on its way."""
+
+
+class EngineProcess(EngineClient):
+    """One engine in a process of its own. Make it with `start`, end it with `close`."""
+
+    def __init__(self) -> None:
+        self.stats = EngineStats()
+        self._error: str | None = None
+        self._closed = False
+        self._next_id = 0
+        self._sinks: dict[int, Sink] = {}
+        self._queued: dict[int, int] = {}  # request -> prompt tokens, until its first output
+        self._queued_tokens = 0
+        self._replies: dict[int, asyncio.Future[Any]] = {}
+        self._call_ids = itertools.count()
+        self._ready: asyncio.Future[EngineInfo]
+        self._process: SpawnProcess | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="diptych-", ignore_cleanup_errors=True)
+        self._context = zmq.asyncio.Context()
+        self._outbound: zmq.Socket[bytes] = zmq.Socket(self._context, zmq.PUSH)
+        self._inbound = self._context.socket(zmq.PULL)
+
+    @classmethod
+    async def start(cls, launch: Launch) -> EngineProcess:
+        """Start the process and wait until it takes requests. Raises EngineStartError."""
+        client = cls()
+        try:
+            await client._start(launch)
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    async def _start(self, launch: Launch) -> None:
+        loop = asyncio.get_running_loop()
+        self._ready = loop.create_future()
+        commands, outputs = (f"ipc://{Path(self._folder.name) / name}" for name in ("commands", "outputs"))
+        for socket, address in ((self._outbound, commands), (self._inbound, outputs)):
+            socket.set_hwm(0)
+            socket.bind(address)
+        self._process = process = multiprocessing.get_context("spawn").Process(
+            target=run_engine_process, args=(commands, outputs, launch), name="diptych-engine", daemon=True
+        )
+        process.start()
+        loop.add_reader(process.sentinel, self._on_death, process)
+        self._reader = asyncio.create_task(self._read())
+        self._info = await self._ready
+
+    # What the handlers see
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def engines(self) -> Sequence[EngineView]:
+        state = "serving" if self._error is None else "dead"
+        return [EngineView(0, self._info, self.stats, state, self._error)]
+
+    @property
+    def error(self) -> str | None:
+        return self._error
+
+    @property
+    def num_queued(self) -> tuple[int, int]:
+        return len(self._queued), self._queued_tokens
+
+    @property
+    def num_live(self) -> int:
+        return len(self._sinks)
+
+    def submit(self, prompts: Sequence[Prompt]) -> Call:
+        call = Call()
+        for prompt in prompts:
+            first_id = self.hand_in(prompt, call)
+            call.request_ids += range(first_id, first_id + prompt.params.n)
+        return call
+
+    def hand_in(self, prompt: Prompt, sink: Sink) -> int:
+        """One prompt's continuations, their outputs to `sink`. Returns the id of the first; the others follow it.
+
+        Raises EngineGone.
+        """
+        if self._error is not None:
+            raise EngineGone(self._error)
+        first_id, n = self._next_id, prompt.params.n
+        self._next_id += n
+        self._send(messages.Submit(first_id, prompt.token_ids, prompt.params, prompt.details))
+        for request_id in range(first_id, first_id + n):
+            self._sinks[request_id] = sink
+            self._queued[request_id] = len(prompt.token_ids)
+        self._queued_tokens += n * len(prompt.token_ids)
+        return first_id
+
+    def cancel(self, call: Call) -> None:
+        self.cancel_requests(call.request_ids)
+
+    def cancel_requests(self, request_ids: Sequence[int]) -> None:
+        """Nobody waits for these any more; those that have ended are left out."""
+        live = [request_id for request_id in request_ids if self._forget(request_id)]
+        if live and self._error is None:
+            self._send(messages.Cancel(live))
+
+    def stop(self, request_id: int, num_output_tokens: int) -> None:
+        if self._forget(request_id) and self._error is None:
+            self._send(messages.Stop(request_id, num_output_tokens))
+
+    def fail_all(self, reason: str) -> None:
+        sinks = dict.fromkeys(self._sinks.values())
+        self.cancel_requests(list(self._sinks))
+        for sink in sinks:
+            sink.fail(EngineGone(reason))
+
+    async def command(self, name: str, arguments: dict[str, Any]) -> Any:
+        if self._error is not None:
+            raise EngineGone(self._error)
+        call_id = next(self._call_ids)
+        reply = self._replies[call_id] = asyncio.get_running_loop().create_future()
+        self._send(messages.Admin(call_id, name, arguments))
+        result = await reply
+        if name == "swap":
+            self._info = replace(self._info, stack=result["stack"])
+        return result
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        process = self._process
+        if process is not None and process.is_alive():
+            if self._ready.done():
+                self._send(messages.Shutdown())
+            else:
+                process.terminate()  # it is still loading, and hears nothing yet
+            await asyncio.to_thread(process.join, CLOSE_SECONDS)
+            if process.is_alive():
+                logger.warning("the engine process does not end; it is killed")
+                process.kill()
+                await asyncio.to_thread(process.join)
+        self._die("the server is shutting down")
+        if process is not None:
+            asyncio.get_running_loop().remove_reader(process.sentinel)
+            self._reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader
+        self._outbound.close(linger=0)
+        self._inbound.close(linger=0)
+        self._context.term()
+        self._folder.cleanup()
+
+    # What comes from the process
+
+    def _send(self, message: messages.ToEngine) -> None:
+        # Without a high-water mark it is queued, and never waits; without a peer, there is nobody to tell.
+        with contextlib.suppress(zmq.Again):
+            self._outbound.send(messages.encode(message), zmq.NOBLOCK)
+
+    async def _read(self) -> None:
+        while True:
+            data = await self._inbound.recv()
+            try:
+                self._take(messages.decode_from_engine(data))
+            except Exception:
+                logger.exception("a message of the engine could not be taken")
+                self._die("the engine's answers cannot be read")
+                raise
+
+    def _take(self, message: messages.FromEngine) -> None:
+        if isinstance(message, messages.StepOutputs):
+            self.stats = message.stats
+            now = time.monotonic()
+            for output in message.outputs:
+                self._hand_out(output, now)
+        elif isinstance(message, messages.AdminReply):
+            reply = self._replies.pop(message.call_id)
+            if not reply.done():
+                if message.error is None:
+                    reply.set_result(message.result)
+                else:
+                    reply.set_exception(CommandFailed(message.error))
+        elif isinstance(message, messages.Ready):
+            self._ready.set_result(message.info)
+        else:
+            self._die(message.reason)
+
+    def _hand_out(self, output: TokenOutput, now: float) -> None:
+        request_id = output.request_id
+        sink = self._sinks.get(request_id)
+        if sink is None:
+            return  # cancelled, or stopped by its text, while this was on its way
+        if output.finish_reason is not None:
+            self._forget(request_id)
+        else:
+            self._queued_tokens -= self._queued.pop(request_id, 0)
+        sink.put(now, output)
+
+    def _forget(self, request_id: int) -> bool:
+        """Take a request off the books; False if it was not on them."""
+        self._queued_tokens -= self._queued.pop(request_id, 0)
+        return self._sinks.pop(request_id, None) is not None
+
+    def _on_death(self, process: SpawnProcess) -> None:
+        """The process has ended. One that ended by itself has said why, and that is still on its way."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(process.sentinel)
+        process.join(1.0)  # it is ending: for its status
+        code = process.exitcode or 0
+        if code < 0:
+            self._die(f"the engine process was killed by signal {-code}")
+        else:
+            loop.call_later(LAST_WORDS_SECONDS, self._die, f"the engine process ended with status {code}")
+
+    def _die(self, reason: str) -> None:
+        if self._error is None:
+            self._error = reason
+        if not self._ready.done():
+            self._ready.set_exception(EngineStartError(self._error))
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(EngineGone(self._error))
+        self._replies.clear()
+        sinks = dict.fromkeys(self._sinks.values())
+        self._sinks.clear()
+        self._queued.clear()
+        self._queued_tokens = 0
+        for sink in sinks:
+            sink.fail(EngineGone(self._error))
