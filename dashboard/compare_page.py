@@ -101,7 +101,12 @@ def _draw(comparison: Comparison) -> None:
     st.subheader("Latency")
     st.plotly_chart(latency_figure({label: per_request(run) for label, run in runs.items()}), key="latency")
     st.subheader("Queues and memory")
-    st.plotly_chart(timeline_figure({label: timeline(run) for label, run in runs.items()}), key="timeline")
+    outside = sorted(run.name for run in runs.values() if not run.has_steps)
+    if outside:
+        st.info(plain(f"A client measured from outside, and saw neither queues nor memory: {', '.join(outside)}."))
+    inside = {label: timeline(run) for label, run in runs.items() if run.has_steps}
+    if inside:
+        st.plotly_chart(timeline_figure(inside), key="timeline")
 
 
 def _draw_divergence(comparison: Comparison) -> None:

@@ -18,7 +18,7 @@ class Entry:
 
     Attributes:
         name: its folder, relative to the root.
-        kind: `real`, `sim` or `replay`; empty where it cannot be read.
+        kind: `real`, `sim`, `replay` or `client`; empty where it cannot be read.
         error: why it cannot be read, in one line; empty where it can.
     """
 

@@ -114,7 +114,14 @@ class Comparison:
         notes = [f"{self.matched} requests completed in both runs"]
         if self.only_a or self.only_b:
             notes[0] += f" ({self.only_a} only in {self.a.name}, {self.only_b} only in {self.b.name}: left out)"
-        notes.append(f"steps: {self.steps.a} and {self.steps.b}; {self.decisions_line()}")
+        outside = sorted({run.name for run in (self.a, self.b) if not run.has_steps})
+        if outside:
+            notes.append(
+                f"measured by a client, with the way to the server and back, and without steps, decisions, queues and "
+                f"memory: {', '.join(outside)}"
+            )
+        else:
+            notes.append(f"steps: {self.steps.a} and {self.steps.b}; {self.decisions_line()}")
         marked = sorted({run.name for run in (self.a, self.b) if run.clairvoyant})
         if marked:
             notes.append(f"clairvoyant (a policy knows true output lengths): {', '.join(marked)}")

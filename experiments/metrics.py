@@ -7,6 +7,7 @@ E2E     end - arrival (key `e2el`)
 goodput requests that meet every objective, a second
 
 As there, latencies and throughput are those of completed requests (status `stop` or `length`); the others are counted.
+A client's run has chunks for tokens, and knows nothing of queues, memory and preemptions.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ __all__ = [
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 """Names of the latencies, as `vllm bench serve` has them."""
 
-STATUSES = (*COMPLETED, "cancelled", "dropped", "refused", "unfinished")
+STATUSES = (*COMPLETED, "cancelled", "dropped", "refused", "failed", "unfinished")
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
 _COLUMN = {"ttft": "ttft_ms", "tpot": "tpot_ms", "e2el": "e2e_ms"}
 
@@ -125,8 +126,10 @@ def summarize(
     for name in LATENCIES:
         summary |= statistics(name, samples[name], percentiles)
     summary |= statistics("queue", done["queue_ms"].dropna().to_numpy(), percentiles)
-    summary["preemptions"] = int(requests["preemptions"].sum())
-    summary["cached_token_share"] = float(done["cached_tokens"].sum() / prompt) if prompt else None
+    cached = int(done["cached_tokens"].sum())
+    known = run.has_steps or cached > 0  # many a server does not say what it found in its prefix cache
+    summary["cached_token_share"] = cached / prompt if prompt and known else None
+    summary["preemptions"] = int(requests["preemptions"].sum()) if run.has_steps else None
     return summary | _memory(run)
 
 
@@ -155,7 +158,7 @@ def _duration_s(run: Run) -> float:
         return 0.0
     ended = requests["finish_ns"].dropna()
     ends = [int(ended.max())] if len(ended) else []
-    if not run.complete or (requests["status"] == "unfinished").any():
+    if run.has_steps and (not run.complete or (requests["status"] == "unfinished").any()):
         ends += [int(run.steps["end_ns"].max())] if len(run.steps) else []
     begin = int(requests["arrival_ns"].min())
     return (max([begin, *ends]) - begin) / 1e9
@@ -164,7 +167,7 @@ def _duration_s(run: Run) -> float:
 def _statuses(run: Run) -> dict[str, int]:
     """Requests by status. Of a run that died, those still alive by its last steps count as unfinished."""
     counts = {status: int((run.requests["status"] == status).sum()) for status in STATUSES}
-    if not run.complete and not counts["unfinished"]:  # an orderly end has recorded them
+    if run.has_steps and not run.complete and not counts["unfinished"]:  # an orderly end has recorded them
         lag = int(run.limits.get("lag", 0))
         for _, rows in run.steps.groupby("replica"):
             last = rows.sort_values("step").tail(1 + lag)
@@ -203,6 +206,8 @@ def _peaks(run: Run) -> dict[str, float]:
 
 
 def _memory(run: Run) -> dict[str, float | int | None]:
+    if not run.has_steps:
+        return dict.fromkeys(("mean_kv_blocks", "max_kv_blocks", "steps"))
     frame = timeline(run)
     mean = time_average(frame, "kv_blocks")
     return {

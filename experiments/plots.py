@@ -101,10 +101,11 @@ def save_figures(comparison: Comparison, folder: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     a, b = comparison.a, comparison.b
     labels = (a.label, b.label) if a.label != b.label else (f"{a.label} 1", f"{b.label} 2")
-    requests = dict(zip(labels, map(per_request, (a, b)), strict=True))
+    runs = dict(zip(labels, (a, b), strict=True))
+    requests = {label: per_request(run) for label, run in runs.items()}
     figures = {
         "latency_cdf": latency_figure(requests),
-        "timeline": timeline_figure(dict(zip(labels, map(timeline, (a, b)), strict=True))),
+        "timeline": timeline_figure({label: timeline(run) for label, run in runs.items() if run.has_steps}),
         "requests": scatter_figure(requests[labels[0]], requests[labels[1]], labels[0], labels[1]),
     }
     paths = []

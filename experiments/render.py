@@ -7,7 +7,7 @@ from rich.text import Text
 
 from experiments.compare import Comparison
 
-_HEADINGS = {"real": "real", "sim": "simulated", "replay": "replayed"}
+_HEADINGS = {"real": "real", "sim": "simulated", "replay": "replayed", "client": "client"}
 
 
 def headings(comparison: Comparison) -> tuple[str, str]:
@@ -19,8 +19,9 @@ def headings(comparison: Comparison) -> tuple[str, str]:
 
 
 def difference_heading(comparison: Comparison) -> str:
-    """A simulation has an error against its real run; two runs of a kind differ."""
-    return "error" if comparison.a.kind == "real" and comparison.b.kind != "real" else "difference"
+    """A simulation has an error against what was measured; two measured or two simulated runs differ."""
+    measured = ("real", "client")
+    return "error" if comparison.a.kind in measured and comparison.b.kind not in measured else "difference"
 
 
 def comparison_table(comparison: Comparison) -> Table:

@@ -52,8 +52,9 @@ class LimitsSpec(_Part):
             default ladder on a GPU whose attention can be captured, none on a CPU; simulated: the calibration's.
         mixed_capture_sizes: the same for steps with prefill chunks, in tokens.
         lag: 1 plans a step while the one before runs; 0 takes turns.
-        plan_lead_ms: with lag 1, a step is planned when the one in flight is expected to end within so long, so that
-            what arrives meanwhile can be in it. None: 2 on a GPU; at once on a CPU; simulated: the calibration's.
+        plan_lead_ms: with lag 1, while a step with chunks runs, the next one is planned when that is expected to end
+            within so long, so that what arrives meanwhile can be in it. None: 3 on a GPU; at once on a CPU; simulated:
+            the calibration's.
     """
 
     num_blocks: Annotated[int, Field(strict=True, ge=1, le=2**24)] | None = None

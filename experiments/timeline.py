@@ -18,6 +18,7 @@ def timeline(run: Run) -> pd.DataFrame:
 
     Columns: `t_ns` (int64, ascending), `running`, `waiting` (requests), `kv_blocks` (blocks that requests hold; idle
     cached ones are not counted). The last row ends the run: it repeats the state before it at the last step's end.
+    Raises RunError for a client's run, which has no steps.
     """
     steps = run.steps
     columns = ["running", "waiting", "kv_blocks"]

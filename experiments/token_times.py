@@ -3,6 +3,9 @@
 A request's record names the steps that gave it a token: one by one where it ran by itself, and as runs of the decode
 group's clock where it ran with the group. The steps' record has when the host had each step's result. Joining the two
 is a few array operations on all tokens of a run at once.
+
+A client sees no steps: in its run each chunk of an answer stands for one token, as in `vllm bench serve`, where a chunk
+may bring several.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ class TokenTimes:
     Attributes:
         offsets: [requests + 1]; request i has the tokens offsets[i]..offsets[i + 1].
         times_ns: [tokens] int64 nanoseconds since the run began, never decreasing within a request.
+
+    In a client's run it is chunks in place of tokens.
     """
 
     offsets: Int64
@@ -62,7 +67,7 @@ def token_times(run: Run) -> TokenTimes:
     times, two tokens in one step, times out of order, or a first token at another time than `first_token_ns`.
     """
     if run not in _CACHE:
-        _CACHE[run] = _compute(run)
+        _CACHE[run] = _compute(run) if run.has_steps else _chunk_times(run)
     return _CACHE[run]
 
 
@@ -82,6 +87,18 @@ def _compute(run: Run) -> TokenTimes:
     times = TokenTimes(offsets, index.end_ns[slots[kept]])
     _check(run, times)
     return times
+
+
+def _chunk_times(run: Run) -> TokenTimes:
+    """When each chunk came, from a client's record."""
+    rows = run.table("client")
+    place = pd.Index(rows["request_id"].to_numpy()).get_indexer(pd.Index(run.requests["request_id"]))
+    if np.any(place < 0):
+        row = int(np.argmax(place < 0))
+        raise RunError(f"{run.folder}: request {run.requests['request_id'].iloc[row]} has no row in client.parquet")
+    lists = rows["chunk_ns"].take(pa.array(place)).combine_chunks()
+    offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(lists).to_numpy(zero_copy_only=False))])
+    return TokenTimes(offsets.astype(np.int64), pc.list_flatten(lists).to_numpy(zero_copy_only=False).astype(np.int64))
 
 
 class _StepIndex:

@@ -25,8 +25,8 @@ from policies.stack import PolicyStack
 class Limits:
     """What one replica can hold and run. Both panels must be given the same.
 
-    `plan_lead_ns`: with `lag=1`, a step is planned when the one in flight is expected to end within so long, so that
-    what arrives meanwhile can be in it; None: at once.
+    `plan_lead_ns`: with `lag=1`, while a step with chunks runs, the next one is planned when that is expected to end
+    within so long, so that what arrives meanwhile can be in it; None: at once, as while decodes alone run.
     """
 
     num_blocks: int

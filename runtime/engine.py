@@ -37,8 +37,8 @@ __all__ = ["Completion", "Details", "Engine", "EngineDead", "Output"]
 
 logger = logging.getLogger(__name__)
 
-GPU_PLAN_LEAD_NS = 2_000_000
-"""`Limits.plan_lead_ns` on a card: what a plan and its launch take there, and some more."""
+GPU_PLAN_LEAD_NS = 3_000_000
+"""`Limits.plan_lead_ns` on a card: what waking up, a plan and its launch take there, and some more."""
 
 Answer = TypeVar("Answer")
 
@@ -408,9 +408,12 @@ class Engine:
             lap("plan" if planned else "report")
 
     def _hold(self, launched: Launched) -> None:
-        """Wait until the step in flight is about to end: what arrives meanwhile can be in the next plan."""
+        """Wait until a step with chunks is about to end: what arrives meanwhile can be in the next plan.
+
+        Decodes alone are over too soon for that: the clock's own jitter would keep the device waiting.
+        """
         lead, end = self.limits.plan_lead_ns, self._runner.expected_end(launched)
-        if lead is None or end is None:
+        if lead is None or end is None or not launched.step.chunks:
             return
         wait_ns = end - lead - time.monotonic_ns()
         if wait_ns > 0:

@@ -46,17 +46,19 @@ class ComputedPace:
         self._lead = plan_lead_ns
         self._host_free = 0
         self._device_free = 0
+        self._plan_from = 0
         self._timings: dict[int, tuple[Timing, int]] = {}
 
     def plan_at(self, index: int, now: int) -> int | None:
-        ready = max(now, self._host_free)
-        return ready if self._lead is None else max(ready, self._device_free - self._lead)
+        return max(now, self._host_free, self._plan_from)
 
     def launch(self, step: Step, now: int) -> None:
         cost = self._costs.cost(step.shape)
         launch = now + cost.prepare_ns
         self._host_free = launch
         self._device_free = max(launch, self._device_free) + cost.device_ns
+        if self._lead is not None:
+            self._plan_from = self._device_free - self._lead if step.shape.num_chunks else 0
         self._timings[step.index] = (Timing(launch, self._device_free, cost.device_ns), cost.finish_ns)
 
     def end_of(self, step: Step) -> Timing:

@@ -44,11 +44,10 @@ def section(results: list[Result]) -> str:
 
 
 def settings(result: Result) -> str:
-    """The scheduler and the step budget of each work."""
+    """The scheduler and the step budget of each work, and what somebody has noted of the result."""
     given = result.get("settings", {})
-    return " ".join(
-        f"{name}: {json.dumps(given[name])}." for name in ("scheduler", "max_num_batched_tokens") if name in given
-    )
+    known = [f"{name}: {json.dumps(given[name])}." for name in ("scheduler", "max_num_batched_tokens") if name in given]
+    return " ".join([*known, *([result["note"]] if "note" in result else [])])
 
 
 def generated(results: list[Result]) -> str:

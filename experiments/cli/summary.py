@@ -27,8 +27,8 @@ def summary_table(run: Run, of: str) -> Table:
     statuses = ", ".join(f"{count} {status}" for status, count in figures["statuses"].items() if count)
     table.caption = Text(
         f"{format_figure(figures['request_throughput'])} requests/s, "
-        f"{format_figure(figures['output_throughput'])} output tokens/s; {statuses}; "
-        f"{figures['preemptions']} preemptions"
+        f"{format_figure(figures['output_throughput'])} output tokens/s; {statuses}"
+        + ("" if figures["preemptions"] is None else f"; {figures['preemptions']} preemptions")
     )
     table.caption_justify = "left"
     return table

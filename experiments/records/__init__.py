@@ -5,7 +5,12 @@
     steps.parquet       one row a step
     decisions.parquet   one row a decision
 
-`RunWriter` writes it as the run goes, `read_run` reads it, whole or not. The columns stand in `policies.records`.
+A run that a client measured from outside (kind `client`) has requests and, in place of steps and decisions,
+
+    client.parquet      one row a request: when it was due, when its chunks came
+
+`RunWriter` writes it as the run goes, `read_run` reads it, whole or not. The columns stand in `policies.records`,
+the client's in `experiments.records.schema`.
 """
 
 from experiments.records.environment import describe_environment, run_info

@@ -13,8 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-KINDS = ("real", "sim", "replay")
-"""Which panel wrote a run: the runtime, the simulator, or the simulator with a real run's arrivals and step times."""
+KINDS = ("real", "sim", "replay", "client")
+"""Who wrote a run: the runtime, the simulator, the simulator with a real run's arrivals and step times, or a client of
+a server, which sees requests and no steps."""
 
 
 def run_info(
@@ -30,7 +31,7 @@ def run_info(
     """The content of run.json.
 
     Args:
-        kind: `real`, `sim` or `replay`.
+        kind: `real`, `sim`, `replay` or `client`.
         spec: the specification that gives this run again.
         limits: `policies.replica_state.Limits` as a dict.
         stack: role -> policy, as `StackSpec.as_dict` has it.
@@ -50,7 +51,7 @@ def run_info(
 
 
 def describe_environment(kind: str) -> dict[str, Any]:
-    """Versions, git revision and, for a real run, the hardware and the date.
+    """Versions, git revision and, for a run in real time, the hardware and the date (of a client its own machine's).
 
     A simulated run's entry has nothing of the host in it, so that the same seed gives the same bytes.
     Raises ValueError for an unknown kind.
@@ -65,8 +66,8 @@ def describe_environment(kind: str) -> dict[str, Any]:
         "software": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "hardware": {},
     }
-    if kind == "real":
-        described["hardware"] = _hardware()
+    if kind in ("real", "client"):
+        described["hardware"] = _host() | (_gpus() if kind == "real" else {})
         described["started_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     return described
 
@@ -91,9 +92,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _hardware() -> dict[str, Any]:
+def _host() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    hardware: dict[str, Any] = {"platform": platform.platform(), "cpu": _cpu_model(), "cores": cores, "gpus": []}
+    return {"platform": platform.platform(), "cpu": _cpu_model(), "cores": cores}
+
+
+def _gpus() -> dict[str, Any]:
+    hardware: dict[str, Any] = {"gpus": []}
     try:
         import torch
     except ImportError:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments.records.environment import KINDS
-from experiments.records.schema import SCHEMAS, TABLES, RunError, check_columns
+from experiments.records.schema import SCHEMAS, RunError, check_columns, tables_of
 
 
 class Run:
@@ -34,7 +34,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """`real`, `sim` or `replay`."""
+        """`real`, `sim`, `replay` or `client`."""
         return str(self.info["kind"])
 
     @property
@@ -53,9 +53,14 @@ class Run:
         return bool(self.info.get("clairvoyant", False))
 
     @property
+    def has_steps(self) -> bool:
+        """Whether there is a record of the steps: not where a client measured a server from outside."""
+        return self.kind != "client"
+
+    @property
     def has_decisions(self) -> bool:
         """Whether decisions were recorded."""
-        return "decisions" in self.info.get("tables", TABLES)
+        return "decisions" in self.info["tables"]
 
     @property
     def label(self) -> str:
@@ -64,7 +69,7 @@ class Run:
         return f"{self.name} ({', '.join(marks)})"
 
     def table(self, table: str) -> pa.Table:
-        """`requests`, `steps` or `decisions` as an Arrow table. Raises RunError."""
+        """`requests`, `steps`, `decisions` or `client` as an Arrow table. Raises RunError where the run has none."""
         if table not in self._tables:
             self._tables[table] = _read_table(self, table)
         return self._tables[table]
@@ -76,13 +81,18 @@ class Run:
 
     @cached_property
     def steps(self) -> pd.DataFrame:
-        """One row a call of plan(), in order."""
+        """One row a call of plan(), in order. Raises RunError where `has_steps` is False."""
         return _to_pandas(self.table("steps"))
 
     @cached_property
     def decisions(self) -> pd.DataFrame:
         """One row a decision, in order. Raises RunError where the run was recorded without them."""
         return _to_pandas(self.table("decisions"))
+
+    @cached_property
+    def client(self) -> pd.DataFrame:
+        """What only a client sees, one row a request, in order of their ends. Raises RunError in any other run."""
+        return _to_pandas(self.table("client"))
 
     def __repr__(self) -> str:
         return f"Run({self.label})"
@@ -98,8 +108,8 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise RunError(f"there is no folder {folder}")
     run = Run(folder, _read_info(folder / "run.json"))
-    for table in TABLES:
-        if table in run.info["tables"] and run.complete and not (folder / f"{table}.parquet").is_file():
+    for table in run.info["tables"]:
+        if run.complete and not (folder / f"{table}.parquet").is_file():
             raise RunError(f"{folder / f'{table}.parquet'} is missing; the run cannot be read without it")
     return run
 
@@ -113,9 +123,10 @@ def _read_info(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} cannot be read: {error}") from error
     if not isinstance(info, dict) or info.get("kind") not in KINDS:
         raise RunError(f"{path} is no run's description: it needs a kind, one of {', '.join(KINDS)}")
-    tables = info.setdefault("tables", list(TABLES))
-    if not isinstance(tables, list) or not {"requests", "steps"} <= set(tables) <= set(TABLES):
-        raise RunError(f"{path} is no run's description: tables must be some of {', '.join(TABLES)}")
+    known = tables_of(info["kind"])
+    tables = info.setdefault("tables", list(known))
+    if not isinstance(tables, list) or not set(known) - {"decisions"} <= set(tables) <= set(known):
+        raise RunError(f"{path} is no run's description: tables must be some of {', '.join(known)}")
     for entry in ("spec", "limits"):
         if not isinstance(info.get(entry, {}), dict):
             raise RunError(f"{path} is no run's description: {entry} must be a mapping")
@@ -124,7 +135,8 @@ def _read_info(path: Path) -> dict[str, Any]:
 
 def _read_table(run: Run, table: str) -> pa.Table:
     if table not in run.info["tables"]:
-        raise RunError(f"{run.folder} was recorded without {table}")
+        why = "" if run.has_steps else ": a client measured it from outside, and sees requests alone"
+        raise RunError(f"{run.folder} was recorded without {table}{why}")
     final = run.folder / f"{table}.parquet"
     if final.is_file():
         return _read_file(final, table)

@@ -13,7 +13,17 @@ TABLES: dict[str, dict[str, str]] = {
     "steps": records.STEPS,
     "decisions": records.DECISIONS,
 }
-"""Table name -> its columns and their types, as `policies.records` has them."""
+"""Table name -> its columns and their types, as `policies.records` has them: what a panel writes."""
+
+CLIENT: dict[str, str] = {
+    "request_id": "int64",
+    "due_ns": "int64",  # when it was to be sent; arrival_ns is when it was
+    "chunk_ns": "list<int64>",  # when each chunk with output came
+}
+"""client.parquet, one row a request: what only a client sees, in place of the steps that it does not."""
+
+CLIENT_TABLES: dict[str, dict[str, str]] = {"requests": records.REQUESTS, "client": CLIENT}
+"""What a client of a server writes. There a request's status may also be `failed`, and its before_step is -1."""
 
 _TYPES = {
     "int64": pa.int64(),
@@ -36,9 +46,15 @@ def _field(column: str, kind: str) -> pa.Field:
 
 
 SCHEMAS: dict[str, pa.Schema] = {
-    table: pa.schema([_field(column, kind) for column, kind in columns.items()]) for table, columns in TABLES.items()
+    table: pa.schema([_field(column, kind) for column, kind in columns.items()])
+    for table, columns in (TABLES | CLIENT_TABLES).items()
 }
 """Table name -> Arrow schema. A type that ends in `?` may be null; no other."""
+
+
+def tables_of(kind: str) -> tuple[str, ...]:
+    """The tables that a run of a kind may have."""
+    return tuple(CLIENT_TABLES if kind == "client" else TABLES)
 
 
 def to_table(table: str, rows: Sequence[tuple[object, ...]]) -> pa.Table:
@@ -47,7 +63,7 @@ def to_table(table: str, rows: Sequence[tuple[object, ...]]) -> pa.Table:
     width = len(schema)
     wrong = next((row for row in rows if len(row) != width), None)
     if wrong is not None:
-        raise RunError(f"a row of {table} has {len(wrong)} values; policies.records names {width} columns")
+        raise RunError(f"a row of {table} has {len(wrong)} values; the schema names {width} columns")
     arrays = []
     for field, values in zip(schema, zip(*rows, strict=True) if rows else [()] * width, strict=True):
         try:

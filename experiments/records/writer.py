@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments.records.environment import KINDS
-from experiments.records.schema import SCHEMAS, TABLES, RunError, to_table
+from experiments.records.schema import SCHEMAS, RunError, tables_of, to_table
 
 Row = tuple[object, ...]
 
-ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072}
+ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072, "client": 4096}
 """Rows of a row group in the final files. Requests carry their block keys: tens of kilobytes each for long prompts."""
 
 PART_ROWS = {"requests": 1024, "steps": 16_384, "decisions": 32_768}
@@ -44,7 +44,8 @@ class RunWriter:
         folder: made if it is not there.
         info: the content of run.json (see `run_info`), written at once. JSON values only.
         overwrite: replace a run that the folder holds.
-        decisions: False leaves decisions.parquet away.
+        decisions: False leaves decisions.parquet away. A client's run (`info["kind"]`) has neither steps nor decisions,
+            and its requests come by `request_seen`.
         flush_seconds: age at which rows go to disk (None: only by row count).
 
     `close` makes the run complete. Used as a context manager, leaving by an exception keeps the parts instead: the
@@ -64,13 +65,14 @@ class RunWriter:
         flush_seconds: float | None = 5.0,
     ) -> None:
         self.folder = Path(folder)
-        self.tables = [table for table in TABLES if decisions or table != "decisions"]
+        self.tables = [table for table in tables_of(str(info.get("kind"))) if decisions or table != "decisions"]
         text = _run_json(info, self.tables)
         self._parts = self.folder / "parts"
         self._make_folder(text, overwrite)
         self._requests: list[Row] = []
         self._steps: list[Row] = []
-        self._decisions: list[Row] | None = [] if decisions else None
+        self._decisions: list[Row] | None = [] if "decisions" in self.tables else None
+        self._client: list[Row] = []
         self._num_requests = 0  # rows so far
         self._settled = 0  # leading request rows whose last step's row is here too
         self._written = 0  # request rows on disk
@@ -112,6 +114,19 @@ class RunWriter:
             if len(rows) >= PART_ROWS["decisions"]:
                 self.flush()
 
+    def request_seen(self, row: Row, client_row: Row) -> None:
+        """A request of a client's run has ended, or the run has: its rows of requests and client.
+
+        They go to disk by age alone: a load generator, which has no other thread, is not to wait for a file.
+        """
+        self._check_open()
+        if self._failure is not None:
+            raise self._failure
+        self._client.append(client_row)
+        self._requests.append(row)
+        self._num_requests += 1
+        self._settled = self._num_requests
+
     # Going to disk
 
     def flush(self) -> None:
@@ -127,6 +142,7 @@ class RunWriter:
         if self._decisions is not None:
             self._write_part("decisions", self._decisions, len(self._decisions))
         self._write_part("steps", self._steps, len(self._steps))
+        self._write_part("client", self._client, len(self._client))
         self._write_part("requests", self._requests, num_requests - self._written)
         self._written = num_requests
 
@@ -201,7 +217,7 @@ class RunWriter:
         try:
             check_free(folder, overwrite)
             folder.mkdir(parents=True, exist_ok=True)
-            for table in TABLES:
+            for table in SCHEMAS:
                 (folder / f"{table}.parquet").unlink(missing_ok=True)
             if self._parts.exists():
                 shutil.rmtree(self._parts)
@@ -213,7 +229,7 @@ class RunWriter:
             raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
-_FIRST_TOKEN = list(TABLES["requests"]).index("first_token_ns")
+_FIRST_TOKEN = SCHEMAS["requests"].names.index("first_token_ns")
 
 
 def _run_json(info: Mapping[str, Any], tables: list[str]) -> str:

@@ -134,6 +134,7 @@ def test_the_summary_of_an_example_by_hand(tmp_path: Path) -> None:
         "cancelled": 1,
         "dropped": 0,
         "refused": 1,
+        "failed": 0,
         "unfinished": 0,
     }
 

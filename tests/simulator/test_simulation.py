@@ -67,6 +67,9 @@ def test_what_arrives_while_a_step_runs_is_in_the_next_one_if_that_is_planned_la
     first, second = simulate(work, replace(at_once, plan_lead_ns=2_000_000), HostAndDevice(1))[0]
     assert second.first_token_ns == 12_000_000
     assert first.finish_ns == 7_000_000 + 7 * 5_000_000  # and the device still never waits
+    work[1] = (14_000_000, 8, 1)  # while decodes alone run, from 12 to 17 ms: the step after them is planned already
+    for limits in (at_once, replace(at_once, plan_lead_ns=2_000_000)):
+        assert simulate(work, limits, HostAndDevice(1))[0][1].first_token_ns == 27_000_000
 
 
 def test_with_lag_a_request_that_stops_before_its_cap_costs_one_discarded_token() -> None:

@@ -131,15 +131,16 @@ def test_products_of_real_models_agree_with_float32_on_the_card(m: int, n: int, 
 def test_a_chain_of_products_in_a_graph_sees_what_the_product_before_wrote() -> None:
     x = random(1, 1024, dtype=torch.bfloat16)
     gate_up = random(6144, 1024, seed=1, dtype=torch.bfloat16) / 32
-    down = random(1024, 3072, seed=2, dtype=torch.bfloat16) / 32
+    down = random(1024, 3072, seed=2, dtype=torch.bfloat16) / 128  # so that the chain neither grows nor fades
 
     def chain() -> Tensor:
         y = x
         for _ in range(20):
-            y = skinny_linear(skinny_gated(y, gate_up), down)
+            y = x + skinny_linear(skinny_gated(y, gate_up), down)
         return y
 
     expected = chain()
+    assert 1 < float(expected.float().std()) < 2
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
