@@ -11,6 +11,7 @@ import pytest
 from tests.runtime.serving.running import Running
 
 MODEL = "babel"
+GO_ON = {"ignore_eos": True}
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [
     {"role": "system", "content": "Say little."},
     {"role": "user", "content": [{"type": "text", "text": "Where is the "}, {"type": "text", "text": "station?"}]},
@@ -44,7 +45,9 @@ def test_a_seed_repeats_the_draws_and_another_one_does_not(client: openai.OpenAI
 
 
 def test_several_prompts_with_several_continuations_come_in_order(client: openai.OpenAI) -> None:
-    done = client.completions.create(model=MODEL, prompt=["Hello", "Shopping list:"], n=3, max_tokens=4, echo=True)
+    done = client.completions.create(
+        model=MODEL, prompt=["Hello", "Shopping list:"], n=3, max_tokens=4, echo=True, extra_body=GO_ON
+    )
     assert [choice.index for choice in done.choices] == list(range(6))
     assert [choice.text.startswith("Hello") for choice in done.choices] == [True] * 3 + [False] * 3
     assert done.usage is not None
