@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 GPU_PLAN_LEAD_NS = 3_000_000
 """`Limits.plan_lead_ns` on a card: what waking up, a plan and its launch take there, and some more."""
+LOOK_NS = 1_000_000
+"""How often the engine looks, while it holds a plan back, whether the step in flight has ended already."""
 
 Answer = TypeVar("Answer")
 
@@ -234,7 +236,7 @@ class Engine:
         that was handed in until now. What it raises is the future's; EngineDead where the engine has stopped."""
         call = _Call(function)
         with self._inbox:
-            if not self._closing and self._error is None:
+            if not self.dead:
                 self._calls.append(call)
                 self._inbox.notify()
                 return call.future
@@ -329,9 +331,14 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def dead(self) -> bool:
+        """Whether the engine serves nothing any more."""
+        return self._closing or self._error is not None
+
     def raise_if_dead(self) -> None:
         """Raise EngineDead, with its cause, where the engine serves nothing any more."""
-        if self._closing or self._error is not None:
+        if self.dead:
             raise EngineDead(self._obituary()) from self._error
 
     def _obituary(self) -> str:
@@ -415,10 +422,9 @@ class Engine:
         lead, end = self.limits.plan_lead_ns, self._runner.expected_end(launched)
         if lead is None or end is None or not launched.step.chunks:
             return
-        wait_ns = end - lead - time.monotonic_ns()
-        if wait_ns > 0:
-            with self._inbox:
-                self._inbox.wait_for(lambda: self._closing, wait_ns / 1e9)
+        with self._inbox:
+            while (left := end - lead - time.monotonic_ns()) > 0 and not (self._closing or launched.pending.done()):
+                self._inbox.wait(min(left, LOOK_NS) / 1e9)  # the step may be over sooner than the last ones were
 
     def _deliver(self) -> int:
         """Submissions in the order of their stamps, then ends from outside by id, then calls: the simulator's order

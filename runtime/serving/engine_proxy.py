@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 20.0
 """How long an engine process may take to end (it closes its record) before it is killed."""
 
-LAST_WORDS_SECONDS = 0.5
+LAST_WORDS_SECONDS = 0.25
 """How long the last message of a process that has ended may be on its way."""
 
 
@@ -183,8 +183,7 @@ class EngineProcess(EngineClient):
         if process is not None:
             asyncio.get_running_loop().remove_reader(process.sentinel)
             self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
+            await asyncio.gather(self._reader, return_exceptions=True)  # what it failed with has been told
         self._outbound.close(linger=0)
         self._inbound.close(linger=0)
         self._context.term()
@@ -214,8 +213,8 @@ class EngineProcess(EngineClient):
             for output in message.outputs:
                 self._hand_out(output, now)
         elif isinstance(message, messages.AdminReply):
-            reply = self._replies.pop(message.call_id)
-            if not reply.done():
+            reply = self._replies.pop(message.call_id, None)  # None: it came after the news of the death
+            if reply is not None and not reply.done():
                 if message.error is None:
                     reply.set_result(message.result)
                 else:
@@ -242,15 +241,13 @@ class EngineProcess(EngineClient):
         return self._sinks.pop(request_id, None) is not None
 
     def _on_death(self, process: SpawnProcess) -> None:
-        """The process has ended. One that ended by itself has said why, and that is still on its way."""
+        """The process has ended. What it has sent may still be on its way: last outputs, and why it has ended."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(process.sentinel)
         process.join(1.0)  # it is ending: for its status
         code = process.exitcode or 0
-        if code < 0:
-            self._die(f"the engine process was killed by signal {-code}")
-        else:
-            loop.call_later(LAST_WORDS_SECONDS, self._die, f"the engine process ended with status {code}")
+        reason = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        loop.call_later(LAST_WORDS_SECONDS, self._die, f"the engine process {reason}")
 
     def _die(self, reason: str) -> None:
         if self._error is None:

@@ -82,7 +82,6 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise OSError(f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --port") from None
-    bound.set_inheritable(True)
     return bound
 
 

@@ -26,7 +26,7 @@ class EdgeLimits:
         max_queued_requests, max_queued_tokens: of requests that wait for their first token, and of their prompts; more
             are refused with 503. Who finds nobody waiting may bring any number of tokens.
         max_body_bytes: of a request's body.
-        request_timeout_s: seconds from a request's arrival to its end; 0: none.
+        request_timeout_s: seconds that an answer may take once its prompt is in tokens; 0: any.
         max_prompts: prompts of one completions request.
     """
 

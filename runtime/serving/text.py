@@ -47,8 +47,10 @@ class TextCodec:
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation. Raises ApiError where the model has no template, or its template refuses it."""
+        apply = functools.partial(self.tokenizer.apply_chat_template, messages, add_generation_prompt)
+        size = sum(len(str(message.get("content", ""))) for message in messages)
         try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt)
+            text = apply() if size <= INLINE_CHARACTERS else await asyncio.to_thread(apply)
         except (ModelError, ValueError) as error:
             raise ApiError(400, str(error), "messages") from None
         return await self.encode(text, add_special_tokens=False)
