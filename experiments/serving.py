@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -84,15 +85,25 @@ async def _start_engines(spec: RunSpec, options: ServeOptions) -> EngineClient:
     if spec.replicas == 1:
         return await EngineProcess.start(functools.partial(host_engine, spec, options))
 
+    starts: Counter[int] = Counter()
+
     def start(number: int) -> Awaitable[EngineProcess]:
         device = f"cuda:{number}" if spec.model.device == "cuda" else spec.model.device
         model = spec.model.model_copy(update={"device": device})
         own = spec.model_copy(update={"model": model, "seed": spec.seed + number})  # or they would draw alike
-        record = None if options.record is None else options.record / f"replica-{number}"
+        starts[number] += 1
+        record = record_folder(options, number, starts[number])
         return EngineProcess.start(functools.partial(host_engine, own, replace(options, record=record)))
 
     name = spec.policies.router
     return await Coordinator.start(spec.replicas, registry.make("router", name, seed=spec.seed), name, start)
+
+
+def record_folder(options: ServeOptions, number: int, nth: int) -> Path | None:
+    """Where a replica's nth engine records: `replica-1`, `replica-1.2`, ... A server writes to none of them twice."""
+    if options.record is None:
+        return None
+    return options.record / (f"replica-{number}" if nth == 1 else f"replica-{number}.{nth}")
 
 
 @contextmanager
