@@ -14,6 +14,7 @@ from experiments.records import RunWriter, run_info
 from experiments.spec import RunSpec
 from policies import registry
 from policies.contract import Recorder
+from runtime.event_loop import allow_many_connections
 from runtime.serving.app import build_app
 from runtime.serving.commands import Hosted
 from runtime.serving.coordinator import Coordinator
@@ -22,7 +23,7 @@ from runtime.serving.engine_proxy import EngineProcess
 from runtime.serving.keys import Keys
 from runtime.serving.messages import EngineInfo
 from runtime.serving.recent_rows import RecentRows
-from runtime.serving.server import address_of, allow_many_connections, bind, serve
+from runtime.serving.server import address_of, bind, serve
 from runtime.serving.service import EdgeLimits, Service
 from runtime.serving.text import TextCodec
 from runtime.weights import load_tokenizer
@@ -96,7 +97,8 @@ async def _start_engines(spec: RunSpec, options: ServeOptions) -> EngineClient:
         return EngineProcess.start(functools.partial(host_engine, own, replace(options, record=record)))
 
     name = spec.policies.router
-    return await Coordinator.start(spec.replicas, registry.make("router", name, seed=spec.seed), name, start)
+    router = registry.make("router", name, seed=spec.seed, block_size=spec.limits.block_size)
+    return await Coordinator.start(spec.replicas, router, name, start)
 
 
 def record_folder(options: ServeOptions, number: int, nth: int) -> Path | None:

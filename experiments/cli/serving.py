@@ -64,8 +64,8 @@ def serve(
     Example: diptych serve --model SmolLM2-135M-Instruct --scheduler sarathi,chunk_size=256 --port 8000
     """
     from experiments.serving import ServeOptions, serve_spec  # torch is slow to import
+    from runtime.event_loop import run
     from runtime.serving.messages import EngineInfo
-    from runtime.serving.server import run
     from runtime.serving.service import EdgeLimits
 
     # What is served comes over HTTP, but a specification has a workload.

@@ -91,7 +91,7 @@ def router(service: Service) -> APIRouter:
         if router_name is not None:
             replicas = several()
             try:
-                new = registry.make("router", router_name, seed=0)
+                new = registry.make("router", router_name, seed=0, block_size=replicas.info.limits.block_size)
             except registry.PolicyError as error:
                 raise ApiError(400, str(error), "router") from None
             except (Exception, SystemExit) as error:  # of a module or a constructor that is not ours

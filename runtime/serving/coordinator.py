@@ -314,7 +314,7 @@ class Coordinator(EngineClient):
             request_id,
             self._now(),
             len(prompt.token_ids),
-            prompt.params.max_tokens or self.info.max_total_tokens - len(prompt.token_ids),
+            prompt.params.max_tokens or self.info.limits.max_total_tokens - len(prompt.token_ids),
             tenant=details.tenant,
             session=details.session,
             priority=details.priority,
