@@ -441,7 +441,9 @@ def test_ctrl_c_keeps_what_was_measured() -> None:
     assert not run.complete
     assert statuses["stop"] > 0
     assert statuses["unfinished"] > 0
-    assert sum(statuses.values()) == len(server.bodies(COMPLETIONS))
+    # Of those that were on their way to the server just then, it need not have read the body.
+    read, sent = len(server.bodies(COMPLETIONS)), sum(statuses.values())
+    assert read <= sent <= read + statuses["unfinished"]
     result = json.loads(Path("result.json").read_text())
     assert (result["completed"], result["num_prompts"]) == (statuses["stop"], sum(statuses.values()))
 
