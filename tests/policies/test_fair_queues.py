@@ -219,6 +219,17 @@ def test_a_request_that_comes_back_unserved_costs_nothing_and_lifts_nobody() -> 
     assert queue.counters == {"a": 0, "b": 3 * SCALE}
 
 
+def test_what_is_given_back_puts_a_tenant_ahead_again() -> None:
+    queue = registry.make("queue", "vtc")
+    for i, tenant in enumerate("ab"):
+        queue.push(Request(i, i, 10, 5, tenant=tenant), 0)
+    queue.charge("a", 5)
+    queue.charge("b", 10)
+    assert queue.peek(0).tenant == "a"
+    queue.charge("b", -8)
+    assert queue.peek(0).tenant == "b"
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 def test_put_in_place_of_another_it_charges_what_is_given_from_then_on(lag: int) -> None:
     work = [Job(6 + i % 5, 10 + i % 9, i // 2, tenant="ab"[i % 2]) for i in range(24)]
@@ -449,6 +460,14 @@ def test_a_request_that_does_not_fit_keeps_its_tenants_turn_without_another_quan
     assert queue.deficits == {"a": 0, "b": 500 * SCALE}
 
 
+def test_a_tenant_that_left_with_something_to_spend_gets_no_quantum_on_top_of_it() -> None:
+    queue = registry.make("queue", "drr,quantum=500,output_weight=0")
+    for i in range(2):
+        queue.push(Request(i, i, 100, 1, tenant="a"), 0)
+        queue.pop(0)
+    assert queue.deficits == {"a": 300 * SCALE}
+
+
 @settings(max_examples=25, deadline=None)
 @given(jobs("abcd"), st.integers(1, 30), st.sampled_from([24, 400]))
 def test_skipping_rounds_in_which_all_pass_changes_no_decision(work: list[Job], quantum: int, num_blocks: int) -> None:
@@ -496,6 +515,16 @@ def test_the_longest_match_of_those_who_have_not_spent_their_quantum_goes_first(
     # 5 (c, without a hit: -50). Then all refill: a alone waits, and has 20.
     assert order == [1, 3, 4, 2, 5, 0]
     assert queue.deficits == {"a": (20 - 100) * SCALE, "b": 20 * SCALE, "c": 0}
+
+
+def test_a_match_however_long_waits_while_its_tenant_has_spent_its_quantum() -> None:
+    queue = registry.make("queue", "dlpm,quantum=15,output_weight=0")
+    for i, tenant in enumerate("aabb"):
+        queue.push(Request(i, i, 100, 1, tenant=tenant), 0)
+    offer(queue, {0: 80, 1: 80, 2: 60})
+    # 0 (a: 15 - 20 = -5), 2 (b: 15 - 40 = -25), one refill (a: 10, b: -10), 1 (a: -10), one more (a: 5, b: 5), 3
+    assert [queue.pop(0).id for _ in range(4)] == [0, 2, 1, 3]
+    assert queue.deficits == {"a": 5 * SCALE, "b": (5 - 100) * SCALE}
 
 
 def test_only_the_first_of_each_tenant_are_looked_up() -> None:
