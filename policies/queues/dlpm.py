@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import heapq
+
+from policies.contract import View
 from policies.draft import Draft
 from policies.key_queue import KeyQueue
 from policies.registry import register
@@ -19,13 +22,15 @@ class Dlpm(TenantQueue):
 
     `quantum`: tokens; 0 is a twentieth of the KV cache. `input_weight` (w_e), `output_weight` (w_q), `weights`: as
     `a:2;b:1`, see `TenantQueue`. `window`: how many waiting requests are looked up in the cache in one step.
-    Where this departs: the paper sorts the whole queue by its matches in every step. Here each tenant's first
-    window / tenants requests (at least one) are looked up, once in a step and only if a slot is free; among requests
-    without a hit, and beyond the window, the earliest of the tenants with q > 0 goes first. A preempted request is not
-    charged for what it computes again. D2LPM, which splits quanta by worker, is a router's and not here.
+    Where this departs: the paper sorts the whole queue by its matches in every step. Here at most `window` requests of
+    tenants with q > 0 are looked up, once in a step with a free slot and again after a refill: the first ones of each
+    tenant, as many of each; of more tenants than that, one of each of those that have had somebody waiting for longest.
+    Among requests without a hit, and beyond the window, the earliest of the tenants with q > 0 goes first. A preempted
+    request is not charged for what it computes again. D2LPM, which splits quanta by worker, is a router's, not here.
     With no prefix in common, a quantum that nobody spends, and every tenant there at the first refill, this is first
     come, first served.
-    Cost: O(window * blocks of a prompt) a step with a free slot, O(window + tenants) an admission.
+    Cost: O(window * blocks of a prompt) a step with a free slot, O(window + log tenants) an admission, O(tenants) a
+    refill.
     Source: Cao et al., "Locality-aware Fair Scheduling in LLM Serving", 2025, arXiv 2501.14312, algorithm 1.
     """
 
@@ -44,7 +49,12 @@ class Dlpm(TenantQueue):
         self._quantum = max(1, quantum) * SCALE
         self._window = window
         self.deficits: dict[str, int] = {}  # in millionths of a token
-        self._hits: dict[int, int] = {}  # tokens, of those looked up in this step
+        self._heads: list[
+            tuple[int, int, str]
+        ] = []  # (*key of the head, tenant) of those who may go, among old entries
+        self._view: View | None = None  # to look requests up in; None: not in this step, or done
+        self._looked_in: View | None = None
+        self._hits: dict[int, int] = {}  # tokens, of those looked up
         self._by_hit: list[Request] = []  # those with a hit, the longest first
         self._choice: Request | None = None  # until something changes
 
@@ -53,25 +63,40 @@ class Dlpm(TenantQueue):
         if not self._given:
             self._quantum = max(1, draft.view.num_blocks * draft.view.block_size // 20) * SCALE
         self._hits, self._by_hit, self._choice = {}, [], None
-        if self._waiting and draft.seqs_left > 0:
-            for queue in self._waiting.values():
-                for request in first_of(queue, max(1, self._window // len(self._waiting))):
-                    hit = draft.view.probe(request).num_tokens if request.num_blocks == 0 else 0
-                    if hit:
-                        self._hits[request.id] = hit
-                        self._by_hit.append(request)
-            self._by_hit.sort(key=lambda request: (-self._hits[request.id], request.key))
+        self._view = draft.view if draft.seqs_left > 0 else None
+        self._looked_in = None
 
     def choose(self, now: int) -> Request | None:
         if self._choice is None and self._waiting:
-            if all(self.deficits[tenant] <= 0 for tenant in self._waiting):
+            while (first := self._first_open()) is None:
                 self._refill()
-            open_to = {tenant for tenant in self._waiting if self.deficits[tenant] > 0}
-            self._choice = next((request for request in self._by_hit if request.tenant in open_to), None)
-            if self._choice is None:
-                heads = [head for tenant in self._waiting if tenant in open_to and (head := self.head(tenant))]
-                self._choice = min(heads, key=lambda request: request.key)
+            if self._view is not None:
+                self._look_up(self._view)
+            hits = (request for request in self._by_hit if self.deficits[request.tenant] > 0)
+            self._choice = next(hits, first)
         return self._choice
+
+    def _first_open(self) -> Request | None:
+        """The earliest head of a tenant with something to spend."""
+        while self._heads:
+            *key, tenant = self._heads[0]
+            head = self.head(tenant)
+            if head is not None and head.key == tuple(key) and self.deficits[tenant] > 0:
+                return head
+            heapq.heappop(self._heads)
+        return None
+
+    def _look_up(self, view: View) -> None:
+        able = [tenant for tenant in self._waiting if self.deficits[tenant] > 0]
+        share = max(1, self._window // len(able))
+        for tenant in able[: self._window]:
+            for request in first_of(self._waiting[tenant], share):
+                hit = view.probe(request).num_tokens if request.num_blocks == 0 else 0
+                if hit and request.id not in self._hits:
+                    self._hits[request.id] = hit
+                    self._by_hit.append(request)
+        self._by_hit.sort(key=lambda request: (-self._hits[request.id], request.key))
+        self._looked_in, self._view = self._view, None
 
     def _refill(self) -> None:
         """As many quanta to all in debt as make one of those who wait eligible; to nobody who is."""
@@ -79,22 +104,34 @@ class Dlpm(TenantQueue):
         for tenant, deficit in self.deficits.items():
             if deficit <= 0:
                 self.deficits[tenant] = deficit + min(rounds, -deficit // self._quantum + 1) * self._quantum
+                self.has_head(tenant)
+        self._view = self._view or self._looked_in
 
     def will_queue(self, tenant: str, now: int, *, back: bool) -> None:
         self.deficits.setdefault(tenant, 0)
 
     def has_head(self, tenant: str) -> None:
         self._choice = None
+        head = self.head(tenant)
+        if head is not None and self.deficits[tenant] > 0:
+            heapq.heappush(self._heads, (*head.key, tenant))
+        if len(self._heads) > 2 * len(self._waiting) + 64:
+            heads = [(one, self.head(one)) for one in self._waiting if self.deficits[one] > 0]
+            self._heads = [(*head.key, one) for one, head in heads if head is not None]
+            heapq.heapify(self._heads)
 
     def _take(self, request: Request) -> None:
-        self._choice = None
-        if self._hits.pop(request.id, None):
+        if self._hits.get(request.id):
             self._by_hit.remove(request)
         super()._take(request)
+        self.has_head(request.tenant)
+        self._hits.pop(request.id, None)
 
     def charge(self, tenant: str, amount: int) -> None:
-        self._choice = None
         self.deficits[tenant] = self.deficits.get(tenant, 0) - amount
+        self._choice = None
+        if amount < 0:
+            self.has_head(tenant)
 
     def num_input(self, request: Request, *, ran: bool) -> int:
         return request.num_prompt_tokens - (request.num_cached_tokens if ran else self._hits.get(request.id, 0))

@@ -52,12 +52,11 @@ class Drr(TenantQueue):
         passed = 0
         while self._waiting:
             tenant = self._ring[0]
-            deficit = self.deficits[tenant]
+            deficit, head = self.deficits[tenant], self.head(tenant)
             if not self._in_turn:
                 self._in_turn = True
-                if deficit <= 0:
+                if deficit < 0 or (deficit == 0 and head is not None):
                     deficit = self.deficits[tenant] = deficit + self._quantum
-            head = self.head(tenant)
             if head is not None and deficit > 0:
                 return head
             self._end_turn()
@@ -86,10 +85,17 @@ class Drr(TenantQueue):
         if not self._waiting:
             return
         rounds = min(-self.deficits[tenant] // self._quantum for tenant in self._waiting)
-        for tenant in self._ring:
-            due = min(rounds, -self.deficits[tenant] // self._quantum + 1)
-            if due > 0:
-                self.deficits[tenant] += due * self._quantum
+        if rounds <= 0:
+            return
+        ring = self._ring
+        self._ring = deque()
+        for tenant in ring:
+            until_paid = -(self.deficits[tenant] // self._quantum)
+            self.deficits[tenant] += max(0, min(rounds, until_paid)) * self._quantum
+            if tenant in self._waiting or until_paid > rounds:
+                self._ring.append(tenant)
+            else:
+                self._in_ring.discard(tenant)  # it is paid in one of these rounds, and leaves
 
     def charge(self, tenant: str, amount: int) -> None:
         self.deficits[tenant] = self.deficits.get(tenant, 0) - amount
