@@ -15,7 +15,13 @@ SMALL = {
 
 MORE: dict[str, list[StackSpec]] = {
     "scheduler": [StackSpec("mixed,long_prefill_threshold=7")],
-    "queue": [StackSpec(queue="sjf,predictor=oracle")],
+    "queue": [
+        StackSpec(queue="sjf,predictor=oracle"),
+        StackSpec(queue="vtc,weights=a:2;b:0.5,predictor=moving_average"),
+        StackSpec(queue="drr,quantum=5"),
+        StackSpec(queue="dlpm,quantum=9,window=4"),
+        StackSpec(queue="rpm,limit=2,window_s=0.00002"),
+    ],
 }
 """Other knobs worth the same tests."""
 
