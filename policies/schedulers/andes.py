@@ -35,10 +35,13 @@ class Andes(Mixed):
     reading speed of 4.8).
     Where this departs: the formulas are rebuilt from the paper's description. The paper swaps out to host memory; here
     the preempted keep their blocks (KEEP) as long as memory is not wanted, and then are computed again, those with the
-    least priority first. The paper caps the mean of preemptions over all requests, here each has its own cap. Answers'
-    lengths are unknown, so the expected curve does not end. What was delivered between two looks at a request is taken
-    to have come evenly; tokens of a step in flight count as delivered. The objective is the mean QoE alone.
-    O(running) a step; in a tight one O(running + pool) for each size, in NumPy columns.
+    least priority first. So where slots are short, pausing costs nothing and a larger `cap` pays; where memory is, each
+    preemption computes a context again, and most of the gain is in who starts. The paper caps the mean of preemptions
+    over all requests, here each has its own cap. Answers' lengths are unknown, so the expected curve does not end. What
+    was delivered between two looks at a request is taken to have come evenly; tokens of a step in flight count as
+    delivered. The objective is the mean QoE alone.
+    O(running) a step; in a tight one the candidates are sorted once a size, in NumPy columns: 1.7 ms with 256 running,
+    and up to 10 ms where many are preempted, however many wait.
     Source: Liu et al., "Andes", arXiv 2404.16283, section 4.
     """
 
@@ -137,7 +140,9 @@ class Andes(Mixed):
         best: tuple[float, list[int], list[int]] = (-1.0, [], [])
         for size in self._batch_sizes(view, cost, candidates, blocks, memory):
             gain = users.gain(1 / decode_ns(cost, size, round(size * context.mean())), self._horizon)
-            total, chosen, others, left = 0.0, [], [], memory
+            total, left = 0.0, memory
+            chosen: list[int] = []
+            others: list[int] = []
             for i in np.lexsort((place, -gain / context, ~forced)).tolist():
                 if len(chosen) < size and blocks[i] <= left:
                     chosen.append(i)
@@ -204,10 +209,11 @@ class Andes(Mixed):
             elif request.state is State.PAUSED and takes:
                 self._pool.pop(request.id, None)
                 draft.preempt(request, Mode.RECOMPUTE)
-        for request in sorted(chosen, key=lambda r: r.num_pending_tokens > 1):  # decodes before prefills
-            tokens = min(request.num_pending_tokens, draft.tokens_left)
-            if request.state is State.RUNNING and tokens and request.id not in draft.preempted:
-                draft.run_or_preempt(request, tokens, now)
+        if any(r.state is State.RUNNING for r in others) or not draft.run_everyone():
+            for request in sorted(chosen, key=lambda r: r.num_pending_tokens > 1):  # decodes before prefills
+                tokens = min(request.num_pending_tokens, draft.tokens_left)
+                if request.state is State.RUNNING and tokens and request.id not in draft.preempted:
+                    draft.run_or_preempt(request, tokens, now)
         for request in chosen:
             if request.state is not State.RUNNING and draft.admit(request):
                 self._pool.pop(request.id, None)
