@@ -14,7 +14,10 @@ SMALL = {
 """Knobs that suit a replica of some 40 blocks of 4 tokens; the other policies are tested as they come."""
 
 MORE: dict[str, list[StackSpec]] = {
-    "scheduler": [StackSpec("mixed,long_prefill_threshold=7")],
+    "scheduler": [
+        StackSpec("mixed,long_prefill_threshold=7"),
+        StackSpec("andes,horizon_ms=0.05,memory=0.5,ttft_ms=0.005,tokens_per_s=300000,pool=3"),
+    ],
     "queue": [
         StackSpec(queue="sjf,predictor=oracle"),
         StackSpec(queue="vtc,weights=a:2;b:0.5,predictor=moving_average"),
