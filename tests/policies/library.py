@@ -10,12 +10,14 @@ SMALL = {
     "static": "static,max_batch_size=3",
     "sarathi": "sarathi,chunk_size=24",
     "watermark": "watermark,watermark=0.1",
+    "t_lru": "t_lru,budget=16,next_prompt=8",
 }
 """Knobs that suit a replica of some 40 blocks of 4 tokens; the other policies are tested as they come."""
 
 MORE: dict[str, list[StackSpec]] = {
     "scheduler": [StackSpec("mixed,long_prefill_threshold=7")],
     "queue": [StackSpec(queue="sjf,predictor=oracle")],
+    "eviction": [StackSpec(eviction="gdsf,crossover=20")],
 }
 """Other knobs worth the same tests."""
 
