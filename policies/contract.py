@@ -6,8 +6,9 @@ Rules (they make one object serve both panels):
 2. Randomness comes from `policies.random_stream`, keyed by (seed, policy, request).
 3. Every order is total: ties end in `Request.key`. No iteration over a set decides anything.
 4. `plan` may move queues but charges nobody; accounting happens in `on_report`, from what really ran.
-5. A policy sees a read-only view and never a request's true output length. One that must gets an oracle by name and
-   says `clairvoyant = True`. One that cannot plan without a cost model says `needs_cost = True`.
+5. A policy sees a read-only view and never a request's true output length. One that must gets an oracle (or the block
+   keys to come) by name and says `clairvoyant = True`. One that cannot plan without a cost model says
+   `needs_cost = True`.
 6. The control plane validates a plan; what it cannot do comes back as refused, with a reason.
 7. Queues are indexed and fed by events. Sorting a waiting list every step is a defect.
 8. A step costs what changed, not how many run: `Plan.decode_all` is one word.

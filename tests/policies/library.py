@@ -10,6 +10,7 @@ SMALL = {
     "static": "static,max_batch_size=3",
     "sarathi": "sarathi,chunk_size=24",
     "watermark": "watermark,watermark=0.1",
+    "t_lru": "t_lru,budget=16,next_prompt=8",
 }
 """Knobs that suit a replica of some 40 blocks of 4 tokens; the other policies are tested as they come."""
 
@@ -25,6 +26,7 @@ MORE: dict[str, list[StackSpec]] = {
         StackSpec(queue="dlpm,quantum=9,window=4"),
         StackSpec(queue="rpm,limit=2,window_s=0.00002"),
     ],
+    "eviction": [StackSpec(eviction="gdsf,crossover=20")],
 }
 """Other knobs worth the same tests."""
 
