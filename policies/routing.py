@@ -66,6 +66,8 @@ def num_uncached_tokens(request: Request, num_cached_blocks: int, block_size: in
 
 def num_leading(keys: Sequence[bytes], known: Collection[bytes]) -> int:
     """How many leading keys are known, where no key is known without all before it. O(log keys)."""
+    if not keys or keys[0] not in known:  # so it is at most replicas
+        return 0
     return bisect_left(keys, True, key=lambda key: key not in known)
 
 

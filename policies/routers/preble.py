@@ -7,7 +7,7 @@ from itertools import islice
 from policies.contract import Replica, Route
 from policies.registry import register
 from policies.request import Request
-from policies.routing import num_uncached_tokens
+from policies.routing import num_leading, num_uncached_tokens
 
 
 @register("router", "preble")
@@ -97,39 +97,38 @@ class SentTo:
 
     def __init__(self) -> None:
         self.load = 0.0
-        self._recent: deque[tuple[int, float, Sequence[bytes]]] = deque()
-        self._warm: OrderedDict[bytes, int] = OrderedDict()
+        self._num_noted = 0
+        self._recent: deque[tuple[int, int, float, Sequence[bytes]]] = deque()  # time, its number, work, blocks
+        self._warm: OrderedDict[bytes, tuple[int, int]] = OrderedDict()  # users, number of the first of them
         self._cold: OrderedDict[bytes, None] = OrderedDict()
 
     def match(self, keys: Sequence[bytes]) -> int:
         """Leading blocks that are there. O(log keys), as none is there without all before it."""
-        low, high = 0, len(keys)
-        while low < high:
-            middle = (low + high) // 2
-            if keys[middle] in self._warm or keys[middle] in self._cold:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        warm = num_leading(keys, self._warm)
+        return warm + num_leading(keys[warm:], self._cold)
 
     def note(self, keys: Sequence[bytes], work: float, now: int, num_blocks: int) -> None:
-        self._recent.append((now, work, keys))
+        self._num_noted += 1
+        self._recent.append((now, self._num_noted, work, keys))
         self.load += work
         for key in reversed(keys):
             self._cold.pop(key, None)
-            self._warm[key] = self._warm.pop(key, 0) + 1
+            users, first = self._warm.pop(key, (0, self._num_noted))
+            self._warm[key] = (users + 1, first)
         while len(self._warm) + len(self._cold) > num_blocks:
             (self._cold or self._warm).popitem(last=False)
 
     def forget_before(self, time: int) -> None:
         """What was sent then or earlier is out of the window."""
         while self._recent and self._recent[0][0] <= time:
-            _, work, keys = self._recent.popleft()
+            _, number, work, keys = self._recent.popleft()
             self.load = self.load - work if self._recent else 0.0  # no rounding errors pile up
             for key in reversed(keys):
-                users = self._warm.get(key, 0)
+                users, first = self._warm.get(key, (0, 0))
+                if number < first:
+                    continue  # evicted meanwhile, and sent again
                 if users > 1:
-                    self._warm[key] = users - 1
+                    self._warm[key] = (users - 1, first)
                 elif users:
                     del self._warm[key]
                     self._cold[key] = None
@@ -138,4 +137,6 @@ class SentTo:
         """Blocks that must go for so many new ones, each counted as the share of the window's requests that use it."""
         free = num_blocks - len(self._warm) - len(self._cold)
         warm = needed - free - len(self._cold)
-        return sum(islice(self._warm.values(), warm)) / len(self._recent) if warm > 0 and self._recent else 0.0
+        if warm <= 0 or not self._recent:
+            return 0.0
+        return sum(users for users, _ in islice(self._warm.values(), warm)) / len(self._recent)

@@ -506,8 +506,25 @@ def test_preble_knows_the_window_and_the_cache_as_a_list_of_all_that_was_sent_do
         recent = [(work, keys) for at, work, keys in history if at > now - 180 * SECOND]
         state = router._sent[0]  # type: ignore[attr-defined]
         assert state.load == sum(work for work, _ in recent)
-        assert state._warm == Counter(key for _, keys in recent for key in keys)
+        users = {key: users for key, (users, _) in state._warm.items()}
+        assert users == Counter(key for _, keys in recent for key in keys)
         assert state.match(chain(name, 12)) == max(len(keys) for _, _, keys in history if keys[0] == chain(name, 1)[0])
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 12), st.integers(0, 90)), max_size=50))
+def test_preble_never_has_a_block_without_all_those_before_it(sent: list) -> None:
+    """In a cache of nine blocks, where blocks are evicted and sent again within the window."""
+    router, fleet, now = make("preble,decode_cost=0"), [Loaded(0, num_blocks=9)], 0
+    for i, (name, num_blocks, gap) in enumerate(sent):
+        now += gap * SECOND
+        send(router, served(i, num_blocks, 0), fleet, chain(name, num_blocks), now)
+        state = router._sent[0]  # type: ignore[attr-defined]
+        assert len(state._warm) + len(state._cold) <= 9
+        for wanted in (chain(other, 12) for other in "abc"):
+            known = [key in state._warm or key in state._cold for key in wanted]
+            assert known == sorted(known, reverse=True)
+            assert state.match(wanted) == sum(known)
 
 
 # Old figures
