@@ -239,7 +239,8 @@ class Route:
 
 
 class Replica(Protocol):
-    """One replica, as a router sees it. The figures may be stale; `inflight` is the router's own knowledge."""
+    """One replica, as a router sees it. The figures may be stale; what it has sent itself a router can count
+    (`policies.routing`)."""
 
     @property
     def id(self) -> int: ...
@@ -248,12 +249,22 @@ class Replica(Protocol):
     @property
     def num_running(self) -> int: ...
     @property
+    def num_prefill_tokens(self) -> int:
+        """Prompt tokens still to compute: of a waiting request all, since its prefix hit is not known yet."""
+        ...
+
+    @property
     def num_outstanding_tokens(self) -> int:
         """Prompt tokens still to compute, and one for each request that decodes."""
         ...
 
     @property
-    def num_free_blocks(self) -> int: ...
+    def num_blocks(self) -> int: ...
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that hold nothing, or cached ones that nobody uses. What waits does not count yet."""
+        ...
+
     def match(self, keys: Sequence[bytes]) -> int:
         """How many leading blocks of a chain it has cached."""
         ...
@@ -264,11 +275,13 @@ class Router(Protocol):
     """Which replica gets a request."""
 
     def route(self, request: Request, keys: Sequence[bytes], replicas: Sequence[Replica], now: int) -> Route | None:
-        """Where it goes, or None to refuse it. `replicas` holds only those that take requests, never none."""
+        """Where it goes, or None to refuse it. `keys` are those of the prompt's full blocks, or none. `replicas` holds
+        only those that take requests, never none."""
         ...
 
     def on_end(self, request: Request, replica: int, now: int) -> None:
-        """A request it routed has ended."""
+        """A request has ended, or left the replica: once for each route, which a router before this one may have
+        given, also for a replica that is gone."""
         ...
 
 

@@ -82,6 +82,10 @@ class ControlPlane:
         return self._state.num_waiting
 
     @property
+    def num_prefill_tokens(self) -> int:
+        return self._state.num_prefill_tokens
+
+    @property
     def num_outstanding_tokens(self) -> int:
         return self._state.num_outstanding_tokens
 
