@@ -1,7 +1,8 @@
 """How long a policy takes to plan a step: `python -m benchmarks.plan_time [--json PATH] [--quick]`.
 
-256 requests run while 1,000, 10,000 or 100,000 wait. Four kinds of step are timed, under every scheduler and queue,
-and under every admission rule with the default of both:
+256 requests run while 1,000, 10,000 or 100,000 wait. Four kinds of step are timed under every scheduler with `fcfs`,
+every queue under `mixed`, and under `preemptive` where it orders running requests too, and every rule for admission and
+preemption with the default of both:
 
 decode   nothing changes: everybody who runs decodes, nobody can be admitted
 admit    requests have ended, and waiting ones take their places
@@ -22,7 +23,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +33,15 @@ from rich.table import Table
 
 from benchmarks.saving import save
 from policies import registry
-from policies.contract import Scheduler, View
+from policies.contract import RankedQueue, Scheduler, View
 from policies.control_plane import ControlPlane
+from policies.model_shape import ModelShape
 from policies.plan import Plan, Report, Step
 from policies.replica_state import Limits
-from policies.request import Request, State
+from policies.request import Request, Slo, State
 from policies.stack import PolicyStack, StackSpec
+from simulator.costs.roofline import RooflineCost
+from simulator.devices import load_device
 
 RUNNING = 256
 BLOCK_SIZE = 16
@@ -47,6 +51,7 @@ TARGET_US = 1_000.0
 STEP_NS = 10_000_000
 MOST_STEPS = 1_000
 MOST_SECONDS = 4.0  # for the steps of one case
+COST = RooflineCost(ModelShape.preset("llama-3.1-8b").in_dtype("bfloat16"), load_device("h100-sxm"))
 KNOBS = {"static": f"static,max_batch_size={RUNNING}", "sarathi": f"sarathi,chunk_size={BUDGET}"}
 NAIVE = "sort every step"
 NAIVE_KEYS: dict[str, Callable[[Request], float]] = {
@@ -113,6 +118,10 @@ class Kind:
     prompt: int = 64
     cached: bool = False
 
+    def length(self, request_id: int) -> int:
+        """A request's output: in no order of arrival, the same in every run."""
+        return self.shortest + request_id * 7919 % (self.longest - self.shortest + 1)
+
     def shows(self, step: Step) -> bool:
         """Whether the step is of this kind."""
         full = step.num_decodes >= RUNNING // 2
@@ -139,6 +148,7 @@ class Row:
     scheduler: str
     queue: str
     admission: str
+    preemption: str
     kind: str
     waiting: int
     steps: int
@@ -150,20 +160,39 @@ class Row:
     preempted_mean: float
 
 
+class Lengths(Mapping[int, int]):
+    """The true output length of any request, for the policies that are told."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+
+    def __getitem__(self, request_id: int) -> int:
+        return self._kind.length(request_id)
+
+    def __iter__(self) -> Iterator[int]:
+        raise TypeError("requests without end")
+
+    def __len__(self) -> int:
+        raise TypeError("requests without end")
+
+
+Names = tuple[str, str, str, str]
+"""Scheduler, queue, admission, preemption."""
+
+
 class Load:
     """A replica with `waiting` requests behind those that run; each end is followed by an arrival."""
 
-    def __init__(self, kind: Kind, scheduler: str, queue: str, waiting: int, admission: str) -> None:
+    def __init__(self, kind: Kind, names: Names, waiting: int) -> None:
         self._kind = kind
         limits = Limits(kind.num_blocks, BLOCK_SIZE, RUNNING, BUDGET, 4096, prefix_caching=kind.cached)
-        stack = StackSpec("mixed", queue, admission).build(block_size=BLOCK_SIZE)
-        if scheduler == NAIVE:
-            inner: Scheduler = SortEveryStep(NAIVE_KEYS[queue])
-        else:
-            inner = StackSpec(KNOBS.get(scheduler, scheduler), queue).build(block_size=BLOCK_SIZE).scheduler
-        self.timed = Timed(inner)
+        scheduler, queue, admission, preemption = names
+        naive = scheduler == NAIVE
+        spec = StackSpec("mixed" if naive else KNOBS.get(scheduler, scheduler), queue, admission, preemption)
+        stack = spec.build(block_size=BLOCK_SIZE, oracle=Lengths(kind))
+        self.timed = Timed(SortEveryStep(NAIVE_KEYS[queue]) if naive else stack.scheduler)
         stack = PolicyStack(self.timed, stack.admission, stack.preemption, stack.eviction)
-        self.plane = ControlPlane(limits, stack)
+        self.plane = ControlPlane(limits, stack, cost=COST)
         self.now = 0
         self._next_id = 0
         for _ in range(waiting + RUNNING):
@@ -172,10 +201,17 @@ class Load:
     def _submit(self) -> None:
         i, kind = self._next_id, self._kind
         self._next_id += 1
-        scattered = i * 7919  # lengths and classes that follow no order of arrival, the same in every run
-        length = kind.shortest + scattered % (kind.longest - kind.shortest + 1)
+        scattered, length = i * 7919, kind.length(i)
         request = Request(
-            i, self.now, kind.prompt, length, priority=scattered % 5, hints={"output_tokens": float(length)}
+            i,
+            self.now,
+            kind.prompt,
+            length,
+            tenant=f"tenant-{scattered % 50}",
+            program=scattered % 1000,
+            priority=scattered % 5,
+            slo=Slo(ttft_ns=(1 + scattered % 7) * 10**12, tpot_ns=10**9),  # attainable, so that nobody is shed
+            hints={"output_tokens": float(length)},
         )
         keys = [b"%d %d" % (i, depth) for depth in range(kind.prompt // BLOCK_SIZE)] if kind.cached else ()
         self.plane.submit(request, self.now, keys)
@@ -195,10 +231,11 @@ class Load:
         return step, taken
 
 
-def measure(kind: Kind, scheduler: str, queue: str, admission: str, waiting: int, samples: int) -> Row | None:
+def measure(kind: Kind, names: Names, waiting: int, samples: int) -> Row | None:
     """Times of steps of this kind, or None where the scheduler has none."""
-    load = Load(kind, scheduler, queue, waiting, admission)
-    while load.plane.num_running < RUNNING // 2:
+    load = Load(kind, names, waiting)
+    give_up_at = time.perf_counter() + MOST_SECONDS
+    while load.plane.num_running < RUNNING // 2 and time.perf_counter() < give_up_at:
         load.step()
     for _ in range(5):
         load.step()
@@ -219,9 +256,10 @@ def measure(kind: Kind, scheduler: str, queue: str, admission: str, waiting: int
     if not plans:
         return None
     return Row(
-        scheduler=scheduler,
-        queue=queue,
-        admission=admission,
+        scheduler=names[0],
+        queue=names[1],
+        admission=names[2],
+        preemption=names[3],
         kind=kind.name,
         waiting=waiting,
         steps=len(plans),
@@ -235,31 +273,41 @@ def measure(kind: Kind, scheduler: str, queue: str, admission: str, waiting: int
 
 
 def measure_all(samples: int, console: Console) -> list[Row]:
-    """Every scheduler and queue, and the naive reference with fewer samples, as it is slow."""
-    default = StackSpec()
-    stacks = [
-        (scheduler, queue, default.admission)
-        for scheduler in (*registry.names("scheduler"), NAIVE)
-        for queue in registry.names("queue")
-        if scheduler != NAIVE or queue in NAIVE_KEYS
-    ]
-    others = [name for name in registry.names("admission") if name != default.admission]
-    stacks += [(default.scheduler, default.queue, admission) for admission in others]
-    cases = [(kind, *stack, waiting) for stack in stacks for kind in KINDS for waiting in WAITING]
+    """Every stack, and the naive reference with fewer samples, as it is slow."""
+    cases = [(kind, names, waiting) for names in stacks() for kind in KINDS for waiting in WAITING]
     rows = []
-    for kind, scheduler, queue, admission, waiting in track(cases, "timing", console=console, transient=True):
-        wanted = samples if scheduler != NAIVE else samples // 4
-        rows.append(measure(kind, scheduler, queue, admission, waiting, wanted))
+    for kind, names, waiting in track(cases, "timing", console=console, transient=True):
+        rows.append(measure(kind, names, waiting, samples if names[0] != NAIVE else samples // 4))
     return [row for row in rows if row is not None]
+
+
+def stacks() -> list[Names]:
+    """What is timed."""
+    default = StackSpec()
+    rest = (default.admission, default.preemption)
+    made = [(name, default.queue, *rest) for name in registry.names("scheduler")]
+    for queue in registry.names("queue"):
+        made.append((default.scheduler, queue, *rest))
+        if isinstance(registry.make("queue", queue, block_size=BLOCK_SIZE, seed=0, oracle={}), RankedQueue):
+            made.append(("preemptive", queue, *rest))
+    made += [(default.scheduler, default.queue, name, rest[1]) for name in registry.names("admission")]
+    made += [(default.scheduler, default.queue, rest[0], name) for name in registry.names("preemption")]
+    made += [(NAIVE, queue, *rest) for queue in NAIVE_KEYS]
+    return list(dict.fromkeys(made))
+
+
+def names_of(row: Row) -> Names:
+    """The stack of a row."""
+    return (row.scheduler, row.queue, row.admission, row.preemption)
 
 
 def show(rows: list[Row], console: Console) -> None:
     """One table for each kind of step."""
-    at = {(row.scheduler, row.queue, row.admission, row.kind, row.waiting): row for row in rows}
+    at = {(*names_of(row), row.kind, row.waiting): row for row in rows}
     few, many = WAITING[0], WAITING[-1]
     for kind in KINDS:
         table = Table(title=f"{kind.name}: median microseconds a plan, {RUNNING} running")
-        for title in ("scheduler", "queue", "admission"):
+        for title in ("scheduler", "queue", "admission", "preemption"):
             table.add_column(title, no_wrap=True)
         titles = [*(f"{n // 1000}k waiting" for n in WAITING), "its p99", "policy", "growth", "naive/this"]
         for title in titles:
@@ -267,11 +315,11 @@ def show(rows: list[Row], console: Console) -> None:
         for last in rows:
             if last.kind != kind.name or last.waiting != many:
                 continue
-            key = (last.scheduler, last.queue, last.admission, last.kind)
+            key = (*names_of(last), last.kind)
             cells = [at.get((*key, n)) for n in WAITING]
             first, naive = at.get((*key, few)), at.get((NAIVE, *key[1:], many))
             table.add_row(
-                *key[:3],
+                *key[:4],
                 *(f"{row.plan_us_median:,.0f}" if row else "" for row in cells),
                 f"{last.plan_us_p99:,.0f}",
                 f"{last.scheduler_us_median:,.0f}",
@@ -285,7 +333,7 @@ def show(rows: list[Row], console: Console) -> None:
     worst = max(own, key=lambda row: row.plan_us_median)
     console.print(
         f"{len(own) - len(slow)} of {len(own)} within {TARGET_US:,.0f} microseconds with {many:,} waiting; "
-        f"the slowest is {worst.scheduler}, {worst.queue}, {worst.admission}, {worst.kind}: {worst.plan_us_median:,.0f}"
+        f"the slowest is {', '.join(names_of(worst))}, {worst.kind}: {worst.plan_us_median:,.0f}"
     )
 
 
@@ -303,7 +351,7 @@ def main() -> None:
             "block_size": BLOCK_SIZE,
             "max_num_batched_tokens": BUDGET,
             "prompt_tokens": {kind.name: kind.prompt for kind in KINDS},
-            "preemption": "last_admitted",
+            "cost": "roofline of llama-3.1-8b on h100-sxm",
         }
         save(options.json, "plan_time", settings, rows)
         console.print(f"saved to {options.json}")
