@@ -65,7 +65,7 @@ REFERENCE = {"scheduler": "mixed", "queue": "fcfs"}
 
 @dataclass(frozen=True)
 class Row:
-    """One stack on one trace at one load. `figures`: see `figures_of`; none where the policy could not take the load."""
+    """One stack on one trace at one load. `figures`: of `figures_of`; none where the policy could not take the load."""
 
     trace: str
     load: float

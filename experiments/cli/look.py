@@ -83,21 +83,39 @@ def policies(
     name: Annotated[
         str | None, typer.Argument(help="Show one policy, or module:Class: what it does, its source and knobs.")
     ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The list as docs/policies.md has it.")] = False,
 ) -> None:
     """List the policies by role, or show one.
 
     Example: diptych policies sarathi
     """
+    if markdown:
+        typer.echo("\n\n".join(_markdown(role) for role in registry.ROLES))
+        return
     if name is None:
         for role in registry.ROLES:
             table = Table(title=role, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
             for known in registry.names(role):
-                summary = (inspect.getdoc(registry.find(role, known)) or "").split("\n", 1)[0]
-                table.add_row(Text(known, style="bold"), summary)
+                table.add_row(Text(known, style="bold"), _summary(role, known))
             console.print(table)
         return
     for role in registry.roles(name):
         _show(role, name)
+
+
+def _summary(role: str, name: str) -> str:
+    return (inspect.getdoc(registry.find(role, name)) or "").split("\n", 1)[0]
+
+
+def _markdown(role: str) -> str:
+    """One role as a table: names, first lines of the docstrings, knobs with their defaults."""
+    rows = [f"## {role}", "", "| name | what it does | knobs |", "| --- | --- | --- |"]
+    for name in registry.names(role):
+        knobs = {k: p for k, p in registry.knobs(registry.find(role, name)).items() if k not in registry.CONTEXT}
+        values = (k if p.default is p.empty else f"{k}={p.default}" for k, p in knobs.items())
+        cells = [f"`{name}`", _summary(role, name).replace("|", "\\|"), ", ".join(f"`{value}`" for value in values)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def _show(role: str, name: str) -> None:
