@@ -24,10 +24,11 @@ from runtime.serving.engine_client import (
     CommandFailed,
     EngineClient,
     EngineGone,
+    EngineStartError,
     EngineView,
     Prompt,
 )
-from runtime.serving.engine_proxy import EngineProcess
+from runtime.serving.engine_proxy import EngineProxy
 from runtime.serving.messages import EngineInfo, TokenOutput
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 MAX_TRIES = 3
 """Replicas that a prompt is given to at most: what kills each of them may be the prompt."""
 
-StartReplica = Callable[[int], Awaitable[EngineProcess]]
+StartReplica = Callable[[int], Awaitable[EngineProxy]]
 """Starts the engine of the replica with this number."""
 
 
@@ -46,7 +47,7 @@ class ServedReplica:
     the replica's last step. `match` knows the prompts that were sent here, as far back as the replica has blocks.
     """
 
-    def __init__(self, number: int, engine: EngineProcess) -> None:
+    def __init__(self, number: int, engine: EngineProxy) -> None:
         self.id = number
         self.engine = engine
         self.draining = False
@@ -149,12 +150,26 @@ class Coordinator(EngineClient):
         starting = [asyncio.ensure_future(start_replica(number)) for number in range(num_replicas)]
         results = await asyncio.gather(*starting, return_exceptions=True)
         failures = [result for result in results if isinstance(result, BaseException)]
-        engines = [result for result in results if isinstance(result, EngineProcess)]
-        if failures:
+        engines = [result for result in results if isinstance(result, EngineProxy)]
+        try:
+            if failures:
+                raise failures[0]
+            for engine in engines:
+                _check_alike(engine.info, engines[0].info)
+        except BaseException:
             await asyncio.gather(*(engine.close() for engine in engines))
-            raise failures[0]
+            raise
         coordinator._replicas = [ServedReplica(number, engine) for number, engine in enumerate(engines)]
         return coordinator
+
+    async def _start_one(self, number: int) -> ServedReplica:
+        engine = await self._start_replica(number)
+        try:
+            _check_alike(engine.info, self.info)
+        except EngineStartError:
+            await engine.close()
+            raise
+        return ServedReplica(number, engine)
 
     # What the handlers see
 
@@ -245,12 +260,13 @@ class Coordinator(EngineClient):
         replica.draining = True
         replica.engine.fail_all("the replica is restarted")
         await replica.engine.close()
-        self._replicas[self._replicas.index(replica)] = ServedReplica(number, await self._start_replica(number))
+        fresh = await self._start_one(number)
+        self._replicas[self._replicas.index(replica)] = fresh
 
     async def join(self) -> int:
         """Start one more replica; its number."""
         number = 1 + max(replica.id for replica in self._replicas)
-        self._replicas.append(ServedReplica(number, await self._start_replica(number)))
+        self._replicas.append(await self._start_one(number))
         return number
 
     def swap_router(self, router: Router, name: str) -> None:
@@ -325,3 +341,11 @@ class Coordinator(EngineClient):
         if routed.replica is not None:
             self._router.on_end(routed.request, routed.replica.id, self._now())
             routed.replica = None
+
+
+def _check_alike(one: EngineInfo, other: EngineInfo) -> None:
+    """Raises EngineStartError where two engines do not serve the same: only one of them could be a replica."""
+    for what in ("model", "vocab_size"):
+        a, b = getattr(one, what), getattr(other, what)
+        if a != b:
+            raise EngineStartError(f"replicas serve the same model, and these differ in {what}: {a} and {b}")

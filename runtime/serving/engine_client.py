@@ -1,6 +1,6 @@
 """What the HTTP handlers know of an engine: prompts go in, outputs come back to the call that waits for them.
 
-`EngineProcess` is one engine in a process of its own, `Coordinator` several of them behind one face.
+`EngineProxy` is one engine, at the other end of a link, `Coordinator` several of them behind one face.
 """
 
 from __future__ import annotations

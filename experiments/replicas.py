@@ -1,0 +1,104 @@
+"""Where the replicas of `diptych serve` are: on this machine, at addresses, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+from experiments.hosting import EngineOptions, host_engine
+from experiments.spec import RunSpec, SpecError
+from policies import registry
+from runtime.serving.coordinator import Coordinator
+from runtime.serving.engine_client import EngineClient, EngineStartError
+from runtime.serving.engine_host import host_session
+from runtime.serving.engine_proxy import EngineProxy
+from runtime.serving.link import Link
+from runtime.serving.local_link import LocalLink
+from runtime.serving.remote_link import RemoteLink
+from runtime.serving.tcp_socket import check_address, key_pair
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Attributes:
+    attached: addresses of engines that were started elsewhere; they are the replicas after the started ones.
+    started: whether the specification's replicas are started, or only those that are attached serve.
+    token: shared with the attached engines.
+    """
+
+    attached: tuple[str, ...] = ()
+    started: bool = True
+    token: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.attached:
+            return
+        if self.token is None:
+            raise SpecError("engines elsewhere need the token that they were started with: --token or $DIPTYCH_TOKEN")
+        key_pair(self.token, "front")
+        for address in self.attached:
+            check_address(address)
+
+
+async def start_engines(spec: RunSpec, options: EngineOptions, places: Places) -> EngineClient:
+    """One engine on this machine, or several of any kind behind the specification's router.
+
+    Raises EngineStartError.
+    """
+    if spec.replicas == 1 and not places.attached:
+        return await EngineProxy.start(LocalLink(functools.partial(host_engine, spec, options)))
+    num_started = spec.replicas if places.started else 0
+
+    def link(number: int) -> Link:
+        if num_started <= number < num_started + len(places.attached):
+            assert places.token is not None
+            return RemoteLink(places.attached[number - num_started], places.token)
+        if not places.started:
+            raise EngineStartError(
+                "all replicas of this server are attached by address; name another with --replica at its start"
+            )
+        return LocalLink(functools.partial(host_engine, *_own(number, spec, options)))
+
+    async def start(number: int) -> EngineProxy:
+        return await EngineProxy.start(link(number))
+
+    name = spec.policies.router
+    router = registry.make("router", name, seed=spec.seed)
+    return await Coordinator.start(num_started + len(places.attached), router, name, start)
+
+
+def _own(number: int, spec: RunSpec, options: EngineOptions) -> tuple[RunSpec, EngineOptions]:
+    """A replica's own specification: on a card of its own, if on cards."""
+    device = f"cuda:{number}" if spec.model.device == "cuda" else spec.model.device
+    model = spec.model.model_copy(update={"device": device})
+    own = spec.model_copy(update={"model": model, "seed": spec.seed + number})  # or they would draw alike
+    return own, replace(options, record=_numbered(options.record, "replica", number))
+
+
+def _numbered(folder: Path | None, what: str, number: int) -> Path | None:
+    return None if folder is None else folder / f"{what}-{number}"
+
+
+async def host_spec(
+    spec: RunSpec, options: EngineOptions, address: str, token: str, tell: Callable[[str, str], None]
+) -> None:
+    """`diptych engine`: one session after another, each recorded on its own, until SIGINT or SIGTERM.
+
+    `tell`: as `runtime.serving.engine_host.host_session` has it. Raises EngineStartError, OSError, ValueError.
+    """
+    check_address(address)
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    for one in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(one, task.cancel)
+    try:
+        for number in count():
+            own = replace(options, record=_numbered(options.record, "session", number))
+            await host_session(address, token, functools.partial(host_engine, spec, own), tell)
+    except asyncio.CancelledError:
+        tell("ended", "")

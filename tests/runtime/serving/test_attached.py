@@ -1,0 +1,180 @@
+"""Replicas at addresses: like those on this machine, lost without leaving anybody hanging, closed to strangers."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.runtime.serving.disconnecting import Client
+from tests.runtime.serving.running import (
+    PATIENCE,
+    Running,
+    diptych,
+    environment,
+    limit_flags,
+    nothing_left,
+    running,
+    wait_until,
+)
+
+TOKEN = "correct horse battery staple"
+LIMITS = {"num_blocks": 128, "max_num_seqs": 4, "max_model_len": 512}
+LONG = {"prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True}
+
+
+class Hosting:
+    """`diptych engine`, started."""
+
+    def __init__(self, model: Path, token: str = TOKEN, address: str | None = None) -> None:
+        if address is None:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        self.address = address
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            diptych("engine", "--model", str(model), "--listen", address, "--check", *limit_flags(LIMITS)),
+            env=environment() | {"DIPTYCH_TOKEN": token},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+
+    def said(self, what: str, times: int = 1) -> None:
+        """Wait until it has said this."""
+        wait_until(
+            lambda: sum(what in line for line in self.lines) >= times or self.process.poll() is not None,
+            f"the engine says {what!r}",
+        )
+        assert sum(what in line for line in self.lines) >= times, self.lines
+
+
+@contextmanager
+def hosting(model: Path, token: str = TOKEN) -> Iterator[Hosting]:
+    """An engine at an address, ready; ended by SIGTERM, and nothing may be left of it."""
+    host = Hosting(model, token)
+    try:
+        host.said("ready")
+        family = [host.process.pid, *(child.pid for child in psutil.Process(host.process.pid).children(recursive=True))]
+        yield host
+        host.process.send_signal(signal.SIGTERM)
+        assert host.process.wait(PATIENCE) == 0, host.lines
+        assert host.lines[-1] == "ended"
+    finally:
+        host.process.kill()
+    nothing_left(family)
+
+
+@pytest.fixture(scope="module")
+def host(model_folder: Path) -> Iterator[Hosting]:
+    with hosting(model_folder) as started:
+        yield started
+
+
+@contextmanager
+def front(model: Path, *addresses: str, local: int = 0) -> Iterator[Running]:
+    flags = [flag for address in addresses for flag in ("--replica", address)]
+    flags += ["--replicas", str(local)] if local else []
+    with running(model, "--token", TOKEN, "--router", "round_robin", *flags, **LIMITS) as started:
+        yield started
+
+
+def refused(model: Path, *flags: str, token: str = TOKEN) -> str:
+    """What `diptych serve` says when it does not start."""
+    ended = subprocess.run(
+        diptych("serve", "--model", str(model), "--port", "0", *flags, *limit_flags(LIMITS)),
+        env=environment() | {"DIPTYCH_TOKEN": token},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert ended.returncode == 2, ended
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    return ended.stderr
+
+
+def test_an_attached_replica_serves_and_obeys_like_a_local_one_and_its_death_leaves_nobody_hanging(
+    model_folder: Path, host: Hosting
+) -> None:
+    with front(model_folder, host.address, local=1) as server:
+        bodies = [{**LONG, "max_tokens": 30, "seed": i} for i in range(4)]
+        texts = [client.json()["choices"][0]["text"] for client in [Client(server, body) for body in bodies]]
+        assert all(engine["steps"]["count"] > 20 for engine in server.info()["engines"])
+        assert server.metric("diptych:engine_up") == 2
+        swapped = server.operate("/admin/policies", {"scheduler": "sarathi,chunk_size=64"})
+        assert [answer["stack"]["scheduler"] for answer in swapped["replicas"]] == ["sarathi,chunk_size=64"] * 2
+        server.operate("/admin/replicas/0/drain")
+        again = [server.http.post("/v1/completions", json=body).json()["choices"][0]["text"] for body in bodies]
+        assert again == texts  # the attached one alone
+        server.operate("/admin/replicas/0/undrain")
+
+        begun = [Client(server, {**LONG, "stream": True}) for _ in range(8)]
+        for client in begun:
+            assert b"200 OK" in client.read_some()
+        waiting = [Client(server, {**LONG, "max_tokens": 5}) for _ in range(8)]
+        wait_until(lambda: server.info()["queued"] >= 6, "both replicas have requests that wait")
+        server.engine(1).kill()
+        assert [client.status() for client in waiting] == [200] * 8
+        rests = [client.everything() for client in begun]
+        assert sum(b"the engine process was killed by signal 9" in rest for rest in rests) == 4
+        assert all(rest.rstrip(b"\r\n0").endswith(b"data: [DONE]") for rest in rests)
+        assert [engine["state"] for engine in server.info()["engines"]] == ["serving", "dead"]
+
+        assert server.operate("/admin/replicas/1/restart") == {"replica": 1}  # dead: the fresh one is attached
+        assert server.operate("/admin/replicas/1/restart") == {"replica": 1}  # alive
+        server.operate("/admin/replicas/0/drain")
+        assert server.http.post("/v1/completions", json=bodies[0]).json()["choices"][0]["text"] == texts[0]
+        assert server.info()["live"] == 0
+
+
+def test_a_replica_that_is_lost_with_its_whole_host_ends_streams_with_an_error(model_folder: Path) -> None:
+    lost = Hosting(model_folder)
+    lost.said("ready")
+    with front(model_folder, lost.address) as server:
+        engine = server.engine(0)
+        refusal = refused(model_folder, "--replica", lost.address)
+        assert "refuses this front: it has a front already" in refusal
+        client = Client(server, {**LONG, "stream": True})
+        assert b"200 OK" in client.read_some()
+        lost.process.kill()
+        assert b"is lost" in client.everything()
+        nothing_left([engine.pid])
+        assert server.http.get("/health").status_code == 503
+
+
+def test_a_front_that_is_killed_makes_room_for_the_next(model_folder: Path, host: Hosting) -> None:
+    gone = sum("the front has gone" in line for line in host.lines)
+    ready = sum(line == "ready" for line in host.lines)
+    with front(model_folder, host.address) as server:
+        client = Client(server, {**LONG, "stream": True})
+        assert b"200 OK" in client.read_some()
+        engine = server.engine(0)
+        server.process.kill()
+        host.said("the front has gone", times=gone + 1)
+        nothing_left([engine.pid])
+        host.said("ready", times=ready + 1)
+    with front(model_folder, host.address) as server:
+        assert server.http.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 2}).status_code == 200
+
+
+def test_a_stranger_is_refused_and_told_why(model_folder: Path, host: Hosting) -> None:
+    attached = [line for line in host.lines if "attached" in line]
+    assert "the token is not its own" in refused(
+        model_folder, "--replica", host.address, token="another token of length"
+    )
+    assert [line for line in host.lines if "attached" in line] == attached
+    assert "16 characters" in refused(model_folder, "--replica", host.address, token="short")
+    assert "write tcp://HOST:PORT" in refused(model_folder, "--replica", "10.0.0.7")
