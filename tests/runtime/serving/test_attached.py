@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import signal
 import socket
 import subprocess
@@ -13,6 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from experiments.replicas import Places
+from experiments.spec import SpecError
+from runtime.serving.engine_client import EngineStartError
+from runtime.serving.engine_host import FrontSocket
+from runtime.serving.remote_link import RemoteLink
 from tests.runtime.serving.disconnecting import Client
 from tests.runtime.serving.running import (
     PATIENCE,
@@ -92,20 +99,6 @@ def front(model: Path, *addresses: str, local: int = 0) -> Iterator[Running]:
         yield started
 
 
-def refused(model: Path, *flags: str, token: str = TOKEN) -> str:
-    """What `diptych serve` says when it does not start."""
-    ended = subprocess.run(
-        diptych("serve", "--model", str(model), "--port", "0", *flags, *limit_flags(LIMITS)),
-        env=environment() | {"DIPTYCH_TOKEN": token},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert ended.returncode == 2, ended
-    assert len(ended.stderr.splitlines()) == 1, ended.stderr
-    return ended.stderr
-
-
 def test_an_attached_replica_serves_and_obeys_like_a_local_one_and_its_death_leaves_nobody_hanging(
     model_folder: Path, host: Hosting
 ) -> None:
@@ -145,8 +138,6 @@ def test_a_replica_that_is_lost_with_its_whole_host_ends_streams_with_an_error(m
     lost.said("ready")
     with front(model_folder, lost.address) as server:
         engine = server.engine(0)
-        refusal = refused(model_folder, "--replica", lost.address)
-        assert "refuses this front: it has a front already" in refusal
         client = Client(server, {**LONG, "stream": True})
         assert b"200 OK" in client.read_some()
         lost.process.kill()
@@ -170,11 +161,61 @@ def test_a_front_that_is_killed_makes_room_for_the_next(model_folder: Path, host
         assert server.http.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 2}).status_code == 200
 
 
-def test_a_stranger_is_refused_and_told_why(model_folder: Path, host: Hosting) -> None:
-    attached = [line for line in host.lines if "attached" in line]
-    assert "the token is not its own" in refused(
-        model_folder, "--replica", host.address, token="another token of length"
-    )
-    assert [line for line in host.lines if "attached" in line] == attached
-    assert "16 characters" in refused(model_folder, "--replica", host.address, token="short")
-    assert "write tcp://HOST:PORT" in refused(model_folder, "--replica", "10.0.0.7")
+def test_nobody_but_the_front_is_heard_and_strangers_do_not_disturb_it() -> None:
+    asyncio.run(_strangers())
+
+
+async def _strangers() -> None:
+    heard: list[bytes] = []
+
+    async def hear(listening: FrontSocket) -> None:
+        while True:
+            heard.append(await listening.receive())
+
+    async def attach(token: str) -> RemoteLink:
+        link = RemoteLink(listening.address, token)
+        try:
+            await link.open(lambda data: None, lambda reason: None)
+        except EngineStartError:
+            await link.close(None)
+            raise
+        link.send(token.encode())
+        return link
+
+    with FrontSocket("tcp://127.0.0.1:0", TOKEN) as listening:
+        hearing = asyncio.create_task(hear(listening))
+        with pytest.raises(EngineStartError, match="the token is not its own"):
+            await attach("another token of length")
+        link, _ = await asyncio.gather(attach(TOKEN), listening.attached())
+        gone = asyncio.create_task(listening.gone())
+        with pytest.raises(EngineStartError, match="it has a front already"):
+            await attach(TOKEN)
+        host, port = listening.address.removeprefix("tcp://").split(":")
+        with socket.create_connection((host, int(port))) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            await asyncio.to_thread(_read_all, stranger)
+        assert not gone.done()
+        link.send(b"still here")
+        while len(heard) < 2:
+            await asyncio.sleep(0.01)
+        assert heard == [TOKEN.encode(), b"still here"]
+        await link.close(None)
+        await asyncio.wait_for(gone, 5)
+        hearing.cancel()
+
+
+def _read_all(connection: socket.socket) -> None:
+    """Until the other end has closed, one way or another."""
+    with contextlib.suppress(ConnectionResetError):
+        while connection.recv(4096):
+            pass
+
+
+def test_what_is_wrong_with_an_address_or_a_token_is_said_at_once() -> None:
+    with pytest.raises(SpecError, match="need the token"):
+        Places(("tcp://10.0.0.7:7000",))
+    with pytest.raises(ValueError, match="at least 16 characters"):
+        Places(("tcp://10.0.0.7:7000",), token="short")
+    for address in ("10.0.0.7:7000", "tcp://10.0.0.7", "tcp://:7000", "tcp://10.0.0.7:70000"):
+        with pytest.raises(ValueError, match="write tcp://HOST:PORT"):
+            Places((address,), token=TOKEN)
