@@ -144,7 +144,8 @@ def engine(
 
     It serves one front. When that has gone, it drops what the front had under way and starts afresh for the next one.
 
-    Example: DIPTYCH_TOKEN=... diptych engine --model SmolLM2-135M-Instruct --listen tcp://10.0.0.7:7000
+    Example: diptych engine --model SmolLM2-135M-Instruct --listen tcp://10.0.0.7:7000
+    (with the token in $DIPTYCH_TOKEN)
     """
     from experiments.hosting import EngineOptions  # torch is slow to import
     from experiments.replicas import host_spec
