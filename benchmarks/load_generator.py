@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import platform
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.saving import cpu_name, save
 from experiments.bench import run_bench
 from experiments.bench.running import prepare
 from experiments.bench.spec import check_bench
@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     found = [measure(gap, rate, options.seconds) for gap in GAPS_MS for rate in RATES]
     headings = [name.replace("_", "\n") for name in asdict(found[0])]
-    table = Table(*headings, title=f"diptych bench, one process, {platform.processor() or platform.machine()}")
+    table = Table(*headings, title=f"diptych bench, one process, {cpu_name()}")
     for one in found:
         table.add_row(*(f"{value:,.1f}" if isinstance(value, float) else str(value) for value in asdict(one).values()))
     Console().print(table)
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(one) for one in found], indent=2) + "\n", encoding="utf-8")
+        save(options.json, "load_generator", {"prompt_tokens": PROMPT_TOKENS, "output_tokens": CHUNKS}, found)
 
 
 def measure(gap_ms: int, rate: int, seconds: float) -> Measured:

@@ -18,21 +18,19 @@ The reference in the same process is a scheduler that sorts its list of waiting 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.saving import save
 from policies import registry
 from policies.contract import Scheduler, View
 from policies.control_plane import ControlPlane
@@ -291,15 +289,6 @@ def show(rows: list[Row], console: Console) -> None:
     )
 
 
-def cpu_name() -> str:
-    """The processor's model name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the figures here")
@@ -309,22 +298,14 @@ def main() -> None:
     rows = measure_all(20 if options.quick else 100, console)
     show(rows, console)
     if options.json is not None:
-        result = {
-            "benchmark": "plan_time",
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "device": cpu_name(),
-            "python": platform.python_version(),
-            "settings": {
-                "running": RUNNING,
-                "block_size": BLOCK_SIZE,
-                "max_num_batched_tokens": BUDGET,
-                "prompt_tokens": {kind.name: kind.prompt for kind in KINDS},
-                "preemption": "last_admitted",
-            },
-            "rows": [asdict(row) for row in rows],
+        settings = {
+            "running": RUNNING,
+            "block_size": BLOCK_SIZE,
+            "max_num_batched_tokens": BUDGET,
+            "prompt_tokens": {kind.name: kind.prompt for kind in KINDS},
+            "preemption": "last_admitted",
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        save(options.json, "plan_time", settings, rows)
         console.print(f"saved to {options.json}")
 
 

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -35,15 +33,16 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.plan_time import cpu_name
+from benchmarks.saving import save
 from experiments.serving import ServeOptions, serve_spec
 from experiments.spec import RunSpec, check_spec
 from policies.replica_state import Limits
 from policies.stack import StackSpec
 from runtime.engine import Engine
+from runtime.event_loop import run
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Output
-from runtime.serving.server import bind, run
+from runtime.serving.server import bind
 from runtime.weights import load_model
 
 PROMPT_TOKENS = 16
@@ -309,17 +308,8 @@ def main() -> None:
         rows = measure(folder, AT_ONCE, 3_200 if options.quick else 16_000)
     show(rows, console)
     if options.json is not None:
-        result = {
-            "benchmark": "server_overhead",
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "device": cpu_name(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "settings": {"prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS, **LIMITS},
-            "rows": [asdict(row) for row in rows],
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        settings = {"prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS, **LIMITS}
+        save(options.json, "server_overhead", settings, rows)
         console.print(f"saved to {options.json}")
 
 

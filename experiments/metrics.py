@@ -90,10 +90,11 @@ def summarize(
     """A run in figures, under the JSON keys of `vllm bench serve` where it has one.
 
     Args:
-        slo: objectives in milliseconds, some of `ttft`, `tpot`, `e2el` (as `--goodput` takes them).
+        slo: objectives in milliseconds, some of `ttft`, `tpot`, `e2el` (as `--goodput` takes them), for all requests.
         percentiles: which pNN_*_ms to give.
 
-    `duration` (seconds) runs from the first arrival to the last end. What there is nothing to compute from is None.
+    `slo_attainment` and `slo_goodput` go by the objectives that requests came with. `duration` (seconds) runs from the
+    first arrival to the last end. What there is nothing to compute from is None.
     Raises ValueError for an unknown objective, RunError for records that contradict themselves.
     """
     requests, frame = run.requests, per_request(run)
@@ -123,6 +124,7 @@ def summarize(
     if slo is not None:
         summary["slo_ms"] = dict(slo)
         summary["request_goodput"] = _rate(int(_meets(done, slo).sum()), duration)
+    summary |= _own_slos(requests, frame, duration)
     for name in LATENCIES:
         summary |= statistics(name, samples[name], percentiles)
     summary |= statistics("queue", done["queue_ms"].dropna().to_numpy(), percentiles)
@@ -184,6 +186,22 @@ def _meets(done: pd.DataFrame, slo: Mapping[str, float]) -> NDArray[np.bool_]:
             raise ValueError(f"there is no objective {name!r}; give some of {', '.join(_COLUMN)} in milliseconds")
         met &= done[_COLUMN[name]].fillna(0.0).to_numpy() <= limit
     return met
+
+
+def _own_slos(requests: pd.DataFrame, frame: pd.DataFrame, duration_s: float) -> dict[str, float | None]:
+    """How many of the requests that came with objectives completed within them: as a share, and a second.
+
+    A request whose TTFT or TPOT is missing because it did not get to it has missed it; one of one token has no TPOT.
+    """
+    own = requests.sort_values("request_id", kind="stable")
+    asked = own["slo_value"].notna().to_numpy()
+    if not asked.any():
+        return {"slo_attainment": None, "slo_goodput": None}
+    met = asked & frame["completed"].to_numpy()
+    for objective, column in (("slo_ttft_ns", "ttft_ms"), ("slo_tpot_ns", "tpot_ms"), ("slo_e2e_ns", "e2e_ms")):
+        limit = own[objective].to_numpy(np.float64, na_value=np.inf) / 1e6
+        met &= frame[column].fillna(0.0).to_numpy() <= limit
+    return {"slo_attainment": float(met.sum() / asked.sum()), "slo_goodput": _rate(int(met.sum()), duration_s)}
 
 
 def _peaks(run: Run) -> dict[str, float]:

@@ -313,4 +313,6 @@ def _params(spec: RunSpec, workload: Workload, i: int) -> SamplingParams:
 def _details(spec: RunSpec, workload: Workload, i: int) -> Details:
     known = request_details(workload, i)
     forced = int(workload.output_tokens[i]) if spec.forced_lengths else None
-    return Details(known.tenant, known.session, priority=known.priority, hints=known.hints, forced_length=forced)
+    return Details(
+        known.tenant, known.session, known.program, (), known.priority, known.slo, known.hints, forced_length=forced
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import signal
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
@@ -53,6 +54,7 @@ async def start_engines(spec: RunSpec, options: EngineOptions, places: Places) -
     if spec.replicas == 1 and not places.attached:
         return await EngineProxy.start(LocalLink(functools.partial(host_engine, spec, options)))
     num_started = spec.replicas if places.started else 0
+    starts: Counter[int] = Counter()
 
     def link(number: int) -> Link:
         if num_started <= number < num_started + len(places.attached):
@@ -62,26 +64,28 @@ async def start_engines(spec: RunSpec, options: EngineOptions, places: Places) -
             raise EngineStartError(
                 "all replicas of this server are attached by address; name another with --replica at its start"
             )
-        return LocalLink(functools.partial(host_engine, *_own(number, spec, options)))
+        starts[number] += 1
+        return LocalLink(functools.partial(host_engine, *_own(number, starts[number], spec, options)))
 
     async def start(number: int) -> EngineProxy:
         return await EngineProxy.start(link(number))
 
     name = spec.policies.router
-    router = registry.make("router", name, seed=spec.seed)
+    router = registry.make("router", name, seed=spec.seed, block_size=spec.limits.block_size)
     return await Coordinator.start(num_started + len(places.attached), router, name, start)
 
 
-def _own(number: int, spec: RunSpec, options: EngineOptions) -> tuple[RunSpec, EngineOptions]:
-    """A replica's own specification: on a card of its own, if on cards."""
+def _own(number: int, nth: int, spec: RunSpec, options: EngineOptions) -> tuple[RunSpec, EngineOptions]:
+    """The specification of a replica's nth engine: on a card of its own, if on cards."""
     device = f"cuda:{number}" if spec.model.device == "cuda" else spec.model.device
     model = spec.model.model_copy(update={"device": device})
     own = spec.model_copy(update={"model": model, "seed": spec.seed + number})  # or they would draw alike
-    return own, replace(options, record=_numbered(options.record, "replica", number))
+    return own, replace(options, record=_record(options.record, "replica", number, nth))
 
 
-def _numbered(folder: Path | None, what: str, number: int) -> Path | None:
-    return None if folder is None else folder / f"{what}-{number}"
+def _record(folder: Path | None, what: str, number: int, nth: int = 1) -> Path | None:
+    """Where an engine records: `replica-1`, after a restart `replica-1.2`, ... None is written to twice."""
+    return None if folder is None else folder / (f"{what}-{number}" if nth == 1 else f"{what}-{number}.{nth}")
 
 
 async def host_spec(
@@ -98,7 +102,7 @@ async def host_spec(
         loop.add_signal_handler(one, task.cancel)
     try:
         for number in count():
-            own = replace(options, record=_numbered(options.record, "session", number))
+            own = replace(options, record=_record(options.record, "session", number))
             await host_session(address, token, functools.partial(host_engine, spec, own), tell)
     except asyncio.CancelledError:
         tell("ended", "")

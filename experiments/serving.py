@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from experiments.hosting import EngineOptions
 from experiments.replicas import Places, start_engines
 from experiments.spec import RunSpec
+from runtime.event_loop import allow_many_connections
 from runtime.serving.app import build_app
 from runtime.serving.keys import Keys
 from runtime.serving.messages import EngineInfo
-from runtime.serving.server import address_of, allow_many_connections, bind, serve
+from runtime.serving.server import address_of, bind, serve
 from runtime.serving.service import EdgeLimits, Service
 from runtime.serving.text import TextCodec
 from runtime.weights import load_tokenizer

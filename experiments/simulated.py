@@ -18,7 +18,7 @@ from experiments.workloads.block_keys import block_keys
 from policies import registry
 from policies.model_shape import ModelShape
 from policies.replica_state import Limits
-from policies.request import Request
+from policies.request import Request, Slo
 from simulator.arrivals import Arrival
 from simulator.costs.base import CostModel
 from simulator.costs.calibration import Calibration
@@ -177,9 +177,9 @@ def arrivals_of(workload: Workload, limits: Limits) -> Iterator[Arrival]:
     )
     outputs = workload.output_tokens.tolist()
     for i, ((arrival_ns, prompt, cap), known) in enumerate(zip(rows, keys, strict=False)):
-        details = request_details(workload, i)
+        told = request_details(workload, i)
         request = Request(
-            i, arrival_ns, prompt, cap, details.tenant, details.session, priority=details.priority, hints=details.hints
+            i, arrival_ns, prompt, cap, told.tenant, told.session, told.program, (), told.priority, told.slo, told.hints
         )
         yield Arrival(request, outputs[i], known)
 
@@ -190,16 +190,21 @@ class RequestDetails:
 
     tenant: str
     session: int | None
+    program: int | None
     priority: int
+    slo: Slo | None
     hints: dict[str, float]
 
 
 def request_details(workload: Workload, i: int) -> RequestDetails:
-    """The details of request i, for both panels."""
+    """The details of request i, for both panels. A session is a program too: its turns make one job."""
     declared = workload.declared_output
+    session = None if workload.session is None else int(workload.session[i])
     return RequestDetails(
         tenant="" if workload.tenant is None else workload.tenant[i],
-        session=None if workload.session is None else int(workload.session[i]),
+        session=session,
+        program=session,
         priority=0 if workload.priority is None else int(workload.priority[i]),
+        slo=None if workload.slo is None else workload.slo[i],
         hints={} if declared is None else {"output_tokens": float(declared[i])},
     )

@@ -7,7 +7,7 @@ Rules (they make one object serve both panels):
 3. Every order is total: ties end in `Request.key`. No iteration over a set decides anything.
 4. `plan` may move queues but charges nobody; accounting happens in `on_report`, from what really ran.
 5. A policy sees a read-only view and never a request's true output length. One that must gets an oracle by name and
-   says `clairvoyant = True`.
+   says `clairvoyant = True`. One that cannot plan without a cost model says `needs_cost = True`.
 6. The control plane validates a plan; what it cannot do comes back as refused, with a reason.
 7. Queues are indexed and fed by events. Sorting a waiting list every step is a defect.
 8. A step costs what changed, not how many run: `Plan.decode_all` is one word.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from policies.plan import Mode, Plan, Report
 from policies.request import Request
@@ -68,6 +68,11 @@ class View(Protocol):
     @property
     def prefilling(self) -> Mapping[int, Request]:
         """The running requests with more than one token to compute, in order of admission."""
+        ...
+
+    @property
+    def paused(self) -> Mapping[int, Request]:
+        """Requests that were preempted with `Mode.KEEP`, by id: they hold their blocks."""
         ...
 
     @property
@@ -137,7 +142,25 @@ class Queue(Protocol):
         ...
 
     def remove(self, request: Request) -> None: ...
+    def begin(self, draft: Draft, now: int) -> None:
+        """A step is about to be planned: the queue may look at the replica (`draft.view`) and put itself in order,
+        shed requests of its own (`draft.drop`), and ask to be woken (`draft.wake_at`)."""
+        ...
+
     def on_report(self, report: Report) -> None: ...
+
+
+@runtime_checkable
+class RankedQueue(Queue, Protocol):
+    """A queue whose order extends to requests that run: what a scheduler needs that preempts by rank."""
+
+    def order(self, request: Request) -> tuple[Any, ...]:
+        """Its place among all requests, waiting or not; the smaller goes first. Ends in `Request.key`."""
+        ...
+
+    def preemptible(self, request: Request) -> bool:
+        """Whether this running request may be stopped for one that is ahead of it."""
+        ...
 
 
 @runtime_checkable
@@ -159,6 +182,23 @@ class Admission(Protocol):
 
     def on_release(self, request: Request) -> None:
         """It gave its memory back: it was preempted, or has ended (`request.state` says how, with its tokens)."""
+        ...
+
+    def on_report(self, report: Report) -> None:
+        """What really ran, after `on_release` for those that ended with it."""
+        ...
+
+
+@runtime_checkable
+class LengthPredictor(Protocol):
+    """How many output tokens a request will have. Handed to the policies that ask for one; no role of a stack's own."""
+
+    def predict(self, request: Request) -> float:
+        """Output tokens in all, at least 1, as far as can be told now."""
+        ...
+
+    def on_end(self, request: Request, num_output_tokens: int) -> None:
+        """A request has come to its end by itself: stopped, or at its cap."""
         ...
 
 

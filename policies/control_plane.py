@@ -29,9 +29,10 @@ class PolicyStalled(RuntimeError):
 class ControlPlane:
     """Holds the requests, the block pool, the prefix index and the policy stack of one replica.
 
-    `recorder` gets the rows of `policies.records`; None costs nothing. `on_end` is called with every request that ends,
-    however it ends, inside the call that ends it. `check=True` verifies the invariants (blocks,
-    requests and places conserved, clock monotone) after every call.
+    `cost` is what policies may plan by; where one needs it, None is a ValueError. `recorder` gets the rows of
+    `policies.records`; None costs nothing. `on_end` is called with every request that ends, however it ends, inside the
+    call that ends it. `check=True` verifies the invariants (blocks, requests and places conserved, clock monotone)
+    after every call.
     """
 
     def __init__(
@@ -45,6 +46,9 @@ class ControlPlane:
         on_end: Callable[[Request], None] | None = None,
         check: bool = False,
     ) -> None:
+        needs_cost = stack.needs_cost()
+        if needs_cost and cost is None:
+            raise ValueError(f"{needs_cost} plans by what steps cost, and no cost model was given; name one as cost")
         self.limits = limits
         self.stack = stack
         self.replica = replica
@@ -238,6 +242,7 @@ class ControlPlane:
         for request, end, num_output_tokens in report.finished:
             self._end(request, end, num_output_tokens, report.end_ns)
         self.stack.scheduler.on_report(report)
+        self.stack.admission.on_report(report)
         if self._recording is not None:
             self._recording.reported(report)
         self._verify()

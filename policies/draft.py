@@ -132,6 +132,15 @@ class Draft:
 
     # Waiting requests
 
+    def drop(self, request: Request, reason: str) -> None:
+        """End a request here, without further service. It has left the queue."""
+        self.plan.drop.append((request, reason))
+
+    def wake_at(self, time: int) -> None:
+        """Ask for a plan at this time even if nothing happens until then; the earliest of all such times counts."""
+        wake = self.plan.wake_at
+        self.plan.wake_at = time if wake is None else min(wake, time)
+
     def admit(self, request: Request, *, max_chunk: int | None = None, whole: bool = False, hold: int = 0) -> bool:
         """Start a waiting request with as many tokens as the budget has, or say in the record why not.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from policies.contract import Queue
+from policies import registry
+from policies.contract import Queue, View
 from policies.draft import Draft
 from policies.plan import Report
 from policies.request import Request
@@ -16,7 +17,11 @@ class QueuedScheduler:
 
     @property
     def clairvoyant(self) -> bool:
-        return getattr(self.queue, "clairvoyant", False)
+        return registry.is_clairvoyant(self.queue)
+
+    @property
+    def needs_cost(self) -> bool:
+        return getattr(self.queue, "needs_cost", False)
 
     def add(self, request: Request, now: int) -> None:
         self.queue.push(request, now)
@@ -26,6 +31,12 @@ class QueuedScheduler:
 
     def on_report(self, report: Report) -> None:
         self.queue.on_report(report)
+
+    def start(self, view: View, now: int) -> Draft:
+        """An empty plan, with the queue in order for this step."""
+        draft = view.draft()
+        self.queue.begin(draft, now)
+        return draft
 
     def admit_from_queue(
         self,

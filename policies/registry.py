@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from policies.contract import Admission, Eviction, Preemption, Queue, Router, Scheduler
+from policies.contract import Admission, Eviction, LengthPredictor, Preemption, Queue, Router, Scheduler
 
 ENTRY_POINT_GROUP = "diptych.policies"
 ROLES: dict[str, type] = {
@@ -28,6 +28,7 @@ ROLES: dict[str, type] = {
     "preemption": Preemption,
     "eviction": Eviction,
     "router": Router,
+    "predictor": LengthPredictor,
 }
 _PACKAGES = {
     "scheduler": "policies.schedulers",
@@ -36,6 +37,7 @@ _PACKAGES = {
     "preemption": "policies.preemption",
     "eviction": "policies.eviction",
     "router": "policies.routers",
+    "predictor": "policies.predictors",
 }
 CONTEXT = ("queue", "oracle", "seed", "block_size")
 """What a policy's constructor may ask of its surroundings by name; these are no knobs."""
@@ -177,6 +179,16 @@ def make(role: str, spec: PolicySpec | str | Mapping[str, Any], **context: objec
         return policy(**arguments)
     except ValueError as error:
         raise PolicyError(f"{role} {spec.name}: {error}") from error
+
+
+def make_inner(role: str, text: str, **context: object) -> Any:
+    """`make` for a policy named inside another one's knob, where slashes stand for commas: `name/knob=value`."""
+    return make(role, text.replace("/", ","), **context)
+
+
+def is_clairvoyant(policy: object) -> bool:
+    """Whether a policy is told what a real system cannot know."""
+    return bool(getattr(policy, "clairvoyant", False))
 
 
 def _load_built_in(role: str) -> None:

@@ -40,6 +40,11 @@ class Limits:
     lag: int = 0
     plan_lead_ns: int | None = None
 
+    @property
+    def max_total_tokens(self) -> int:
+        """The longest sequence, prompt and output, that can be served."""
+        return min(self.max_model_len, self.num_blocks * self.block_size)
+
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             if getattr(self, name) < 1:

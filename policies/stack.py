@@ -24,7 +24,12 @@ class PolicyStack:
     def clairvoyant(self) -> bool:
         """Whether any of them is told what a real system cannot know."""
         roles = (self.scheduler, self.admission, self.preemption, self.eviction)
-        return any(getattr(role, "clairvoyant", False) for role in roles)
+        return any(registry.is_clairvoyant(role) for role in roles)
+
+    def needs_cost(self) -> str | None:
+        """The name of a policy that plans by a cost model (it says `needs_cost = True`), or None."""
+        roles = (self.scheduler, self.admission, self.preemption, self.eviction)
+        return next((type(role).__name__ for role in roles if getattr(role, "needs_cost", False)), None)
 
 
 @dataclass(frozen=True, slots=True)

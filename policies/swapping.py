@@ -23,11 +23,15 @@ SWAPPED = ("scheduler", "admission", "preemption", "eviction")
 def swap(state: ReplicaState, policies: Mapping[str, Any], now: int) -> None:
     """Replace the objects of these roles. If a new one raises while it hears its events, nothing is replaced.
 
-    Raises ValueError for a role that a replica does not have.
+    Raises ValueError for a role that a replica does not have, and for a policy that needs a cost model where there is
+    none.
     """
     unknown = [role for role in policies if role not in SWAPPED]
     if unknown:
         raise ValueError(f"a replica has no {unknown[0]} to swap; it has {', '.join(SWAPPED)}")
+    for policy in policies.values():
+        if getattr(policy, "needs_cost", False) and state.cost is None:
+            raise ValueError(f"{type(policy).__name__} plans by what steps cost, and this replica has no cost model")
     if "scheduler" in policies:
         _teach_scheduler(state, policies["scheduler"], now)
     if "admission" in policies:

@@ -7,8 +7,9 @@
             print(chunk.text, end="")
 
 Both have the same methods and raise the same errors (`runtime.openai_wire.APIError` and its kinds). A request is tried
-again where the server could not be reached or answered 429 or 503, after the time that it asked for, and never once a
-piece of its answer has been handed out. A streamed one is sent when its iteration begins, and closing that ends it.
+again where the connection could not be made or broke, or the answer was 429 or 503 (then after the time that it asked
+for), and never once a piece of its answer has been handed out; so a server may do the work of one twice. A streamed one
+is sent when its iteration begins, and closing that ends it.
 
 They differ in the library below. `Client` has httpx2, `AsyncClient` aiohttp: with hundreds of requests at once httpx2's
 pool takes 4 to 10 ms of a core for each, which a load generator does not have; aiohttp takes 1 to 2.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import operator
 import threading
@@ -12,7 +11,7 @@ import traceback
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -24,13 +23,11 @@ from policies.plan import Report, Step
 from policies.replica_state import Limits
 from policies.request import Request, State
 from policies.stack import PolicyStack
-from runtime.detokenizer import IncrementalDetokenizer
 from runtime.engine_stats import EngineStats, LapClock
+from runtime.intake import Entry, Intake
 from runtime.model_runner import Launched, ModelRunner, StepResult
-from runtime.sampling.batch import sampling_key
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Collector, Completion, Details, FinishReason, Output, Sequence
-from runtime.tokenizer import Tokenizer
 from runtime.weights import LoadedModel
 
 __all__ = ["Completion", "Details", "Engine", "EngineDead", "Output"]
@@ -39,21 +36,10 @@ logger = logging.getLogger(__name__)
 
 GPU_PLAN_LEAD_NS = 3_000_000
 """`Limits.plan_lead_ns` on a card: what waking up, a plan and its launch take there, and some more."""
+LOOK_NS = 1_000_000
+"""How often the engine looks, while it holds a plan back, whether the step in flight has ended already."""
 
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A request that has been checked and is not stamped yet. `request_id`: None for the next one."""
-
-    token_ids: list[int]
-    params: SamplingParams
-    max_tokens: int
-    on_output: Callable[[Output], None]
-    details: Details
-    detokenizer: IncrementalDetokenizer | None
-    request_id: int | None = None
 
 
 class _Call(Generic[Answer]):
@@ -114,18 +100,14 @@ class Engine:
         self.loaded = loaded
         self.limits = limits
         self.tokenizer = loaded.tokenizer
-        if self.tokenizer is not None:
-            self._token_bytes = _bytes_of_tokens(self.tokenizer)
-            self._special_ids = self.tokenizer.special_ids
+        self._intake = Intake(loaded, limits, seed)
         self._eos = frozenset(loaded.config.eos_token_ids)
-        self._seed = seed
         self._start = time.monotonic_ns()
         self._plane = ControlPlane(limits, stack, cost=cost, recorder=recorder, on_end=self._on_end, check=check)
         self._runner = ModelRunner(loaded, self._plane, attention=attention, kv_dtype=kv_dtype)
         self.startup_seconds = self._runner.startup_seconds
         """What the parts of the start took."""
         self._sequences: dict[int, Sequence] = {}
-        self._next_id = 0
         self._error: BaseException | None = None
         self._on_flush = on_flush or (lambda: None)
         self._stats = EngineStats()
@@ -164,57 +146,18 @@ class Engine:
         Raises ValueError for a prompt that cannot be encoded or parameters that this model cannot serve, and
         EngineDead when the engine has stopped.
         """
-        entry = self._checked(self._encode(prompt), params, on_output, details or Details())
+        entry = self._intake.check(self._intake.encode(prompt), params, on_output, details or Details())
         (given_id,) = self._hand_in([replace(entry, request_id=request_id)])
         return given_id
 
-    def _checked(
-        self, token_ids: list[int], params: SamplingParams, on_output: Callable[[Output], None], details: Details
-    ) -> _Entry:
-        """A request as it is handed in. Raises ValueError for what this model cannot serve."""
-        params.check_vocab(self.loaded.config.vocab_size)
-        detokenizer = self._detokenizer(params, details)
-        max_tokens = params.max_tokens
-        if max_tokens is not None:
-            max_tokens = min(max_tokens, 2**31 - 1)  # as wide as the record's column, and more than any model's limit
-        else:
-            longest = min(self.limits.max_model_len, self.limits.num_blocks * self.limits.block_size)
-            max_tokens = max(1, longest - len(token_ids))
-        return _Entry(token_ids, params, max_tokens, on_output, details, detokenizer)
-
-    def _hand_in(self, entries: SequenceOf[_Entry]) -> list[int]:
+    def _hand_in(self, entries: SequenceOf[Entry]) -> list[int]:
         """Stamp requests and put them in the inbox, all between the same two steps. Returns their ids."""
         with self._inbox:
             self.raise_if_dead()
-            sequences = [self._sequence(entry) for entry in entries]
+            sequences = [self._intake.sequence(entry, self.now()) for entry in entries]
             self._submitted += sequences
             self._inbox.notify()
         return [sequence.request.id for sequence in sequences]
-
-    def _sequence(self, entry: _Entry) -> Sequence:
-        details = entry.details
-        request_id = self._next_id if entry.request_id is None else entry.request_id
-        if request_id < self._next_id:
-            raise ValueError(f"request id {request_id} is not above the last one, {self._next_id - 1}")
-        self._next_id = request_id + 1
-        request = Request(
-            request_id,
-            self.now(),
-            len(entry.token_ids),
-            entry.max_tokens,
-            tenant=details.tenant,
-            session=details.session,
-            program=details.program,
-            parents=details.parents,
-            priority=details.priority,
-            slo=details.slo,
-            hints=details.hints,
-        )
-        k = details.continuation
-        key = sampling_key(self._seed, request.id - k, entry.params, k)
-        return Sequence(
-            request, entry.token_ids, entry.params, key, entry.on_output, entry.detokenizer, details.forced_length
-        )
 
     def cancel(self, request_id: int) -> None:
         """End a request in whatever state it is. Its blocks are free before the next step; unknown ids do nothing."""
@@ -234,7 +177,7 @@ class Engine:
         that was handed in until now. What it raises is the future's; EngineDead where the engine has stopped."""
         call = _Call(function)
         with self._inbox:
-            if not self._closing and self._error is None:
+            if not self.dead:
                 self._calls.append(call)
                 self._inbox.notify()
                 return call.future
@@ -271,13 +214,13 @@ class Engine:
             raise ValueError(f"{len(prompts)} prompts, {len(each)} sampling parameters and {len(base)} details")
         futures: list[list[Future[Completion]]] = []
         texts: list[str | SequenceOf[int]] = list(prompts)
-        entries: list[_Entry] = []
+        entries: list[Entry] = []
         for prompt, one, about in zip(texts, each, base, strict=True):
-            token_ids = self._encode(prompt)
+            token_ids = self._intake.encode(prompt)
             futures.append([Future() for _ in range(one.n)])
             for k, future in enumerate(futures[-1]):
                 listen = Collector(future, len(token_ids))
-                entries.append(self._checked(list(token_ids), one, listen, replace(about, continuation=k)))
+                entries.append(self._intake.check(list(token_ids), one, listen, replace(about, continuation=k)))
         handed_in = self._hand_in(entries)
         try:
             return [[future.result() for future in group] for group in futures]
@@ -329,38 +272,19 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def dead(self) -> bool:
+        """Whether the engine serves nothing any more."""
+        return self._closing or self._error is not None
+
     def raise_if_dead(self) -> None:
         """Raise EngineDead, with its cause, where the engine serves nothing any more."""
-        if self._closing or self._error is not None:
+        if self.dead:
             raise EngineDead(self._obituary()) from self._error
 
     def _obituary(self) -> str:
         error = self._error
         return "the engine is closed" if error is None else f"the engine has stopped: {type(error).__name__}: {error}"
-
-    def _encode(self, prompt: str | SequenceOf[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"{self.loaded.name} has no tokenizer; give token ids instead of text")
-            return self.tokenizer.encode(prompt)
-        try:
-            token_ids = [operator.index(token_id) for token_id in prompt]
-        except TypeError:
-            raise ValueError(f"a prompt is text or a list of token ids, not {prompt!r:.60}") from None
-        vocab = self.loaded.config.vocab_size
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab:
-            bad = next(t for t in token_ids if not 0 <= t < vocab)
-            raise ValueError(f"token id {bad} is outside the vocabulary of {vocab}")
-        return token_ids
-
-    def _detokenizer(self, params: SamplingParams, details: Details) -> IncrementalDetokenizer | None:
-        if self.tokenizer is None:
-            if params.stop:
-                raise ValueError(f"{self.loaded.name} has no tokenizer, so it cannot look for stop strings")
-            return None
-        if details.forced_length is not None:
-            params = replace(params, stop=())
-        return IncrementalDetokenizer(self._token_bytes, self._special_ids, params)
 
     # On the engine's thread
 
@@ -412,13 +336,15 @@ class Engine:
 
         Decodes alone are over too soon for that: the clock's own jitter would keep the device waiting.
         """
-        lead, end = self.limits.plan_lead_ns, self._runner.expected_end(launched)
-        if lead is None or end is None or not launched.step.chunks:
+        lead = self.limits.plan_lead_ns
+        if lead is None or not launched.step.chunks:
             return
-        wait_ns = end - lead - time.monotonic_ns()
-        if wait_ns > 0:
-            with self._inbox:
-                self._inbox.wait_for(lambda: self._closing, wait_ns / 1e9)
+        end = self._runner.expected_end(launched)
+        if end is None:
+            return
+        with self._inbox:
+            while (left := end - lead - time.monotonic_ns()) > 0 and not (self._closing or launched.pending.done()):
+                self._inbox.wait(min(left, LOOK_NS) / 1e9)  # the step may be over sooner than the last ones were
 
     def _deliver(self) -> int:
         """Submissions in the order of their stamps, then ends from outside by id, then calls: the simulator's order
@@ -539,16 +465,3 @@ class Engine:
 
 def _nobody(output: Output) -> None:
     """Listens to a request whose own listener has failed."""
-
-
-def _bytes_of_tokens(tokenizer: Tokenizer) -> Callable[[int], bytes]:
-    """The bytes of a token id, looked up once each. Ids beyond the tokenizer's, which pad an embedding, have none."""
-
-    @functools.cache
-    def token_bytes(token_id: int) -> bytes:
-        try:
-            return tokenizer.id_to_bytes(token_id)
-        except ValueError:
-            return b""
-
-    return token_bytes

@@ -23,7 +23,6 @@ class EngineStats:
     num_running: int = 0
     num_waiting: int = 0
     num_free_blocks: int = 0
-    num_outstanding_tokens: int = 0
     num_steps: int = 0
     num_computed_tokens: int = 0
     num_preemptions: int = 0
@@ -51,7 +50,6 @@ class EngineStats:
         self.num_running = plane.num_running
         self.num_waiting = plane.num_waiting
         self.num_free_blocks = plane.num_free_blocks
-        self.num_outstanding_tokens = plane.num_outstanding_tokens
 
 
 class LapClock:

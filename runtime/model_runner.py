@@ -147,11 +147,6 @@ class Launched:
     pending: Pending
 
 
-def _size_of(step: Step) -> tuple[int, bool]:
-    """What a step's time depends on most: its tokens, padding included, and whether it has chunks."""
-    return step.shape.padded_tokens, step.shape.num_chunks > 0
-
-
 def _check_device(device: torch.device, kv_dtype: torch.dtype | None) -> None:
     """Raises ModelError for what this device cannot do."""
     if device.type != "cuda":
@@ -214,7 +209,7 @@ class ModelRunner:
         self._arrived: list[tuple[int, Sequence, list[int]]] = []
         self._grown: list[Request] = []
         self._last_end = 0  # when the last collected step ended
-        self._recent: dict[tuple[int, bool], deque[int]] = {}  # how long the last steps of a size took
+        self._recent: dict[int, deque[int]] = {}  # how long the last steps with chunks took, by their padded tokens
         self._stream: torch.cuda.Stream | None = None
         self._graphs: StepGraphs | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -435,10 +430,10 @@ class ModelRunner:
     # The result, on the engine's thread
 
     def expected_end(self, launched: Launched) -> int | None:
-        """When a step on its way will have ended, going by the last ones of its size (`monotonic_ns`): rather too early
-        than too late. None where there was no such step.
+        """When a step with chunks on its way will have ended, going by the last ones of its size (`monotonic_ns`):
+        rather too early than too late. None where there was no such step.
         """
-        recent = self._recent.get(_size_of(launched.step))
+        recent = self._recent.get(launched.step.shape.padded_tokens)
         return None if recent is None else max(launched.launched_at, self._last_end) + min(recent)
 
     def collect(self, launched: Launched) -> StepResult:
@@ -452,5 +447,6 @@ class ModelRunner:
         ended_at = known_at if waiting else min(known_at, launched.pending.ended_at(began_at))
         self._last_end = max(began_at, ended_at)
         device_ns = self._last_end - began_at
-        self._recent.setdefault(_size_of(launched.step), deque(maxlen=_RECENT)).append(device_ns)
+        if launched.step.chunks:
+            self._recent.setdefault(launched.step.shape.padded_tokens, deque(maxlen=_RECENT)).append(device_ns)
         return StepResult(launched.requests, token_ids, _by_row(logprobs), device_ns, known_at)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON ({error}); fetch it again") from error
     return content if isinstance(content, dict) else {}
+
+
+def bytes_of_tokens(tokenizer: Tokenizer) -> Callable[[int], bytes]:
+    """The bytes of a token id, looked up once each. Ids beyond the tokenizer's, which pad an embedding, have none."""
+
+    @functools.cache
+    def token_bytes(token_id: int) -> bytes:
+        try:
+            return tokenizer.id_to_bytes(token_id)
+        except ValueError:
+            return b""
+
+    return token_bytes

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from experiments.token_times import COMPLETED
 from runtime.client import APIError, APIStatusError, AsyncClient, Usage
 
 _REFUSALS = range(400, 500)
-_OURS = ("stop", "length")
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Measured:
     @property
     def completed(self) -> bool:
         """It has its whole answer."""
-        return self.status in _OURS
+        return self.status in COMPLETED
 
     @property
     def output_tokens(self) -> int:

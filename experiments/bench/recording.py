@@ -7,12 +7,14 @@ from experiments.bench.prompts import cap_of
 from experiments.bench.spec import BenchSpec
 from experiments.simulated import request_details
 from experiments.workloads import Workload
+from policies.request import Slo
 
 
 def rows(measured: Measured, workload: Workload, spec: BenchSpec) -> tuple[tuple[object, ...], tuple[object, ...]]:
     """A request's rows of requests.parquet and client.parquet; what only a panel knows is empty."""
     i, usage = measured.request_id, measured.usage
     details = request_details(workload, i)
+    slo = details.slo or Slo()
     row = {
         "request_id": i,
         "replica": 0,
@@ -20,14 +22,14 @@ def rows(measured: Measured, workload: Workload, spec: BenchSpec) -> tuple[tuple
         "before_step": -1,
         "tenant": details.tenant,
         "session": details.session,
-        "program": None,
+        "program": details.program,
         "parents": [],
         "priority": details.priority,
-        "slo_ttft_ns": None,
-        "slo_tpot_ns": None,
-        "slo_e2e_ns": None,
-        "slo_value": None,
-        "slo_droppable": False,
+        "slo_ttft_ns": slo.ttft_ns,
+        "slo_tpot_ns": slo.tpot_ns,
+        "slo_e2e_ns": slo.e2e_ns,
+        "slo_value": slo.value if details.slo else None,
+        "slo_droppable": slo.droppable,
         "hints": list(details.hints.items()),
         "prompt_tokens": usage.prompt_tokens if usage else int(workload.prompt_tokens[i]),
         "max_tokens": cap_of(workload, spec, i),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from experiments.bench.load import Counts, Load
 from experiments.bench.measuring import Measured
@@ -20,8 +18,7 @@ from experiments.records import RunWriter, run_info
 from experiments.spec import SpecError
 from experiments.workloads import Workload
 from runtime.client import APIError, AsyncClient, Client
-
-T = TypeVar("T")
+from runtime.event_loop import allow_many_connections, run
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,8 @@ def run_bench(
     Raises SpecError where the warm-up fails, RunError where the folder cannot be written.
     """
     spec, workload = target.spec, target.workload
-    allow_open_files()
-    _in_event_loop(_warm_up(target))
+    allow_many_connections()
+    run(_warm_up(target))
     info = run_info(
         "client",
         spec=spec.model_dump(mode="json"),
@@ -99,7 +96,7 @@ def run_bench(
     counts, whole = Counts(), False
     try:
         with _undisturbed():
-            counts, whole = _in_event_loop(_drive(target, on_end, on_tick))
+            counts, whole = run(_drive(target, on_end, on_tick))
     finally:
         writer.close() if whole else writer.abort()
     return Outcome(counts, not whole, without_usage)
@@ -166,16 +163,6 @@ def _client(target: Target) -> AsyncClient:
     return AsyncClient(target.spec.base_url, api_key=target.api_key, timeout_s=target.spec.timeout_s, retries=0)
 
 
-def _in_event_loop(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end, in uvloop where there is one. Ctrl-C cancels it."""
-    if sys.platform == "win32":
-        return asyncio.run(work)
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
-
-
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Keep the garbage collector from going through every prompt in the middle of a measurement."""
@@ -185,16 +172,3 @@ def _undisturbed() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def allow_open_files(wanted: int = 65_536) -> None:
-    """Let this process have as many connections as the system allows it, where it starts with fewer (often 1,024)."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))

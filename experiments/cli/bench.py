@@ -16,7 +16,7 @@ from rich.text import Text
 from experiments.cli import options
 from experiments.cli.app import app, complain, console
 from experiments.cli.failures import INTERRUPTED
-from experiments.cli.options import gather, make_parent, progress
+from experiments.cli.options import folder_of, gather, make_parent, progress
 from experiments.cli.summary import summary_table
 from experiments.compare import format_figure
 from experiments.metrics import summarize
@@ -84,7 +84,7 @@ def bench(
         raise SpecError("--concurrency sends a request when another has ended; leave --rate and --speed-up out")
     given = gather(context)
     slo = _objectives(goodput or [])
-    folder = out or Path("runs") / f"{Path(given.workload.name).name.split('.')[0]}-client"
+    folder = out or folder_of(given, "client")
     check_free(folder, overwrite)
     if save_result is not None:
         make_parent(save_result)

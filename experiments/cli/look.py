@@ -113,7 +113,8 @@ def _show(role: str, name: str) -> None:
     optional = [f",{knob}={p.default}" for knob, p in knobs.items() if p.default is not p.empty]
     required = [f",{knob}=..." for knob, p in knobs.items() if p.default is p.empty]
     example = name + "".join(required or optional[:1])
-    console.print(f"\nExample: diptych simulate --workload chat -n 500 --rate 4 --{role} {example}")
+    flag = f"--queue sjf,predictor={example.replace(',', '/')}" if role == "predictor" else f"--{role} {example}"
+    console.print(f"\nExample: diptych simulate --workload chat -n 500 --rate 4 {flag}")
 
 
 @app.command()

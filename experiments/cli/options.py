@@ -94,9 +94,13 @@ def _put(tree: dict[str, Any], field: str, value: object) -> None:
 
 def default_folder(spec: RunSpec, suffix: str) -> Path:
     """runs/WORKLOAD-SCHEDULER-suffix."""
-    workload = Path(spec.workload.name).name.split(".")[0]
     scheduler = spec.policies.scheduler.split(",")[0].rsplit(":", 1)[-1]
-    return Path("runs") / f"{workload}-{scheduler}-{suffix}"
+    return folder_of(spec, f"{scheduler}-{suffix}")
+
+
+def folder_of(spec: RunSpec, suffix: str) -> Path:
+    """runs/WORKLOAD-suffix."""
+    return Path("runs") / f"{Path(spec.workload.name).name.split('.')[0]}-{suffix}"
 
 
 @contextmanager

@@ -82,8 +82,8 @@ def serve(
     from experiments.hosting import EngineOptions  # torch is slow to import
     from experiments.replicas import Places
     from experiments.serving import ServeOptions, serve_spec
+    from runtime.event_loop import run
     from runtime.serving.messages import EngineInfo
-    from runtime.serving.server import run
     from runtime.serving.service import EdgeLimits
 
     specification = _specification(context, spec, model)
@@ -149,7 +149,7 @@ def engine(
     """
     from experiments.hosting import EngineOptions  # torch is slow to import
     from experiments.replicas import host_spec
-    from runtime.serving.server import run
+    from runtime.event_loop import run
 
     specification = _specification(context, spec, model)
     if token is None:

@@ -6,7 +6,8 @@ a request:
 
     {"arrival_ns": 0, "prompt_tokens": 120, "output_tokens": 40, "max_tokens": 512,
      "tenant": "a", "session": 3, "turn": 0, "priority": 1,
-     "declared_output": 50, "hash_ids": [0, 7], "text": "..."}
+     "declared_output": 50, "hash_ids": [0, 7], "text": "...",
+     "slo": {"ttft_ns": 2000000000, "tpot_ns": null, "e2e_ns": null, "value": 1.0, "droppable": false}}
 
 `arrival_ns` (nanoseconds since the run began), `prompt_tokens` and `output_tokens` (the true length, hidden
 from policies) are required. `max_tokens` is the client's cap; without it on any line, all get the largest
@@ -18,19 +19,25 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from experiments.workloads.errors import TraceError
 from experiments.workloads.lines import json_lines
 from experiments.workloads.request import Workload
+from policies.request import Slo
 
 VERSION = 1
+SLO_FIELDS = tuple(field.name for field in fields(Slo))
 REQUIRED = ("arrival_ns", "prompt_tokens", "output_tokens")
 _INTEGERS = (*REQUIRED, "max_tokens", "session", "turn", "priority", "declared_output")
 _POSITIVE = ("prompt_tokens", "output_tokens", "max_tokens", "declared_output")
 _INT64 = ("arrival_ns", "session")
-_OPTIONAL = ("max_tokens", "tenant", "session", "turn", "priority", "declared_output", "hash_ids", "text")
+_OPTIONAL = ("max_tokens", "tenant", "session", "turn", "priority", "declared_output", "hash_ids", "text", "slo")
+_SLO = TypeAdapter(Slo | None, config=ConfigDict(extra="forbid"))
 _DEFAULT_BLOCK = 16
 
 
@@ -58,6 +65,8 @@ def _column_names(workload: Workload) -> list[str]:
 
 def _as_list(workload: Workload, name: str) -> list[Any]:
     values = getattr(workload, name)
+    if name == "slo":
+        return [None if slo is None else asdict(slo) for slo in values]
     return values if isinstance(values, list) else values.tolist()
 
 
@@ -114,11 +123,24 @@ def _checked_row(path: Path, line: int, row: dict[str, Any], fields: list[str]) 
         elif name == "hash_ids":
             if not isinstance(value, list) or any(type(block) is not int for block in value):
                 raise TraceError(path, line, f"hash_ids is {value!r:.60}; expected a list of whole numbers")
+        elif name == "slo":
+            _slo(path, line, value)
         elif not isinstance(value, str):
             raise TraceError(path, line, f"{name} is {value!r}; expected a string")
     if "max_tokens" in row and row["max_tokens"] < row["output_tokens"]:
         raise TraceError(path, line, f"max_tokens {row['max_tokens']} is below output_tokens; expected a cap")
     return row
+
+
+def _slo(path: Path, line: int, value: Any) -> Slo | None:
+    try:
+        return _SLO.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise TraceError(
+            path, line, f"slo {where}: {first['msg']}; expected null or {', '.join(SLO_FIELDS)}"
+        ) from error
 
 
 def _limits(name: str) -> tuple[int, int]:
@@ -141,6 +163,8 @@ def _build(path: Path, header: dict[str, Any], fields: list[str], rows: list[dic
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in fields}
     if "text" in columns:
         columns["texts"] = columns.pop("text")
+    if "slo" in columns:
+        columns["slo"] = [_SLO.validate_python(value) for value in columns["slo"]]
     default_block = _DEFAULT_BLOCK if "hash_ids" in columns else 0
     return Workload.build(
         **columns,

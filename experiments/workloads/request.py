@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from experiments.workloads import stats
 from experiments.workloads.generators import arrivals, streams
+from policies.request import Slo
 
 Int64 = NDArray[np.int64]
 Int32 = NDArray[np.int32]
@@ -19,7 +20,7 @@ Cap = int | Literal["largest", "exact"]
 
 NS_PER_S = stats.NS_PER_S
 _INT32_COLUMNS = ("prompt_tokens", "output_tokens", "max_tokens", "turn", "priority", "declared_output")
-_LIST_COLUMNS = ("tenant", "hash_ids", "texts")
+_LIST_COLUMNS = ("tenant", "hash_ids", "texts", "slo")
 _COLUMNS = ("arrival_ns", "session", *_INT32_COLUMNS, *_LIST_COLUMNS)
 _AT_LEAST = {"arrival_ns": 0, "prompt_tokens": 1, "output_tokens": 1, "max_tokens": 1, "declared_output": 1}
 
@@ -43,6 +44,7 @@ class Workload:
             block. A request may have fewer ids than blocks: what follows is its own, shared with nobody.
         hash_block: tokens in one such block (0 without hash_ids).
         texts: real prompts, or None.
+        slo: each request's latency objectives, None for one that has none; or None.
         name: short name for tables.
         provenance: `source`, `seed`, `steps` (every transformation with its parameters). JSON values only.
 
@@ -62,6 +64,7 @@ class Workload:
     hash_ids: list[tuple[int, ...]] | None = None
     hash_block: int = 0
     texts: list[str] | None = None
+    slo: list[Slo | None] | None = None
     name: str = "workload"
     provenance: dict[str, Any] = field(default_factory=dict)
 

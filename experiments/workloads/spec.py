@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from experiments.workloads.generators import named
+from experiments.workloads.generators import named, streams
 from experiments.workloads.generators.prefix_chat import prefix_chat
 from experiments.workloads.generators.processes import Process, Size, draw_times
 from experiments.workloads.loaders import load
 from experiments.workloads.request import Workload
+from policies.request import Slo
 
 GENERATORS = ("chat", "code", "prefix-chat", "multi-tenant", "reasoning", "fixed", "uniform")
 
@@ -27,6 +29,34 @@ Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 SequenceLength = Annotated[int, Field(strict=True, ge=2, le=2**31 - 1)]
 Seed = Annotated[int, Field(strict=True, ge=0)]
+
+
+class SloClass(BaseModel):
+    """A class of requests with the same latency objectives.
+
+    Attributes:
+        share: of the requests, in proportion to the other classes' shares.
+        ttft_ms, tpot_ms, e2e_ms: objectives; None: there is none of the kind.
+        value: what meeting them is worth, for policies that weigh.
+        droppable: a policy may shed a request of it once they cannot be met.
+        priority: of the class's requests, lower goes first; None: as they have it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: Positive = 1.0
+    ttft_ms: Positive | None = None
+    tpot_ms: Positive | None = None
+    e2e_ms: Positive | None = None
+    value: Positive = 1.0
+    droppable: bool = False
+    priority: Annotated[int, Field(strict=True, ge=-(2**31), lt=2**31)] | None = None
+
+    @property
+    def slo(self) -> Slo | None:
+        """The objectives, or None where the class has none."""
+        ttft, tpot, e2e = (None if ms is None else round(1e6 * ms) for ms in (self.ttft_ms, self.tpot_ms, self.e2e_ms))
+        return None if ttft is tpot is e2e is None else Slo(ttft, tpot, e2e, self.value, self.droppable)
 
 
 class WorkloadSpec(BaseModel):
@@ -50,6 +80,7 @@ class WorkloadSpec(BaseModel):
         cap: max_tokens of the requests, see `Workload.with_cap`. None: as the file has it; where it has
             none, and for generators, the largest output of the whole workload, for everyone.
         tenants: a number of tenants with equal shares, or name -> weight; assigned at random.
+        slo: latency objectives: one class for all requests, or a list of classes with shares, assigned at random.
         declared_sigma: give policies a length hint with this lognormal error (0: exact).
         prompt_tokens, output_tokens: for `fixed` (512 and 128).
         low, high: for `uniform` (100 and 1024).
@@ -73,6 +104,7 @@ class WorkloadSpec(BaseModel):
     max_model_len: SequenceLength | None = None
     cap: Count | Literal["largest", "exact"] | None = None
     tenants: Count | Annotated[dict[str, Positive], Field(min_length=1)] | None = None
+    slo: SloClass | Annotated[tuple[SloClass, ...], Field(min_length=1)] | None = None
     declared_sigma: Annotated[Number, Field(ge=0, allow_inf_nan=False)] | None = None
     prompt_tokens: Count | None = None
     output_tokens: Count | None = None
@@ -129,6 +161,8 @@ def make_workload(spec: WorkloadSpec) -> Workload:
         workload = workload.scale_time(spec.time_scale)
     if spec.tenants is not None:
         workload = _with_tenants(workload, spec.tenants, spec.seed)
+    if spec.slo is not None:
+        workload = _with_slos(workload, spec.slo if isinstance(spec.slo, tuple) else (spec.slo,), spec.seed)
     if spec.cap is not None:
         workload = workload.with_cap(spec.cap)
     if spec.max_model_len is not None:
@@ -195,3 +229,14 @@ def _retimed(workload: Workload, spec: WorkloadSpec) -> Workload:
 def _with_tenants(workload: Workload, tenants: int | dict[str, float], seed: int) -> Workload:
     shares = {f"tenant-{k}": 1.0 for k in range(tenants)} if isinstance(tenants, int) else tenants
     return named.assign_tenants(workload, shares, seed).note("tenants", shares=shares, seed=seed)
+
+
+def _with_slos(workload: Workload, classes: tuple[SloClass, ...], seed: int) -> Workload:
+    shares = np.array([one.share for one in classes])
+    chosen = streams.stream(seed, "slo").choice(len(classes), size=len(workload), p=shares / shares.sum())
+    changed = workload.replace(slo=[classes[k].slo for k in chosen.tolist()])
+    if any(one.priority is not None for one in classes):
+        before = np.zeros(len(workload), np.int64) if workload.priority is None else workload.priority
+        new = np.array([np.nan if one.priority is None else one.priority for one in classes])[chosen]
+        changed = changed.replace(priority=np.where(np.isnan(new), before, new).astype(np.int64))
+    return changed.note("slo", classes=[one.model_dump(mode="json", exclude_none=True) for one in classes], seed=seed)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from policies.draft import Draft
+from policies.plan import Report
 from policies.registry import register
 from policies.request import Request
 
@@ -21,3 +22,6 @@ class FullPrompt:
 
     def on_release(self, request: Request) -> None:
         """Nothing was."""
+
+    def on_report(self, report: Report) -> None:
+        """What ran changes nothing."""

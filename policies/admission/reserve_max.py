@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from policies.draft import Draft
+from policies.plan import Report
 from policies.registry import register
 from policies.request import Request
 
@@ -39,6 +40,9 @@ class ReserveMax:
 
     def on_release(self, request: Request) -> None:
         self._total -= self._promised.pop(request.id, 0)
+
+    def on_report(self, report: Report) -> None:
+        """What ran changes no promise."""
 
     def _most(self, request: Request) -> int:
         return -(-(request.num_prompt_tokens + request.max_tokens) // self._block_size)

@@ -26,7 +26,7 @@ class Mixed(QueuedScheduler):
         self._max_chunk = long_prefill_threshold or None
 
     def plan(self, view: View, now: int) -> Plan:
-        draft = view.draft()
+        draft = self.start(view, now)
         if not draft.run_everyone(self._max_chunk):
             for request in list(view.running.values()):
                 if request.id in draft.preempted or request.num_output_tokens >= request.max_tokens:

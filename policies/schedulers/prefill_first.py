@@ -24,7 +24,7 @@ class PrefillFirst(QueuedScheduler):
         super().__init__(queue)
 
     def plan(self, view: View, now: int) -> Plan:
-        draft = view.draft()
+        draft = self.start(view, now)
         for request in view.prefilling.values():  # a prompt beyond the budget, being continued
             tokens = min(request.num_pending_tokens, draft.tokens_left)
             if tokens and request.id not in draft.preempted:

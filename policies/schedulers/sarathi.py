@@ -27,7 +27,7 @@ class Sarathi(QueuedScheduler):
         self._chunk_size = chunk_size
 
     def plan(self, view: View, now: int) -> Plan:
-        draft = view.draft()
+        draft = self.start(view, now)
         draft.run_decodes(now)
         # The chunk budget binds prefills only: more decodes than chunk_size all run, and no prefill beside them.
         draft.tokens_left = max(0, min(draft.tokens_left, self._chunk_size - draft.num_tokens))

@@ -41,12 +41,12 @@ class Static(QueuedScheduler):
         self._arrivals.pop(request.id, None)
 
     def plan(self, view: View, now: int) -> Plan:
-        draft = view.draft()
+        draft = self.start(view, now)
         if not view.running:
             self._end_batch(draft, now)
             wait_until = self._wait_until(now)
             if wait_until is not None:
-                draft.plan.wake_at = wait_until
+                draft.wake_at(wait_until)
                 return draft.finish()
             self._forming = True
         for request in view.prefilling.values():

@@ -13,6 +13,10 @@ class InvalidSamplingParams(ValueError):
     """A sampling parameter is out of range; the message names the field and the value."""
 
 
+_MOST = 2**31 - 1
+"""More tokens than any model has or makes, and what arrays of them hold."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request is sampled and when it ends.
@@ -59,7 +63,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1)
         _check_real("temperature", self.temperature, 0.0, 2.0)
-        _check_int("top_k", self.top_k, -1)
+        _check_int("top_k", self.top_k, -1, _MOST)
         _check_real("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_real("min_p", self.min_p, 0.0, 1.0)
         _check_real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
@@ -69,7 +73,7 @@ class SamplingParams:
             _check_int("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1)
-        _check_int("min_tokens", self.min_tokens, 0)
+        _check_int("min_tokens", self.min_tokens, 0, _MOST)
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, -1)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):

@@ -91,9 +91,12 @@ def router(service: Service) -> APIRouter:
         if router_name is not None:
             replicas = several()
             try:
-                new = registry.make("router", router_name, seed=0)
+                new = registry.make("router", router_name, seed=0, block_size=replicas.info.limits.block_size)
             except registry.PolicyError as error:
                 raise ApiError(400, str(error), "router") from None
+            except (Exception, SystemExit) as error:  # of a module or a constructor that is not ours
+                reason = f"router {router_name} cannot be made: {type(error).__name__}: {error}"
+                raise ApiError(400, reason, "router") from error
         answer = await command("swap", **changes) if changes else {}
         if router_name is not None:
             replicas.swap_router(new, router_name)

@@ -29,15 +29,7 @@ def router(service: Service) -> APIRouter:
         params = sampling(lambda: body.sampling_params(limit, logprobs))
         messages = [message.for_template() for message in body.messages]
         token_ids = await service.codec.encode_chat(messages, body.add_generation_prompt)
-        generation = service.generate(
-            [token_ids],
-            params,
-            Origin.of(request),
-            priority=body.priority,
-            slo=None if body.slo is None else body.slo.slo(),
-            session=body.session,
-            field="messages",
-        )
+        generation = service.generate([token_ids], params, Origin.of(request), body, "messages")
         form = _Form(service, generation, body)
         return Answer(generation, form, stream=body.stream, timeout_s=service.limits.request_timeout_s)
 

@@ -29,14 +29,7 @@ def router(service: Service) -> APIRouter:
         params = sampling(lambda: body.sampling_params(body.max_tokens, body.logprobs))
         prompts = await _prompts(service, body.prompt)
         echoes = _echoes(service, body, prompts)
-        generation = service.generate(
-            prompts,
-            params,
-            Origin.of(request),
-            priority=body.priority,
-            slo=None if body.slo is None else body.slo.slo(),
-            session=body.session,
-        )
+        generation = service.generate(prompts, params, Origin.of(request), body)
         form = _Form(service, generation, body, echoes)
         return Answer(generation, form, stream=body.stream, timeout_s=service.limits.request_timeout_s)
 

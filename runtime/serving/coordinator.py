@@ -140,6 +140,10 @@ class Coordinator(EngineClient):
         self._next_id = 0
         self._start = time.monotonic_ns()
         self._closed = False
+        self._changing = asyncio.Lock()  # held while a replica is restarted or joins: one at a time
+        self._commanding = asyncio.Lock()  # held while a command goes to all: none of them misses one
+        self._swaps: dict[str, Any] = {}  # role -> policy, of all swaps so far; with `_held`, for engines to come
+        self._held = False
 
     @classmethod
     async def start(
@@ -161,15 +165,6 @@ class Coordinator(EngineClient):
             raise
         coordinator._replicas = [ServedReplica(number, engine) for number, engine in enumerate(engines)]
         return coordinator
-
-    async def _start_one(self, number: int) -> ServedReplica:
-        engine = await self._start_replica(number)
-        try:
-            _check_alike(engine.info, self.info)
-        except EngineStartError:
-            await engine.close()
-            raise
-        return ServedReplica(number, engine)
 
     # What the handlers see
 
@@ -198,18 +193,17 @@ class Coordinator(EngineClient):
 
     def submit(self, prompts: Sequence[Prompt]) -> Call:
         call = Call()
-        for prompt in prompts:
-            first_id, n = self._next_id, prompt.params.n
-            self._next_id += n
-            routed = self._admit(first_id, prompt, call)
-            call.request_ids += range(first_id, first_id + n)
-            self._routed.update(dict.fromkeys(range(first_id, first_id + n), routed))
-            try:
+        try:
+            for prompt in prompts:
+                first_id, n = self._next_id, prompt.params.n
+                self._next_id += n
+                routed = self._admit(first_id, prompt, call)
+                call.request_ids += range(first_id, first_id + n)
+                self._routed.update(dict.fromkeys(range(first_id, first_id + n), routed))
                 self._send(routed)
-            except EngineGone:
-                self.ended(routed)
-                self.cancel(call)
-                raise
+        except BaseException:
+            self.cancel(call)
+            raise
         return call
 
     def cancel(self, call: Call) -> None:
@@ -232,12 +226,24 @@ class Coordinator(EngineClient):
             routed.call.fail(EngineGone(reason))
 
     async def command(self, name: str, arguments: dict[str, Any]) -> Any:
-        """To every replica that lives; their answers in order, each with its replica's number."""
-        living = [replica for replica in self._replicas if replica.state != "dead"]
-        if not living:
-            raise EngineGone(self.error or "there is no replica")
-        answers = await asyncio.gather(*(replica.engine.command(name, arguments) for replica in living))
-        return {"replicas": [{"replica": r.id, **answer} for r, answer in zip(living, answers, strict=True)]}
+        """To every replica that lives: `replicas` are the answers of those that did it, `failed` says why others did
+        not, each with its number. Raises only where none did it. A replica started later does what they did.
+        """
+        async with self._commanding:
+            living = [replica for replica in self._replicas if replica.state != "dead"]
+            if not living:
+                raise EngineGone(self.error or "there is no replica")
+            commands = (replica.engine.command(name, arguments) for replica in living)
+            results = list(zip(living, await asyncio.gather(*commands, return_exceptions=True), strict=True))
+            answers = [{"replica": replica.id, **r} for replica, r in results if not isinstance(r, BaseException)]
+            errors = [(replica, r) for replica, r in results if isinstance(r, BaseException)]
+            if not answers:
+                raise next((error for _, error in errors if isinstance(error, CommandFailed)), errors[0][1])
+            if name == "swap":
+                self._swaps.update(arguments)
+            elif name in ("hold", "release"):
+                self._held = name == "hold"
+        return {"replicas": answers, "failed": [{"replica": r.id, "error": str(error)} for r, error in errors]}
 
     async def close(self) -> None:
         self._closed = True
@@ -257,17 +263,41 @@ class Coordinator(EngineClient):
         Raises CommandFailed where there is none, EngineStartError where the new one does not start.
         """
         replica = self._replica(number)
-        replica.draining = True
-        replica.engine.fail_all("the replica is restarted")
-        await replica.engine.close()
-        fresh = await self._start_one(number)
-        self._replicas[self._replicas.index(replica)] = fresh
+        async with self._changing:
+            if replica not in self._replicas:
+                return  # while this waited another call has put a fresh engine there
+            replica.draining = True
+            replica.engine.fail_all("the replica is restarted")
+            await replica.engine.close()
+            await self._start_one(number)
 
     async def join(self) -> int:
-        """Start one more replica; its number."""
-        number = 1 + max(replica.id for replica in self._replicas)
-        self._replicas.append(await self._start_one(number))
+        """Start one more replica; its number. Raises EngineStartError."""
+        async with self._changing:
+            number = 1 + max(replica.id for replica in self._replicas)
+            await self._start_one(number)
         return number
+
+    async def _start_one(self, number: int) -> None:
+        """Start an engine, have it do what the others were told to, and only then route to it."""
+        engine = await self._start_replica(number)
+        try:
+            _check_alike(engine.info, self.info)
+            async with self._commanding:
+                if self._swaps:
+                    await engine.command("swap", dict(self._swaps))
+                if self._held:
+                    await engine.command("hold", {})
+                if self._closed:
+                    raise EngineStartError("the server is shutting down")
+                places = {replica.id: replica for replica in self._replicas}
+                places[number] = ServedReplica(number, engine)
+                self._replicas = list(places.values())
+        except BaseException as error:
+            await engine.close()
+            if isinstance(error, CommandFailed | EngineGone):
+                raise EngineStartError(f"the engine does not take on what the others do: {error}") from error
+            raise
 
     def swap_router(self, router: Router, name: str) -> None:
         """Let another router decide from the next request on. It hears of the end of what the old one has routed."""
@@ -290,7 +320,7 @@ class Coordinator(EngineClient):
             request_id,
             self._now(),
             len(prompt.token_ids),
-            prompt.params.max_tokens or self.info.max_total_tokens - len(prompt.token_ids),
+            prompt.params.max_tokens or self.info.limits.max_total_tokens - len(prompt.token_ids),
             tenant=details.tenant,
             session=details.session,
             priority=details.priority,
@@ -301,35 +331,46 @@ class Coordinator(EngineClient):
         return _Routed(self, call, prompt, request, keys, unfinished=set(range(prompt.params.n)))
 
     def _send(self, routed: _Routed) -> None:
-        """To the replica that the router names. Raises EngineGone where none takes requests, or the router refuses."""
+        """To the replica that the router names. Raises EngineGone where none takes requests, or the router refuses or
+        fails; whatever it raises, the request is then nowhere."""
         able = [replica for replica in self._replicas if replica.state == "serving"]
         if not able:
             raise EngineGone(self.error or "every replica is being drained")
-        route = self._router.route(routed.request, routed.keys, able, self._now())
-        if route is None:
+        try:
+            route = self._router.route(routed.request, routed.keys, able, self._now())
+            named = None if route is None else route.replica
+        except Exception as error:
+            logger.exception("the router %s has failed on a request", self.router_name)
+            raise EngineGone(f"the router has failed on the request: {type(error).__name__}: {error}") from error
+        if named is None:
             raise EngineGone("the router has refused the request")
-        replica = next((replica for replica in able if replica.id == route.replica), None)
+        replica = next((replica for replica in able if replica.id == named), None)
         if replica is None:
-            raise EngineGone(f"the router named replica {route.replica}, which takes no requests")
+            self._tell_end(routed.request, named)
+            raise EngineGone(f"the router named replica {named}, which takes no requests")
+        try:
+            routed.first_id = replica.engine.hand_in(routed.prompt, routed)
+        except BaseException:
+            self._tell_end(routed.request, named)
+            raise
         routed.replica = replica
         routed.tries += 1
         replica.sent(routed.keys)
-        routed.first_id = replica.engine.hand_in(routed.prompt, routed)
 
     def replica_failed(self, routed: _Routed, error: BaseException) -> None:
         """A prompt's replica is gone: try another if nothing was handed on, else end the call with the error."""
         if not routed.unfinished:
             return  # it has been cancelled meanwhile
-        lost = routed.replica
-        if lost is not None:
-            self._router.on_end(routed.request, lost.id, self._now())
-            routed.replica = None
+        self._leave(routed)
         if not routed.begun and routed.tries < MAX_TRIES and not self._closed:
             try:
                 self._send(routed)
                 return
             except EngineGone as gone:
                 error = gone
+            except Exception as failure:  # the replica's other requests are still to be told
+                logger.exception("a request could not be given to another replica")
+                error = EngineGone(f"the request could not be given to another replica: {failure}")
         self.ended(routed)
         self.cancel(routed.call)  # the call's other prompts
         routed.call.fail(error)
@@ -338,9 +379,20 @@ class Coordinator(EngineClient):
         """No continuation of this prompt lives any more."""
         for request_id in range(routed.request.id, routed.request.id + routed.prompt.params.n):
             self._routed.pop(request_id, None)
-        if routed.replica is not None:
-            self._router.on_end(routed.request, routed.replica.id, self._now())
-            routed.replica = None
+        self._leave(routed)
+
+    def _leave(self, routed: _Routed) -> None:
+        """Its replica, if it has one, has this prompt no more."""
+        replica, routed.replica = routed.replica, None
+        if replica is not None:
+            self._tell_end(routed.request, replica.id)
+
+    def _tell_end(self, request: Request, number: int) -> None:
+        """Once for every route that the router gave. What it raises is its own affair."""
+        try:
+            self._router.on_end(request, number, self._now())
+        except Exception:
+            logger.exception("the router %s has failed at the end of a request", self.router_name)
 
 
 def _check_alike(one: EngineInfo, other: EngineInfo) -> None:

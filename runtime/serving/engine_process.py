@@ -1,7 +1,7 @@
 """The engine's side: a process that takes messages from the front, drives the engine, and sends each step's outputs.
 
-Three threads: the engine's own, which also sends (one message a step); one that waits for messages; and the main one,
-which waits for the engine to end. Nothing here wakes up unless something has happened.
+Four threads: the engine's own, which also sends (one message a step); one that waits for messages; one that answers
+operators; and the main one, which waits for the engine to end. Nothing here wakes up unless something has happened.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -57,13 +57,16 @@ def _serve(inbound: zmq.Socket[bytes], outbox: Outbox, launch: Launch) -> None:
     with launch(outbox.flush) as hosted:
         engine = hosted.engine
         outbox.engine = engine
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may reach the whole group too; until now it ends the loading
         outbox.send(messages.Ready(hosted.info))
         stopped, stop = os.pipe()
-        receiver = threading.Thread(target=_receive, args=(inbound, stopped, outbox, hosted), name="receiver")
-        receiver.start()
-        engine.wait()
-        os.write(stop, b".")
-        receiver.join()
+        with ThreadPoolExecutor(1, thread_name_prefix="replies") as replies:
+            arguments = (inbound, stopped, outbox, hosted, replies)
+            receiver = threading.Thread(target=_receive, args=arguments, name="receiver")
+            receiver.start()
+            engine.wait()
+            os.write(stop, b".")
+            receiver.join()
     try:
         engine.raise_if_dead()
     except EngineDead as dead:
@@ -81,7 +84,9 @@ class Outbox:
         self._steps_sent = -1
 
     def add(self, output: Output) -> None:
-        """An output of a request (`Engine.submit`'s on_output)."""
+        """An output of a request (`Engine.submit`'s on_output). That the engine has died is told once, by `Stopped`."""
+        if output.finish_reason == "error" and self.engine is not None and self.engine.dead:
+            return
         self._outputs.append(
             TokenOutput(
                 output.request_id,
@@ -111,7 +116,7 @@ class Outbox:
             self._socket.send(data)
 
 
-def _receive(inbound: zmq.Socket[bytes], stopped: int, outbox: Outbox, hosted: Hosted) -> None:
+def _receive(inbound: zmq.Socket[bytes], stopped: int, outbox: Outbox, hosted: Hosted, replies: Executor) -> None:
     """Take messages until the front says that it is over, or is gone, or `stopped` (a pipe) says that the engine is."""
     engine, parent = hosted.engine, multiprocessing.parent_process()
     poller = zmq.Poller()
@@ -127,13 +132,13 @@ def _receive(inbound: zmq.Socket[bytes], stopped: int, outbox: Outbox, hosted: H
             message = messages.decode_to_engine(inbound.recv())
             if isinstance(message, messages.Shutdown):
                 break
-            _handle(message, outbox, hosted)
+            _handle(message, outbox, hosted, replies)
     except Exception:
         logger.exception("a message could not be taken; the engine stops")
     engine.close()
 
 
-def _handle(message: messages.ToEngine, outbox: Outbox, hosted: Hosted) -> None:
+def _handle(message: messages.ToEngine, outbox: Outbox, hosted: Hosted, replies: Executor) -> None:
     engine = hosted.engine
     if isinstance(message, messages.Submit):
         _submit(message, outbox, engine)
@@ -144,15 +149,16 @@ def _handle(message: messages.ToEngine, outbox: Outbox, hosted: Hosted) -> None:
         engine.stop(message.request_id, message.num_output_tokens)
     elif isinstance(message, messages.Admin):
         call_id = message.call_id
+        answered = hosted.run(message.command, message.arguments)
+        answered.add_done_callback(lambda future: replies.submit(_reply, call_id, future, outbox))
 
-        def reply(future: Future[Any]) -> None:
-            error = future.exception()
-            if error is None:
-                outbox.send(messages.AdminReply(call_id, future.result()))
-            else:
-                outbox.send(messages.AdminReply(call_id, error=str(error) or type(error).__name__))
 
-        hosted.run(message.command, message.arguments).add_done_callback(reply)
+def _reply(call_id: int, answered: Future[Any], outbox: Outbox) -> None:
+    """Answer a command, on a thread of its own: what is long to encode must not delay a step."""
+    try:
+        outbox.send(messages.AdminReply(call_id, answered.result()))
+    except Exception as error:
+        outbox.send(messages.AdminReply(call_id, error=str(error) or type(error).__name__))
 
 
 def _submit(message: messages.Submit, outbox: Outbox, engine: Engine) -> None:
@@ -161,6 +167,8 @@ def _submit(message: messages.Submit, outbox: Outbox, engine: Engine) -> None:
         try:
             details = replace(message.details, continuation=k)
             engine.submit(message.token_ids, message.params, outbox.add, details, request_id)
-        except (ValueError, EngineDead) as error:
+        except EngineDead:
+            return  # `Stopped` says so of everybody
+        except ValueError as error:
             refused = TokenOutput(request_id, (), finish_reason="error", error=str(error))
             outbox.send(messages.StepOutputs([refused], engine.stats()))

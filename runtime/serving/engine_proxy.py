@@ -162,8 +162,8 @@ class EngineProxy(EngineClient):
             for output in message.outputs:
                 self._hand_out(output, now)
         elif isinstance(message, messages.AdminReply):
-            reply = self._replies.pop(message.call_id)
-            if not reply.done():
+            reply = self._replies.pop(message.call_id, None)  # None: it came after the news of the death
+            if reply is not None and not reply.done():
                 if message.error is None:
                     reply.set_result(message.result)
                 else:

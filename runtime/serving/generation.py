@@ -105,13 +105,17 @@ class Generation:
     """Seconds since 1970."""
     _of_request: dict[int, Choice] = field(default_factory=dict)
     _num_unfinished: int = 0
+    _num_tokens: int = 0
+    _first_choices: list[Choice] = field(default_factory=list)  # of each prompt: they say what was cached of it
     _abandoned: bool = False
 
     @classmethod
     def start(cls, client: EngineClient, codec: TextCodec, prompts: Sequence[Prompt], observer: Observer) -> Generation:
         """Hand the prompts in. Raises ApiError for what this model cannot do, and where no engine answers."""
         choices: list[Choice] = []
+        firsts: list[int] = []
         for prompt in prompts:
+            firsts.append(len(choices))
             for _ in range(prompt.params.n):
                 choices.append(Choice(len(choices), prompt.params, codec.detokenizer(prompt.params)))
         try:
@@ -119,7 +123,16 @@ class Generation:
         except EngineGone as gone:
             raise ApiError(503, str(gone)) from None
         of_request = dict(zip(call.request_ids, choices, strict=True))
-        return cls(client, prompts, choices, call, observer, _of_request=of_request, _num_unfinished=len(choices))
+        return cls(
+            client,
+            prompts,
+            choices,
+            call,
+            observer,
+            _of_request=of_request,
+            _num_unfinished=len(choices),
+            _first_choices=[choices[first] for first in firsts],
+        )
 
     @property
     def finished(self) -> bool:
@@ -151,6 +164,7 @@ class Generation:
                 raise ApiError(503, f"the request was dropped: {output.error}", retry_after=1)
             raise ApiError(500, output.error or f"the request has ended: {output.finish_reason}")
         delta = choice.take(output)
+        self._num_tokens += len(output.token_ids)
         self.observer.token(request_id, at, len(output.token_ids))
         if choice.finished:
             self._num_unfinished -= 1
@@ -181,10 +195,8 @@ class Generation:
 
     def usage(self) -> Usage:
         """Tokens so far."""
-        n = [prompt.params.n for prompt in self.prompts]
-        firsts = [sum(n[:i]) for i in range(len(n))]  # the prompts' first choices
         return Usage(
             sum(len(prompt.token_ids) for prompt in self.prompts),
-            sum(choice.num_tokens for choice in self.choices),
-            sum(self.choices[first].num_cached_tokens for first in firsts),
+            self._num_tokens,
+            sum(choice.num_cached_tokens for choice in self._first_choices),
         )

@@ -81,7 +81,7 @@ def _card(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "diptych",
         "root": service.client.info.model,
-        "max_model_len": service.client.info.max_total_tokens,
+        "max_model_len": service.client.info.limits.max_total_tokens,
     }
 
 
@@ -92,7 +92,7 @@ def _engine(engine: EngineView) -> dict[str, Any]:
         "state": engine.state,
         "error": engine.error,
         **asdict(engine.info),
-        "max_total_tokens": engine.info.max_total_tokens,
+        "max_total_tokens": engine.info.limits.max_total_tokens,
         "running": stats.num_running,
         "waiting": stats.num_waiting,
         "steps": _steps(stats),

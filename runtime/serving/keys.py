@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Iterable
 
-_PREFIX = "Bearer "
+_SCHEME = "bearer"
 MAX_TENANT = 128
 
 
@@ -30,9 +30,9 @@ class Keys:
 
         Every key is compared, each in constant time.
         """
-        given = (authorization or "").removeprefix(_PREFIX).encode("latin-1", "replace")
+        scheme, _, given = (authorization or "").partition(" ")
         found, tenant = False, None
         for key, owner in self._tenants.items():
-            if hmac.compare_digest(key, given) and authorization is not None and authorization.startswith(_PREFIX):
+            if hmac.compare_digest(key, given.encode("latin-1", "replace")) and scheme.lower() == _SCHEME:
                 found, tenant = True, owner
         return found, tenant

@@ -8,7 +8,7 @@ from collections.abc import Callable
 CLOSE_SECONDS = 20.0
 """How long an engine that was told to stop may take to end (it closes its record) before it is given up."""
 
-LAST_WORDS_SECONDS = 0.5
+LAST_WORDS_SECONDS = 0.25
 """How long the last message of an engine that has ended may be on its way."""
 
 

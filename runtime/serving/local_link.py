@@ -57,8 +57,7 @@ class LocalLink(Link):
             asyncio.get_running_loop().remove_reader(process.sentinel)
         if self._reader is not None:
             self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
+            await asyncio.gather(self._reader, return_exceptions=True)
         self._outbound.close(linger=0)
         self._inbound.close(linger=0)
         self._context.term()
@@ -80,12 +79,10 @@ class LocalLink(Link):
             on_message(await self._inbound.recv())
 
     def _ended(self, process: SpawnProcess, on_end: Callable[[str], None]) -> None:
-        """The process has ended. One that ended by itself has said why, and that is still on its way."""
+        """The process has ended. What it has sent may still be on its way: last outputs, and why it has ended."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(process.sentinel)
         process.join(1.0)  # it is ending: for its status
         code = process.exitcode or 0
-        if code < 0:
-            on_end(f"the engine process was killed by signal {-code}")
-        else:
-            loop.call_later(LAST_WORDS_SECONDS, on_end, f"the engine process ended with status {code}")
+        reason = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        loop.call_later(LAST_WORDS_SECONDS, on_end, f"the engine process {reason}")

@@ -77,11 +77,6 @@ class EngineInfo:
     pid: int
     record_folder: str | None = None
 
-    @property
-    def max_total_tokens(self) -> int:
-        """The longest sequence, prompt and output, that can be served."""
-        return min(self.limits.max_model_len, self.limits.num_blocks * self.limits.block_size)
-
 
 class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):
     """The engine takes requests."""

@@ -33,7 +33,7 @@ class _Life:
 class ServerMetrics:
     """The server's metrics. The engine's are read from its client when somebody asks.
 
-    It also counts the outcomes for `GET /server_info`. Implements `runtime.serving.generation.Observer`.
+    Implements `runtime.serving.generation.Observer`.
     """
 
     def __init__(self, client: EngineClient, model: str) -> None:

@@ -29,14 +29,7 @@ def router(service: Service) -> APIRouter:
             if body.text is None
             else await service.codec.encode(body.text)
         )
-        generation = service.generate(
-            [token_ids],
-            params,
-            Origin.of(request),
-            priority=body.priority,
-            slo=None if body.slo is None else body.slo.slo(),
-            field=field,
-        )
+        generation = service.generate([token_ids], params, Origin.of(request), body, field)
         form = _Form(generation, len(token_ids), body)
         return Answer(generation, form, stream=body.stream, timeout_s=service.limits.request_timeout_s)
 

@@ -6,12 +6,14 @@ what it would be anyway) or it is one that clients send by habit and that change
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from policies.request import Slo
 from runtime.sampling.params import SamplingParams
+from runtime.sequence import Details
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
@@ -74,7 +76,18 @@ Stops = Annotated[
 ]
 
 
-class Sampling(Body):
+class ForPolicies(Body):
+    """What a request tells the policies of itself."""
+
+    priority: Int32 = 0
+    slo: SloBody | None = None
+
+    def details(self, tenant: str) -> Details:
+        """As the engine takes it. Raises ValueError for what no record can keep."""
+        return Details(tenant=tenant, priority=self.priority, slo=None if self.slo is None else self.slo.slo())
+
+
+class Sampling(ForPolicies):
     """What completions and chat have in common. Ranges are `SamplingParams`'."""
 
     model: str | None = None
@@ -95,9 +108,10 @@ class Sampling(Body):
     skip_special_tokens: bool = True
     stream: bool = False
     stream_options: StreamOptions | None = None
-    priority: Int32 = 0
-    slo: SloBody | None = None
     session: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+
+    def details(self, tenant: str) -> Details:
+        return replace(super().details(tenant), session=self.session)
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Sampling:
@@ -265,7 +279,7 @@ class NativeSampling(Body):
     sampling_seed: int | None = None
 
 
-class NativeBody(Body):
+class NativeBody(ForPolicies):
     """`POST /generate`, in SGLang's form: `text` or `input_ids`, one prompt."""
 
     IGNORED = frozenset({"rid", "log_metrics", "session_params"})
@@ -280,8 +294,6 @@ class NativeBody(Body):
     stream: bool = False
     return_logprob: bool = False
     top_logprobs_num: Annotated[int, Field(ge=0, le=100)] = 0
-    priority: Int32 = 0
-    slo: SloBody | None = None
 
     @model_validator(mode="after")
     def _one_prompt(self) -> NativeBody:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from itertools import islice
+from bisect import bisect_left
+from operator import itemgetter
 from typing import Any
 
 from policies.contract import Recorder
@@ -20,31 +20,38 @@ class RecentRows:
 
     Args:
         behind: another recorder, such as one that writes files.
-        keep: rows of each table.
+        keep: rows of each table, at least; at most twice as many.
     """
 
     def __init__(self, behind: Recorder | None = None, keep: int = 100_000) -> None:
         self._behind = behind
-        self._rows: dict[str, deque[Row]] = {table: deque(maxlen=keep) for table in _COLUMNS}
+        self._keep = keep
+        self._rows: dict[str, list[Row]] = {table: [] for table in _COLUMNS}  # by step
 
     def request(self, row: Row) -> None:
         if self._behind is not None:
             self._behind.request(row)
 
     def step(self, row: Row) -> None:
-        self._rows["steps"].append(row)
+        self._add("steps", row)
         if self._behind is not None:
             self._behind.step(row)
 
     def decision(self, row: Row) -> None:
-        self._rows["decisions"].append(row)
+        self._add("decisions", row)
         if self._behind is not None:
             self._behind.decision(row)
 
+    def _add(self, table: str, row: Row) -> None:
+        rows = self._rows[table]
+        rows.append(row)
+        if len(rows) >= 2 * self._keep:
+            del rows[: self._keep]
+
     def of(self, table: str, since_step: int, limit: int) -> dict[str, Any]:
-        """The first `limit` rows kept from a step on, as {"columns": names, "rows": lists}. Raises ValueError."""
+        """The first `limit` rows kept from a step on, as {"columns": names, "rows": tuples}. Raises ValueError."""
         if table not in _COLUMNS:
             raise ValueError(f"no table {table!r}; there are {', '.join(_COLUMNS)}")
-        at = _STEP[table]
-        found = (list(row) for row in self._rows[table] if row[at] >= since_step)  # type: ignore[operator]
-        return {"columns": _COLUMNS[table], "rows": list(islice(found, limit))}
+        rows = self._rows[table]
+        first = bisect_left(rows, since_step, key=itemgetter(_STEP[table]))
+        return {"columns": _COLUMNS[table], "rows": rows[first : first + limit]}

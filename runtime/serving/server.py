@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import resource
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
@@ -82,7 +80,6 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise OSError(f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --port") from None
-    bound.set_inheritable(True)
     return bound
 
 
@@ -93,25 +90,6 @@ def address_of(bound: socket.socket) -> str:
         if ipaddress.ip_address(host).version == 6:
             host = f"[{host}]"
     return f"http://{host}:{port}"
-
-
-def allow_many_connections() -> None:
-    """Raise this process's limit of open files as far as it may: a connection is one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    """`asyncio.run`, on the faster event loop where there is one."""
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(main)
-        return
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main)
 
 
 async def serve(

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from policies.request import Slo
 from runtime.sampling.params import InvalidSamplingParams, SamplingParams
-from runtime.sequence import Details
 from runtime.serving.engine_client import EngineClient, Prompt
 from runtime.serving.errors import ApiError, bad_request
 from runtime.serving.generation import Generation
 from runtime.serving.metrics import ServerMetrics
+from runtime.serving.protocol import ForPolicies
 from runtime.serving.text import TextCodec
 
 
@@ -26,7 +25,7 @@ class EdgeLimits:
         max_queued_requests, max_queued_tokens: of requests that wait for their first token, and of their prompts; more
             are refused with 503. Who finds nobody waiting may bring any number of tokens.
         max_body_bytes: of a request's body.
-        request_timeout_s: seconds from a request's arrival to its end; 0: none.
+        request_timeout_s: seconds that an answer may take once its prompt is in tokens; 0: any.
         max_prompts: prompts of one completions request.
     """
 
@@ -76,7 +75,7 @@ class Service:
 
     def check_length(self, num_prompt_tokens: int, max_tokens: int | None, field: str) -> None:
         """Raises ApiError, with both numbers, for a sequence longer than can be served."""
-        longest = self.client.info.max_total_tokens
+        longest = self.client.info.limits.max_total_tokens
         if num_prompt_tokens < 1:
             raise ApiError(400, f"{field}: the prompt is empty; give at least one token", field)
         if num_prompt_tokens >= longest:
@@ -100,16 +99,13 @@ class Service:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         origin: Origin,
-        *,
-        priority: int = 0,
-        slo: Slo | None = None,
-        session: int | None = None,
+        body: ForPolicies,
         field: str = "prompt",
     ) -> Generation:
         """Hand in prompts, each with `params.n` continuations. Raises ApiError where they are not to be served."""
         try:
             params.check_vocab(self.client.info.vocab_size)
-            details = Details(tenant=origin.tenant, session=session, priority=priority, slo=slo)
+            details = body.details(origin.tenant)
         except (InvalidSamplingParams, ValueError) as error:
             raise bad_request(error) from None
         for token_ids in prompts:

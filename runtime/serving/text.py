@@ -11,7 +11,7 @@ from runtime.detokenizer import IncrementalDetokenizer
 from runtime.model_config import ModelError
 from runtime.sampling.params import SamplingParams
 from runtime.serving.errors import ApiError
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer import Tokenizer, bytes_of_tokens
 
 INLINE_CHARACTERS = 4_096
 """Texts up to this long are tokenised at once; longer ones in a thread, so that nobody else's stream waits for them."""
@@ -28,7 +28,7 @@ class TextCodec:
         self._vocab_size = vocab_size
         self._model = model
         self._special = frozenset[int]() if tokenizer is None else tokenizer.special_ids
-        self.token_bytes = functools.cache(self._token_bytes)
+        self.token_bytes = bytes_of_tokens(tokenizer) if tokenizer is not None else lambda token_id: b""
         """The bytes that a token adds to the text; none for ids beyond the tokenizer's."""
 
     @property
@@ -47,8 +47,10 @@ class TextCodec:
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation. Raises ApiError where the model has no template, or its template refuses it."""
+        apply = functools.partial(self.tokenizer.apply_chat_template, messages, add_generation_prompt)
+        size = sum(len(str(message.get("content", ""))) for message in messages)
         try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt)
+            text = apply() if size <= INLINE_CHARACTERS else await asyncio.to_thread(apply)
         except (ModelError, ValueError) as error:
             raise ApiError(400, str(error), "messages") from None
         return await self.encode(text, add_special_tokens=False)
@@ -73,11 +75,3 @@ class TextCodec:
     def token_text(self, token_id: int) -> str:
         """A single token as text; bytes that are no whole character come out as U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
-
-    def _token_bytes(self, token_id: int) -> bytes:
-        if self._tokenizer is None:
-            return b""
-        try:
-            return self._tokenizer.id_to_bytes(token_id)
-        except ValueError:
-            return b""

@@ -23,7 +23,7 @@ def router(service: Service) -> APIRouter:
             tokens = await service.codec.encode_chat(messages, body.add_generation_prompt)
         else:
             tokens = await service.codec.encode(body.prompt or "", body.add_special_tokens)
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.client.info.max_total_tokens}
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.client.info.limits.max_total_tokens}
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:

@@ -21,7 +21,6 @@ import pytest
 import torch
 import typer
 
-from experiments import cli
 from experiments.cli.app import app
 from experiments.cli.failures import terse_logging
 from experiments.cli.options import interruptible
@@ -31,24 +30,13 @@ from experiments.records import RunWriter, read_run
 from policies.schedulers.mixed import Mixed
 from runtime.engine import EngineDead
 from runtime.tokenizer import Tokenizer
+from tests.experiments.command import diptych
 from tests.experiments.fake_run import fake_info, fake_run
 
 SIMULATE = ["simulate", "-w", "chat", "-n", "60", "--rate", "8"]
 TINY = ["--model", "tiny", "--set", "model.load_format=dummy", "--set", "limits.num_blocks=64"]
 TINY += ["--set", "limits.max_model_len=128", "--set", "workload.length_scale=0.02"]
 HUGE = ["--set", "limits.num_blocks=16777216", "--set", "limits.block_size=1024"]
-
-
-def diptych(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of one command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["diptych", *args])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as ended:
-        status = int(ended.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 @pytest.fixture(autouse=True)

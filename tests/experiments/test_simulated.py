@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.divergence import diff_decisions
+from experiments.metrics import summarize
 from experiments.records import read_run
 from experiments.replaying import replay_run
 from experiments.simulated import costs_as_described, make_costs, run_simulated, simulated_limits
@@ -184,3 +185,33 @@ def test_a_replay_needs_no_file_but_the_runs_own(tmp_path: Path, monkeypatch: py
     for name in ("replay", "again"):
         assert diff_decisions(read_run(tmp_path / "run"), read_run(tmp_path / name)) is None
         assert read_run(tmp_path / name).info["cost"]["kind"] == "fitted"
+
+
+def test_classes_of_objectives_reach_the_policies_the_record_and_the_metrics(tmp_path: Path) -> None:
+    classes = [
+        {"share": 3, "ttft_ms": 1e6, "tpot_ms": 1e6, "priority": 1},
+        {"share": 1, "ttft_ms": 1e-6, "droppable": True, "value": 2.0},
+    ]
+    spec = check_spec(
+        {
+            "workload": {"name": "fixed", "n": 400, "rate": 5, "prompt_tokens": 20, "output_tokens": 3, "slo": classes},
+            "cost": {"kind": "constant", "step_ms": 10},
+            "limits": {"num_blocks": 1000},
+        }
+    )
+    run_simulated(spec, tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    strict = run.requests["slo_ttft_ns"] == 1
+    assert 60 < strict.sum() < 140
+    assert set(run.requests["priority"][~strict]) == {1}
+    assert set(run.requests["slo_tpot_ns"].dropna()) == {10**12}
+    assert list(run.requests["slo_droppable"]) == list(strict)
+    summary = summarize(run)
+    assert summary["slo_attainment"] == 1 - strict.sum() / 400
+    assert summary["slo_goodput"] == pytest.approx((400 - strict.sum()) / summary["duration"])
+
+
+def test_a_run_without_objectives_has_no_share_that_met_them(tmp_path: Path) -> None:
+    spec = check_spec({"workload": {"name": "fixed", "n": 3, "rate": 5}})
+    run_simulated(spec, tmp_path / "run")
+    assert summarize(read_run(tmp_path / "run"))["slo_attainment"] is None

@@ -9,7 +9,8 @@ from policies.loop import Collect, Deliver, Idle, Launch, step_loop
 from policies.plan import Report, Step
 from policies.records import REQUESTS
 from policies.replica_state import Limits
-from policies.request import Request, State
+from policies.request import Request, Slo, State
+from policies.shapes import StepShape
 from policies.stack import StackSpec
 
 STEP_NS = 1_000
@@ -45,6 +46,17 @@ class Job:
     cancel: int | None = None
     priority: int = 0
     tenant: str = ""
+    session: int | None = None
+    program: int | None = None
+    slo: Slo | None = None
+    hints: dict[str, float] = field(default_factory=dict)
+
+
+class LinearCost:
+    """A step costs something, each token more, and each token of context a little."""
+
+    def step_ns(self, shape: StepShape) -> int:
+        return 200 + 20 * shape.padded_tokens + shape.decode_context + shape.chunk_pairs // 8
 
 
 class Drive:
@@ -63,11 +75,11 @@ class Drive:
         self.requests = [
             Request(
                 i, job.arrives * STEP_NS, job.prompt, job.cap or job.output, priority=job.priority, tenant=job.tenant,
-                hints={"output_tokens": job.output},
+                session=job.session, program=job.program, slo=job.slo, hints={"output_tokens": job.output, **job.hints},
             )
             for i, job in enumerate(jobs)
         ]  # fmt: skip
-        self.plane = ControlPlane(limits, self.stack, recorder=self.log, check=True)
+        self.plane = ControlPlane(limits, self.stack, cost=LinearCost(), recorder=self.log, check=True)
         self.running: dict[int, list[int]] = {}
         self._left_to_arrive = sorted(range(len(jobs)), key=lambda i: (jobs[i].arrives, i))
         self._cancels = sorted((job.cancel, i) for i, job in enumerate(jobs) if job.cancel is not None)

@@ -160,7 +160,7 @@ def test_only_a_queue_with_an_oracle_is_clairvoyant() -> None:
     ("spec", "why"),
     [
         ("sjf,predictor=oracle", "predictor=oracle needs output lengths known beforehand"),
-        ("sjf,predictor=crystal", "predictor must be declared or oracle, not 'crystal'"),
+        ("sjf,predictor=crystal", "there is no predictor 'crystal'; known: declared"),
     ],
 )
 def test_a_predictor_that_is_not_to_be_had_is_refused(spec: str, why: str) -> None:

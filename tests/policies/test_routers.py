@@ -68,3 +68,35 @@ def test_a_router_hears_of_ends_and_goes_on(name: str) -> None:
     assert route.replica == 0
     router.on_end(request, 0, 5)
     assert router.route(Request(1, 5, 4, 4), [], replicas([0]), 5).replica == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.lists(st.integers(0, 5), min_size=3, max_size=3)), max_size=20))
+def test_a_stale_router_decides_by_what_was_read_at_the_last_refresh(calls: list[tuple[int, list[int]]]) -> None:
+    fleet, router = [Loaded(i) for i in range(3)], registry.make("router", "stale,refresh_ms=0.00005")
+    fresh = registry.make("router", "least_tokens")
+    now, read_at, seen = 0, 0, [0, 0, 0]
+    router.route(Request(0, 0, 4, 4), [], fleet, now)
+    for gap, loads in calls:
+        now += gap
+        for replica, load in zip(fleet, loads, strict=True):
+            replica.num_outstanding_tokens = load
+        if now - read_at >= 50:
+            read_at, seen = now, loads
+        request = Request(1, now, 4, 4)
+        assert router.route(request, [], fleet, now) == fresh.route(request, [], replicas(seen), now)
+
+
+def test_a_stale_router_reads_a_replica_that_joins_or_is_replaced_at_once() -> None:
+    router = registry.make("router", "stale,refresh_ms=1000")
+    fleet = [Loaded(0, 5), Loaded(1, 7)]
+    assert router.route(Request(0, 0, 4, 4), [], fleet, 0) == Route(0)
+    assert router.route(Request(1, 1, 4, 4), [], [*fleet, Loaded(2, 1)], 1) == Route(2)
+    assert router.route(Request(2, 2, 4, 4), [], [Loaded(0, 9), Loaded(1, 0)], 2) == Route(1)
+
+
+def test_a_stale_router_wraps_any_other() -> None:
+    assert routed("stale,router=round_robin", [9, 0], 3) == [Route(0), Route(1), Route(0)]
+    with pytest.raises(registry.PolicyError, match="no router 'nobody'"):
+        registry.make("router", "stale,router=nobody")
+    with pytest.raises(registry.PolicyError, match="refresh_ms must be at least 0"):
+        registry.make("router", "stale,refresh_ms=-1")

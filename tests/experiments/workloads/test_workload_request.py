@@ -13,12 +13,17 @@ from hypothesis import strategies as st
 
 from experiments.workloads import TraceError, Workload
 from experiments.workloads.stats import ideal_hit_rate, index_of_dispersion
+from policies.request import Slo
 
 
 def small(**columns: Any) -> Workload:
     """Three requests at 0, 1 and 3 s."""
     defaults = {"arrival_ns": [0, 10**9, 3 * 10**9], "prompt_tokens": [10, 20, 30], "output_tokens": [4, 8, 2]}
     return Workload.build(**(defaults | columns))
+
+
+TIMES = st.one_of(st.none(), st.integers(1, 2**62))
+SLOS = st.one_of(st.none(), st.builds(Slo, TIMES, TIMES, TIMES, st.floats(0.1, 9), st.booleans()))
 
 
 @st.composite
@@ -47,6 +52,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         priority=maybe(column(-(2**31), 2**31 - 1)),
         declared_output=maybe(column(1, 200)),
         texts=maybe(draw(st.lists(st.text(max_size=9), min_size=n, max_size=n))),
+        slo=maybe(draw(st.lists(SLOS, min_size=n, max_size=n))),
         hash_ids=hash_ids,
         hash_block=blocks if hash_ids is not None else 0,
         name=draw(st.text(max_size=9)),
@@ -74,6 +80,21 @@ def test_a_file_written_by_hand_needs_no_header_cap_or_order(tmp_path: Path) -> 
     assert workload.max_tokens.tolist() == [8, 8]
     assert workload.hash_ids == [(1,), (1, 2)]
     assert workload.hash_block == 16
+
+
+@pytest.mark.parametrize(
+    ("slo", "message"),
+    [
+        ('{"ttft_ms": 5}', "slo ttft_ms: "),
+        ('{"ttft_ns": "soon"}', "slo ttft_ns: "),
+        ("7", "expected null or ttft_ns, tpot_ns, e2e_ns, value, droppable"),
+    ],
+)
+def test_objectives_that_cannot_be_read_are_refused_with_their_line(tmp_path: Path, slo: str, message: str) -> None:
+    path = tmp_path / "hand.jsonl"
+    path.write_text(f'{{"arrival_ns": 0, "prompt_tokens": 1, "output_tokens": 1, "slo": {slo}}}\n')
+    with pytest.raises(TraceError, match=message):
+        Workload.from_jsonl(path)
 
 
 def test_a_field_on_some_lines_only_is_refused(tmp_path: Path) -> None:

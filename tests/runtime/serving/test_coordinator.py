@@ -8,13 +8,17 @@ import json
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
+from experiments.records import read_run
 from tests.runtime.serving.disconnecting import Client
 from tests.runtime.serving.running import OPERATOR, PATIENCE, Running, running, wait_until
 
@@ -91,6 +95,40 @@ def test_when_a_replica_is_killed_what_was_not_begun_goes_elsewhere_and_streams_
     pair.engine(1).kill()
     wait_until(lambda: pair.http.get("/health").status_code == 503, "nobody is left")
     assert "every replica is dead" in pair.http.post("/v1/completions", json={"prompt": "Hello"}).text
+
+
+def test_restarted_and_joined_replicas_do_as_the_others_and_overwrite_no_record(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with running(model_folder, "--replicas", "2", "-o", str(folder), **LIMITS) as server:
+        server.operate("/admin/policies", {"scheduler": "sarathi,chunk_size=64"})
+        server.operate("/admin/pause")
+        paths = ["/admin/replicas/1/restart", "/admin/replicas/1/restart", "/admin/replicas", "/admin/replicas"]
+        with ThreadPoolExecutor(len(paths)) as pool:
+            answers = list(pool.map(server.operate, paths))
+        assert answers[:2] == [{"replica": 1}] * 2
+        assert sorted(answer["replica"] for answer in answers[2:]) == [2, 3]
+        engines = server.info()["engines"]
+        assert [engine["stack"]["scheduler"] for engine in engines] == ["sarathi,chunk_size=64"] * 4
+        assert [Path(engine["record_folder"]).name for engine in engines] == [
+            "replica-0", "replica-1.2", "replica-2", "replica-3"
+        ]  # fmt: skip
+        processes = [
+            child for child in psutil.Process(server.process.pid).children() if "spawn_main" in str(child.cmdline())
+        ]
+        assert len(processes) == 4
+        for number in range(3):
+            server.operate(f"/admin/replicas/{number}/drain")
+        waiting = Client(server, {**LONG, "max_tokens": 3})  # for the one that has joined last
+        wait_until(lambda: server.info()["queued"] == 1, "it is taken")
+        threading.Event().wait(0.3)
+        assert server.info()["queued"] == 1  # it is paused, too
+        server.operate("/admin/resume")
+        assert waiting.status() == 200
+    records = {path.name: read_run(path) for path in folder.iterdir()}
+    assert sorted(records) == ["replica-0", "replica-1", "replica-1.2", "replica-2", "replica-3"]
+    assert all(record.complete for record in records.values())
 
 
 @pytest.mark.slow

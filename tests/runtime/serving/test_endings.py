@@ -75,6 +75,50 @@ def test_when_a_policy_breaks_everybody_is_told_why(model_folder: Path, tmp_path
         wait_until(lambda: server.http.get("/health").status_code == 503, "the server says so")
 
 
+FAULTY_ONCE = """
+from pathlib import Path
+
+from policies.schedulers.mixed import Mixed
+
+ARMED = Path(__file__).with_name("armed")
+
+
+class FaultyOnce(Mixed):
+    def plan(self, view, now):
+        if any(request.priority == 13 for request in view.running.values()) and ARMED.exists():
+            ARMED.unlink()
+            raise ArithmeticError("thirteen")
+        return super().plan(view, now)
+"""
+
+
+def test_when_a_replica_stops_on_an_error_what_was_not_begun_goes_elsewhere(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "faulty_once.py").write_text(FAULTY_ONCE, encoding="utf-8")
+    (tmp_path / "armed").touch()
+    with running(
+        model_folder, "--scheduler", "faulty_once:FaultyOnce", "--replicas", "2", path=tmp_path,
+        num_blocks=512, max_num_seqs=2, max_model_len=2048,
+    ) as server:  # fmt: skip
+        begun = [Client(server, {**FOREVER, "max_tokens": 600, "stream": True}) for _ in range(2)]
+        assert all(b"200 OK" in client.read_some() for client in begun)
+        waiting = [Client(server, {**FOREVER, "max_tokens": 5, "priority": 13 if i == 0 else 0}) for i in range(8)]
+        assert [client.status() for client in waiting] == [200] * 8
+        rests = [client.everything() for client in begun]
+        assert sum(b"ArithmeticError: thirteen" in rest for rest in rests) == 1
+        assert sorted(engine["state"] for engine in server.info()["engines"]) == ["dead", "serving"]
+        assert server.info()["live"] == 0
+
+
+def test_a_signal_to_the_whole_group_ends_the_server_as_one_to_the_front_does(model_folder: Path) -> None:
+    with running(model_folder, "--drain", "30", num_blocks=512, max_model_len=2048) as server:
+        short = Client(server, {"prompt": "Hello", "max_tokens": 100, "ignore_eos": True})
+        wait_until(lambda: server.info()["live"] == 1, "it is there")
+        server.engine().send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
+        assert short.status() == 200
+        assert server.process.wait(PATIENCE) == 0
+
+
 def test_ctrl_c_lets_requests_end_and_then_ends_them(model_folder: Path) -> None:
     with running(model_folder, "--drain", "1", max_num_seqs=2, num_blocks=512, max_model_len=2048) as server:
         short = Client(server, {"prompt": "Hello", "max_tokens": 40, "ignore_eos": True})

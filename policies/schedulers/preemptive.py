@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from policies.contract import Queue, RankedQueue, View
+from policies.draft import ADMISSION, NO_BLOCKS, SLOTS, Draft
+from policies.plan import Mode, Plan
+from policies.queued import QueuedScheduler
+from policies.registry import register
+from policies.request import Request, State
+
+
+@register("scheduler", "preemptive")
+class Preemptive(QueuedScheduler):
+    """Whoever is first in the queue's order runs, if need be in the place of those behind who run already.
+
+    The order is one over all requests, running or not: `srpt`, `las`, `mlfq`, ... are queues for it. First every
+    running decode gets its token. Then prompt tokens are handed out in the queue's order, to partial prefills and to
+    waiting requests alike; where slots or memory are missing for a waiting one, running requests behind it are
+    preempted, the last first, as long as the queue lets them be. Nobody overtakes a waiting request that does not fit.
+    A step that lacks blocks for its decodes takes them from paused requests, the last first, then by the stack's rule,
+    and admits nobody.
+
+    `mode`: `recompute` frees a preempted request's blocks; `keep` leaves them to it while only slots are wanted.
+    Cost: O(prefills + decodes that open a block) while nobody waits who is ahead of somebody running, else
+    O(running log running).
+    """
+
+    def __init__(self, queue: Queue, mode: str = "recompute", long_prefill_threshold: int = 0) -> None:
+        super().__init__(queue)
+        if not isinstance(queue, RankedQueue):
+            raise ValueError(f"it needs a queue that orders running requests too; {type(queue).__name__} does not")
+        if mode not in ("recompute", "keep"):
+            raise ValueError(f"mode must be recompute or keep, not {mode!r}")
+        if long_prefill_threshold < 0:
+            raise ValueError(f"long_prefill_threshold must be 0 or more, not {long_prefill_threshold}")
+        self._order: RankedQueue = queue
+        self._keeps = mode == "keep"
+        self._max_chunk = long_prefill_threshold or None
+
+    def plan(self, view: View, now: int) -> Plan:
+        draft = self.start(view, now)
+        self._reclaim(view, draft, len(view.decodes_that_need_a_block()))
+        draft.run_decodes(now)
+        self._prefill_in_order(view, draft, now, admits=not draft.preempted)
+        return draft.finish()
+
+    def _reclaim(self, view: View, draft: Draft, blocks: int) -> None:
+        """Take blocks back from paused requests until so many are free."""
+        if blocks > draft.blocks_left and view.paused:
+            for request in reversed(self._in_order(view.paused.values())):
+                if blocks <= draft.blocks_left:
+                    return
+                self._take_back(draft, request)
+
+    def _take_back(self, draft: Draft, request: Request) -> None:
+        self.queue.remove(request)
+        draft.preempt(request, Mode.RECOMPUTE)
+
+    def _prefill_in_order(self, view: View, draft: Draft, now: int, *, admits: bool) -> None:
+        partial = self._in_order(r for r in view.prefilling.values() if r.id not in draft.preempted)[::-1]
+        victims: list[Request] | None = None  # who may have to go, in the queue's order
+        while draft.tokens_left > 0:
+            head = self.queue.peek(now) if admits else None
+            if partial and (head is None or self._order.order(partial[-1]) < self._order.order(head)):
+                request = partial.pop()
+                if request.id not in draft.preempted:
+                    self._continue(view, draft, request, now)
+                continue
+            if head is None:
+                return
+            if draft.admit(head, max_chunk=self._max_chunk):
+                self.queue.pop(now)
+                continue
+            reason = draft.plan.blocked[-1][1]
+            if reason not in (SLOTS, NO_BLOCKS, ADMISSION):
+                return
+            if victims is None:
+                victims = self._victims(view, draft)
+            if not self._displace(victims, head, draft, reason):
+                return
+            draft.plan.blocked.pop()
+
+    def _continue(self, view: View, draft: Draft, request: Request, now: int) -> None:
+        tokens = min(request.num_pending_tokens, draft.tokens_left, self._max_chunk or draft.tokens_left)
+        self._reclaim(view, draft, draft.blocks_needed(request, tokens))
+        draft.run_or_preempt(request, tokens, now)
+
+    def _victims(self, view: View, draft: Draft) -> list[Request]:
+        """Who may be preempted for somebody ahead, in the queue's order: running ones and paused ones."""
+        running = [
+            request
+            for request in view.running.values()
+            if request.id not in draft.preempted
+            and request.num_output_tokens < request.max_tokens  # else it only waits for its last report
+            and self._order.preemptible(request)
+        ]
+        return self._in_order([*running, *view.paused.values()])
+
+    def _displace(self, victims: list[Request], head: Request, draft: Draft, reason: str) -> bool:
+        """Preempt one more request behind `head`. False where there is none."""
+        while victims:
+            victim = victims.pop()
+            if victim is head or self._order.order(victim) <= self._order.order(head):
+                continue
+            if victim.state is State.PAUSED:
+                if reason == SLOTS:
+                    continue  # it has none
+                self._take_back(draft, victim)
+            else:
+                draft.preempt(victim, Mode.KEEP if self._keeps and reason == SLOTS else Mode.RECOMPUTE)
+            return True
+        return False
+
+    def _in_order(self, requests: Iterable[Request]) -> list[Request]:
+        return sorted(requests, key=self._order.order)

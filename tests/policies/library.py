@@ -1,0 +1,49 @@
+"""Every registered policy in a stack, so that what must hold of all is asked of each, new ones included."""
+
+from __future__ import annotations
+
+from policies import registry
+from policies.contract import RankedQueue
+from policies.stack import StackSpec
+
+SMALL = {
+    "static": "static,max_batch_size=3",
+    "sarathi": "sarathi,chunk_size=24",
+    "watermark": "watermark,watermark=0.1",
+}
+"""Knobs that suit a replica of some 40 blocks of 4 tokens; the other policies are tested as they come."""
+
+MORE: dict[str, list[StackSpec]] = {
+    "scheduler": [StackSpec("mixed,long_prefill_threshold=7")],
+    "queue": [StackSpec(queue="sjf,predictor=oracle")],
+}
+"""Other knobs worth the same tests."""
+
+DRAWS = {"noisy_oracle"}
+"""Policies that draw at random by request id: with other ids they decide otherwise."""
+
+
+def is_ranked(queue: str) -> bool:
+    """Whether `preemptive` takes it."""
+    return isinstance(registry.make("queue", queue, block_size=4, seed=0, oracle={}), RankedQueue)
+
+
+def stacks(role: str) -> list[StackSpec]:
+    """A stack for each policy of this role, with defaults in the others; each ranked queue under `preemptive` too."""
+    made = []
+    for name in registry.names(role):
+        text = SMALL.get(name, name)
+        if role == "queue" and is_ranked(text):
+            made += [StackSpec("preemptive", text), StackSpec("preemptive,mode=keep", text)]
+        made.append(StackSpec(**{role: text}))
+    return made + MORE.get(role, [])
+
+
+EVERY = [stack for role in ("scheduler", "queue", "admission", "preemption", "eviction") for stack in stacks(role)]
+EVERY += [StackSpec(queue=f"sjf,predictor={name}") for name in registry.names("predictor")]
+
+
+def says(stack: StackSpec) -> str:
+    """What is not a default in it, for a test's name."""
+    default = StackSpec().as_dict()
+    return " ".join(text for role, text in stack.as_dict().items() if text != default[role]) or "defaults"
