@@ -18,6 +18,7 @@ from runtime.serving.coordinator import Coordinator
 from runtime.serving.engine_client import EngineClient, EngineStartError
 from runtime.serving.engine_host import host_session
 from runtime.serving.engine_proxy import EngineProxy
+from runtime.serving.heartbeat import TIMEOUT_SECONDS, check_timeout
 from runtime.serving.link import Link
 from runtime.serving.local_link import LocalLink
 from runtime.serving.remote_link import RemoteLink
@@ -30,13 +31,16 @@ class Places:
     attached: addresses of engines that were started elsewhere; they are the replicas after the started ones.
     started: whether the specification's replicas are started, or only those that are attached serve.
     token: shared with the attached engines.
+    heartbeat_timeout_s: seconds without a sign of life after which an engine, wherever it is, counts as dead.
     """
 
     attached: tuple[str, ...] = ()
     started: bool = True
     token: str | None = None
+    heartbeat_timeout_s: float = TIMEOUT_SECONDS
 
     def __post_init__(self) -> None:
+        check_timeout(self.heartbeat_timeout_s)
         if not self.attached:
             return
         if self.token is None:
@@ -52,7 +56,9 @@ async def start_engines(spec: RunSpec, options: EngineOptions, places: Places) -
     Raises EngineStartError.
     """
     if spec.replicas == 1 and not places.attached:
-        return await EngineProxy.start(LocalLink(functools.partial(host_engine, spec, options)))
+        return await EngineProxy.start(
+            LocalLink(functools.partial(host_engine, spec, options)), places.heartbeat_timeout_s
+        )
     num_started = spec.replicas if places.started else 0
     starts: Counter[int] = Counter()
 
@@ -68,7 +74,7 @@ async def start_engines(spec: RunSpec, options: EngineOptions, places: Places) -
         return LocalLink(functools.partial(host_engine, *_own(number, starts[number], spec, options)))
 
     async def start(number: int) -> EngineProxy:
-        return await EngineProxy.start(link(number))
+        return await EngineProxy.start(link(number), places.heartbeat_timeout_s)
 
     name = spec.policies.router
     router = registry.make("router", name, seed=spec.seed, block_size=spec.limits.block_size)
@@ -89,13 +95,20 @@ def _record(folder: Path | None, what: str, number: int, nth: int = 1) -> Path |
 
 
 async def host_spec(
-    spec: RunSpec, options: EngineOptions, address: str, token: str, tell: Callable[[str, str], None]
+    spec: RunSpec,
+    options: EngineOptions,
+    address: str,
+    token: str,
+    tell: Callable[[str, str], None],
+    heartbeat_timeout_s: float = TIMEOUT_SECONDS,
 ) -> None:
     """`diptych engine`: one session after another, each recorded on its own, until SIGINT or SIGTERM.
 
-    `tell`: as `runtime.serving.engine_host.host_session` has it. Raises EngineStartError, OSError, ValueError.
+    `tell`, `heartbeat_timeout_s`: as `runtime.serving.engine_host.host_session` has them. Raises EngineStartError,
+    OSError, ValueError.
     """
     check_address(address)
+    check_timeout(heartbeat_timeout_s)
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     for one in (signal.SIGINT, signal.SIGTERM):
@@ -103,6 +116,6 @@ async def host_spec(
     try:
         for number in count():
             own = replace(options, record=_record(options.record, "session", number))
-            await host_session(address, token, functools.partial(host_engine, spec, own), tell)
+            await host_session(address, token, functools.partial(host_engine, spec, own), tell, heartbeat_timeout_s)
     except asyncio.CancelledError:
         tell("ended", "")

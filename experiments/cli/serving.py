@@ -13,6 +13,7 @@ from experiments.cli.app import app, console
 from experiments.cli.options import gather
 from experiments.cli.summary import startup_line
 from experiments.spec import RunSpec, SpecError
+from runtime.serving.heartbeat import MIN_TIMEOUT_SECONDS, TIMEOUT_SECONDS
 
 Keys = Annotated[
     list[str] | None,
@@ -22,6 +23,14 @@ Keys = Annotated[
 Token = Annotated[
     str | None,
     typer.Option(envvar="DIPTYCH_TOKEN", help="Shared by a front and its engines elsewhere; 16 characters or more."),
+]
+
+HeartbeatTimeout = Annotated[
+    float,
+    typer.Option(
+        min=MIN_TIMEOUT_SECONDS,
+        help="Seconds without a sign of life after which front and engine give one another up.",
+    ),
 ]
 
 
@@ -47,6 +56,7 @@ def serve(
         ),
     ] = None,
     token: Token = None,
+    heartbeat_timeout: HeartbeatTimeout = TIMEOUT_SECONDS,
     seed: options.Seed = None,
     settings: options.Set = None,
     host: Annotated[
@@ -100,7 +110,12 @@ def serve(
         admin_keys=() if admin_key is None else (admin_key,),
         edge=EdgeLimits(max_queue, max_queue_tokens, round(max_body_mib * 2**20), request_timeout),
         engine=EngineOptions(out, overwrite, keep_rows=admin, check=check),
-        places=Places(tuple(replica or ()), started=replicas is not None or not replica, token=token),
+        places=Places(
+            tuple(replica or ()),
+            started=replicas is not None or not replica,
+            token=token,
+            heartbeat_timeout_s=heartbeat_timeout,
+        ),
         drain_s=drain,
     )
 
@@ -134,6 +149,7 @@ def engine(
     seed: options.Seed = None,
     settings: options.Set = None,
     token: Token = None,
+    heartbeat_timeout: HeartbeatTimeout = TIMEOUT_SECONDS,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for a record of each session (default: none).")
     ] = None,
@@ -167,7 +183,7 @@ def engine(
             }[event]
         )
 
-    run(host_spec(specification, engine_options, listen, token, tell))
+    run(host_spec(specification, engine_options, listen, token, tell, heartbeat_timeout))
 
 
 def _specification(context: typer.Context, spec: Path | None, model: str | None) -> RunSpec:

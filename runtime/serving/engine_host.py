@@ -20,9 +20,11 @@ from zmq.utils.monitor import parse_monitor_message
 from runtime.serving import messages, tcp_socket
 from runtime.serving.engine_client import EngineStartError
 from runtime.serving.engine_process import LINGER_MS, Launch
+from runtime.serving.heartbeat import TIMEOUT_SECONDS, Heartbeat
 from runtime.serving.local_link import LocalLink
 
 DOMAIN = "diptych"
+_PING, _PONG = messages.encode(messages.Ping()), messages.encode(messages.Pong())
 EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
@@ -68,7 +70,9 @@ class FrontSocket:
         self.close()
 
     def close(self) -> None:
-        """What was sent may still leave. The address is free afterwards."""
+        """What was sent may still leave. The address is free afterwards. A second call does nothing."""
+        if self._context.closed:
+            return
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close()
@@ -106,22 +110,32 @@ class FrontSocket:
         return await self._socket.recv()
 
 
-async def host_session(address: str, token: str, launch: Launch, tell: Callable[[str, str], None]) -> None:
+async def host_session(
+    address: str,
+    token: str,
+    launch: Launch,
+    tell: Callable[[str, str], None],
+    heartbeat_timeout_s: float = TIMEOUT_SECONDS,
+) -> None:
     """Start an engine and have it serve the one front that comes for it; returns when either is gone.
 
+    A front of which nothing is heard for `heartbeat_timeout_s` seconds is gone.
     `tell` gets what happens and its detail: (`listening`, address), (`ready`, ""), (`attached`, ""), (`over`, why).
     Raises EngineStartError where the engine does not start, OSError for an address that is taken.
     """
     with FrontSocket(address, token) as front:
         tell("listening", front.address)
-        await _Session(front, launch, tell).run()
+        await _Session(front, launch, tell, Heartbeat(heartbeat_timeout_s)).run()
 
 
 class _Session:
-    def __init__(self, front: FrontSocket, launch: Launch, tell: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, front: FrontSocket, launch: Launch, tell: Callable[[str, str], None], heartbeat: Heartbeat
+    ) -> None:
         self._front = front
         self._link = LocalLink(launch)
         self._tell = tell
+        self._heartbeat = heartbeat  # the front's
         self._first: bytes | None = None  # the engine's Ready, or why it does not start
         self._is_attached = False
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -143,16 +157,31 @@ class _Session:
         self._tell("attached", "")
         if self._first is not None:
             self._front.send(self._first)
-        relaying = asyncio.create_task(self._relay())
+        self._heartbeat.heard()
+        tasks = [asyncio.create_task(task) for task in (self._front.gone(), self._heartbeat.stops(), self._relay())]
         try:
-            await self._front.gone()
-            self._end("the front has gone")
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            silent = tasks[1].done()
         finally:
-            relaying.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        self._is_attached = False
+        self._front.close()  # the next one is to find nobody here until there is an engine for it, and call again
+        self._end(
+            f"the front has given no sign of life for {self._heartbeat.timeout_s:g} s"
+            if silent
+            else "the front has gone"
+        )
 
     async def _relay(self) -> None:
         while True:
-            self._link.send(await self._front.receive())
+            data = await self._front.receive()
+            self._heartbeat.heard()
+            if self._first is None and data == _PING:
+                self._front.send(_PONG)  # the engine loads, and hears nothing yet
+            else:
+                self._link.send(data)
 
     def _from_engine(self, data: bytes) -> None:
         if self._first is None:

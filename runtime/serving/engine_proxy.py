@@ -22,6 +22,7 @@ from runtime.serving.engine_client import (
     Prompt,
     Sink,
 )
+from runtime.serving.heartbeat import TIMEOUT_SECONDS, Heartbeat
 from runtime.serving.link import Link
 from runtime.serving.messages import EngineInfo, TokenOutput
 
@@ -29,9 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class EngineProxy(EngineClient):
-    """One engine at the other end of a link. Make it with `start`, end it with `close`."""
+    """One engine at the other end of a link. Make it with `start`, end it with `close`.
 
-    def __init__(self, link: Link) -> None:
+    heartbeat_timeout_s: seconds of silence after which the engine counts as dead (`runtime.serving.heartbeat`).
+    """
+
+    def __init__(self, link: Link, heartbeat_timeout_s: float = TIMEOUT_SECONDS) -> None:
         self.stats = EngineStats()
         self._link = link
         self._error: str | None = None
@@ -42,13 +46,16 @@ class EngineProxy(EngineClient):
         self._queued_tokens = 0
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
+        self._heartbeat = Heartbeat(heartbeat_timeout_s, lambda: self._send(messages.Ping()))
+        self._watching: asyncio.Task[None] | None = None
         self._info: EngineInfo
         self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
 
     @classmethod
-    async def start(cls, link: Link) -> EngineProxy:
+    async def start(cls, link: Link, heartbeat_timeout_s: float = TIMEOUT_SECONDS) -> EngineProxy:
         """Open the link and wait until the engine takes requests. Raises EngineStartError."""
-        client = cls(link)
+        client = cls(link, heartbeat_timeout_s)
+        client._watching = asyncio.create_task(client._watch())
         try:
             await link.open(client._receive, client._die)
             client._info = await client._ready
@@ -137,6 +144,8 @@ class EngineProxy(EngineClient):
         if self._closed:
             return
         self._closed = True
+        if self._watching is not None:
+            self._watching.cancel()
         ready = self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
         await self._link.close(messages.encode(messages.Shutdown()) if ready else None)
         self._die("the server is shutting down")
@@ -146,7 +155,13 @@ class EngineProxy(EngineClient):
     def _send(self, message: messages.ToEngine) -> None:
         self._link.send(messages.encode(message))
 
+    async def _watch(self) -> None:
+        await self._heartbeat.stops()
+        self._die(f"the engine has given no sign of life for {self._heartbeat.timeout_s:g} s")
+        self._link.kill()
+
     def _receive(self, data: bytes) -> None:
+        self._heartbeat.heard()
         if self._error is not None:
             return  # nobody waits any more
         try:
@@ -170,7 +185,7 @@ class EngineProxy(EngineClient):
                     reply.set_exception(CommandFailed(message.error))
         elif isinstance(message, messages.Ready):
             self._ready.set_result(message.info)
-        else:
+        elif isinstance(message, messages.Stopped | messages.Failed):
             self._die(message.reason)
 
     def _hand_out(self, output: TokenOutput, now: float) -> None:

@@ -27,6 +27,10 @@ class Link(ABC):
         """Queue a frame for the engine. Never waits; where nobody is left, the frame is dropped."""
 
     @abstractmethod
+    def kill(self) -> None:
+        """Give up an engine that gives no sign of life. Never waits; `close` is still to be called."""
+
+    @abstractmethod
     async def close(self, shutdown: bytes | None) -> None:
         """End the engine: by the frame `shutdown`, or, where it does not listen yet (None), by force.
 

@@ -49,6 +49,10 @@ class LocalLink(Link):
         with contextlib.suppress(zmq.Again):
             self._outbound.send(data, zmq.NOBLOCK)
 
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()  # it may be stopped, and then hears no other signal
+
     async def close(self, shutdown: bytes | None) -> None:
         process = self._process
         if process is not None:

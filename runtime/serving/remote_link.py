@@ -19,9 +19,6 @@ ATTACH_SECONDS = 30.0
 
 CONNECT_MS = 5_000
 RECONNECT_MS = 1_000  # longer than the last words take: an engine that has gone is not to be called by mistake
-MAX_HANDSHAKES = 3
-"""One may fail because the engine is just ending."""
-
 EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -32,7 +29,7 @@ EVENTS = (
 
 
 class RemoteLink(Link):
-    """Knows of the engine's death by the connection's end, and of the network's by missing signs of life."""
+    """Knows of the engine's death by the connection's end. While the engine loads, its host gives signs of life."""
 
     def __init__(self, address: str, token: str) -> None:
         tcp_socket.check_address(address)
@@ -43,6 +40,8 @@ class RemoteLink(Link):
         self._socket.connect_timeout, self._socket.reconnect_ivl = CONNECT_MS, RECONNECT_MS
         self._monitor = self._socket.get_monitor_socket(EVENTS)
         self._tasks: list[asyncio.Task[None]] = []
+        self._num_closed = 0  # connections, before there was a handshake
+        self._heard = asyncio.Event()
         self._ended = asyncio.Event()
 
     async def open(self, on_message: Callable[[bytes], None], on_end: Callable[[str], None]) -> None:
@@ -55,13 +54,20 @@ class RemoteLink(Link):
         try:
             async with asyncio.timeout(ATTACH_SECONDS):
                 await attached
+                await self._heard.wait()  # from now on a silence is noticed by the heartbeat
         except TimeoutError:
-            raise EngineStartError(
-                f"no engine answers at {self._address}; start one there: diptych engine --model M --listen tcp://..."
-            ) from None
+            if self._num_closed:
+                why = f"{self._address} closes the connection: the token is not the engine's, or no engine is behind it"
+            else:
+                why = f"no engine answers at {self._address}; start one: diptych engine --model M --listen tcp://..."
+            raise EngineStartError(why) from None
 
     def send(self, data: bytes) -> None:
         tcp_socket.send(self._socket, data)
+
+    def kill(self) -> None:
+        self._disconnect()
+        self._ended.set()
 
     async def close(self, shutdown: bytes | None) -> None:
         if shutdown is not None and not self._ended.is_set():
@@ -78,25 +84,31 @@ class RemoteLink(Link):
         self._context.term()
 
     async def _watch(self, attached: asyncio.Future[None], on_end: Callable[[str], None]) -> None:
-        failed = 0
         while True:
             event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 if not attached.done():
                     attached.set_result(None)
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                if not attached.done():
+                    why = f"{self._address} refuses this front: it has one already"
+                    attached.set_exception(EngineStartError(why))
             elif event != zmq.EVENT_DISCONNECTED:
-                failed += 1
-                taken = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
-                if (taken or failed == MAX_HANDSHAKES) and not attached.done():
-                    why = "it has a front already" if taken else "the token is not its own, or it is no engine"
-                    attached.set_exception(EngineStartError(f"{self._address} refuses this front: {why}"))
+                self._num_closed += 1  # perhaps by a tunnel, whose engine is just being restarted: call again
             elif attached.done():
                 break
+        self._heard.set()  # nothing will come any more
         await asyncio.sleep(LAST_WORDS_SECONDS)
-        self._socket.disconnect(self._address)  # or it would call again
+        self._disconnect()  # or it would call again
         self._ended.set()
         on_end(f"the connection to the engine at {self._address} is lost")
 
     async def _read(self, on_message: Callable[[bytes], None]) -> None:
         while True:
-            on_message(await self._socket.recv())
+            data = await self._socket.recv()
+            self._heard.set()
+            on_message(data)
+
+    def _disconnect(self) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # it may have been done already
+            self._socket.disconnect(self._address)

@@ -1,4 +1,4 @@
-"""What both ends of a link over TCP have in common: the keys that a shared token stands for, and signs of life.
+"""What both ends of a link over TCP have in common: the keys that a shared token stands for.
 
 The token is never sent. Each end derives both ends' CurveZMQ key pairs from it: who does not know the token knows
 neither the public key of the engine, without which nothing can be said to it, nor the secret key of a front, which
@@ -16,12 +16,6 @@ from zmq.utils import z85
 
 MIN_TOKEN = 16
 """Characters: whoever records a connection can try short tokens on it at leisure."""
-
-KEEPALIVE_SECONDS = 1
-KEEPALIVE_PROBES = 3
-UNACKNOWLEDGED_MS = 4_000
-"""A peer whose machine has acknowledged nothing for so long is gone. The kernels see to that, and not ZeroMQ's own
-heartbeats: with CURVE, those of libzmq 4.3.5 make it lose frames now and then."""
 
 HANDSHAKE_MS = 5_000
 
@@ -49,9 +43,7 @@ def make_socket(context: zmq.asyncio.Context, token: str, end: str) -> zmq.async
     socket: Any = context.socket(zmq.PAIR)
     socket.set_hwm(0)
     socket.linger = 0
-    socket.tcp_keepalive, socket.tcp_keepalive_cnt = 1, KEEPALIVE_PROBES
-    socket.tcp_keepalive_idle = socket.tcp_keepalive_intvl = KEEPALIVE_SECONDS
-    socket.tcp_maxrt = UNACKNOWLEDGED_MS
+    # No signs of life by ZeroMQ itself: with CURVE, its heartbeats make libzmq 4.3.5 lose frames now and then.
     socket.handshake_ivl = HANDSHAKE_MS
     socket.curve_publickey, socket.curve_secretkey = key_pair(token, end)
     return socket  # type: ignore[no-any-return]

@@ -4,98 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
-import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from experiments.replicas import Places
 from experiments.spec import SpecError
+from runtime.serving import remote_link
 from runtime.serving.engine_client import EngineStartError
 from runtime.serving.engine_host import FrontSocket
 from runtime.serving.remote_link import RemoteLink
+from tests.runtime.serving.attaching import TOKEN, Hosting, front, hosting
 from tests.runtime.serving.disconnecting import Client
-from tests.runtime.serving.running import (
-    PATIENCE,
-    Running,
-    diptych,
-    environment,
-    limit_flags,
-    nothing_left,
-    running,
-    wait_until,
-)
+from tests.runtime.serving.running import nothing_left, wait_until
 
-TOKEN = "correct horse battery staple"
-LIMITS = {"num_blocks": 128, "max_num_seqs": 4, "max_model_len": 512}
 LONG = {"prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True}
-
-
-class Hosting:
-    """`diptych engine`, started."""
-
-    def __init__(self, model: Path, token: str = TOKEN, address: str | None = None) -> None:
-        if address is None:
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-        self.address = address
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            diptych("engine", "--model", str(model), "--listen", address, "--check", *limit_flags(LIMITS)),
-            env=environment() | {"DIPTYCH_TOKEN": token},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
-
-    def said(self, what: str, times: int = 1) -> None:
-        """Wait until it has said this."""
-        wait_until(
-            lambda: sum(what in line for line in self.lines) >= times or self.process.poll() is not None,
-            f"the engine says {what!r}",
-        )
-        assert sum(what in line for line in self.lines) >= times, self.lines
-
-
-@contextmanager
-def hosting(model: Path, token: str = TOKEN) -> Iterator[Hosting]:
-    """An engine at an address, ready; ended by SIGTERM, and nothing may be left of it."""
-    host = Hosting(model, token)
-    try:
-        host.said("ready")
-        family = [host.process.pid, *(child.pid for child in psutil.Process(host.process.pid).children(recursive=True))]
-        yield host
-        host.process.send_signal(signal.SIGTERM)
-        assert host.process.wait(PATIENCE) == 0, host.lines
-        assert host.lines[-1] == "ended"
-    finally:
-        host.process.kill()
-    nothing_left(family)
 
 
 @pytest.fixture(scope="module")
 def host(model_folder: Path) -> Iterator[Hosting]:
     with hosting(model_folder) as started:
-        yield started
-
-
-@contextmanager
-def front(model: Path, *addresses: str, local: int = 0) -> Iterator[Running]:
-    flags = [flag for address in addresses for flag in ("--replica", address)]
-    flags += ["--replicas", str(local)] if local else []
-    with running(model, "--token", TOKEN, "--router", "round_robin", *flags, **LIMITS) as started:
         yield started
 
 
@@ -161,7 +91,8 @@ def test_a_front_that_is_killed_makes_room_for_the_next(model_folder: Path, host
         assert server.http.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 2}).status_code == 200
 
 
-def test_nobody_but_the_front_is_heard_and_strangers_do_not_disturb_it() -> None:
+def test_nobody_but_the_front_is_heard_and_strangers_do_not_disturb_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_link, "ATTACH_SECONDS", 2.0)
     asyncio.run(_strangers())
 
 
@@ -171,6 +102,10 @@ async def _strangers() -> None:
     async def hear(listening: FrontSocket) -> None:
         while True:
             heard.append(await listening.receive())
+
+    async def greet(listening: FrontSocket) -> None:
+        await listening.attached()
+        listening.send(b"welcome")
 
     async def attach(token: str) -> RemoteLink:
         link = RemoteLink(listening.address, token)
@@ -184,11 +119,11 @@ async def _strangers() -> None:
 
     with FrontSocket("tcp://127.0.0.1:0", TOKEN) as listening:
         hearing = asyncio.create_task(hear(listening))
-        with pytest.raises(EngineStartError, match="the token is not its own"):
+        with pytest.raises(EngineStartError, match="the token is not the engine's, or no engine is behind it"):
             await attach("another token of length")
-        link, _ = await asyncio.gather(attach(TOKEN), listening.attached())
+        link, _ = await asyncio.gather(attach(TOKEN), greet(listening))
         gone = asyncio.create_task(listening.gone())
-        with pytest.raises(EngineStartError, match="it has a front already"):
+        with pytest.raises(EngineStartError, match="it has one already"):
             await attach(TOKEN)
         host, port = listening.address.removeprefix("tcp://").split(":")
         with socket.create_connection((host, int(port))) as stranger:
