@@ -14,6 +14,7 @@ from pathlib import Path
 from experiments.hosting import EngineOptions, host_engine
 from experiments.spec import RunSpec, SpecError
 from policies import registry
+from runtime.serving import ray_link
 from runtime.serving.coordinator import Coordinator
 from runtime.serving.engine_client import EngineClient, EngineStartError
 from runtime.serving.engine_host import host_session
@@ -21,6 +22,7 @@ from runtime.serving.engine_proxy import EngineProxy
 from runtime.serving.heartbeat import TIMEOUT_SECONDS, check_timeout
 from runtime.serving.link import Link
 from runtime.serving.local_link import LocalLink
+from runtime.serving.ray_link import RayLink
 from runtime.serving.remote_link import RemoteLink
 from runtime.serving.tcp_socket import check_address, key_pair
 
@@ -30,17 +32,21 @@ class Places:
     """Attributes:
     attached: addresses of engines that were started elsewhere; they are the replicas after the started ones.
     started: whether the specification's replicas are started, or only those that are attached serve.
+    ray: address of the Ray cluster where they are started; None: on this machine.
     token: shared with the attached engines.
     heartbeat_timeout_s: seconds without a sign of life after which an engine, wherever it is, counts as dead.
     """
 
     attached: tuple[str, ...] = ()
     started: bool = True
+    ray: str | None = None
     token: str | None = None
     heartbeat_timeout_s: float = TIMEOUT_SECONDS
 
     def __post_init__(self) -> None:
         check_timeout(self.heartbeat_timeout_s)
+        if self.ray is not None:
+            ray_link.check_address(self.ray)
         if not self.attached:
             return
         if self.token is None:
@@ -53,40 +59,59 @@ class Places:
 async def start_engines(spec: RunSpec, options: EngineOptions, places: Places) -> EngineClient:
     """One engine on this machine, or several of any kind behind the specification's router.
 
-    Raises EngineStartError.
+    Raises EngineStartError, and for a Ray cluster that cannot be joined ValueError or ConnectionError.
     """
-    if spec.replicas == 1 and not places.attached:
-        return await EngineProxy.start(
-            LocalLink(functools.partial(host_engine, spec, options)), places.heartbeat_timeout_s
-        )
+    if spec.replicas == 1 and not places.attached and places.ray is None:
+        link: Link = LocalLink(functools.partial(host_engine, spec, options))
+        return await EngineProxy.start(link, places.heartbeat_timeout_s)
+    if places.ray is not None:
+        await asyncio.to_thread(ray_link.connect, places.ray)
     num_started = spec.replicas if places.started else 0
     starts: Counter[int] = Counter()
 
-    def link(number: int) -> Link:
-        if num_started <= number < num_started + len(places.attached):
-            assert places.token is not None
-            return RemoteLink(places.attached[number - num_started], places.token)
-        if not places.started:
-            raise EngineStartError(
-                "all replicas of this server are attached by address; name another with --replica at its start"
-            )
-        starts[number] += 1
-        return LocalLink(functools.partial(host_engine, *_own(number, starts[number], spec, options)))
-
     async def start(number: int) -> EngineProxy:
-        return await EngineProxy.start(link(number), places.heartbeat_timeout_s)
+        starts[number] += 1
+        link = _link(number, starts[number], num_started, spec, options, places)
+        return await EngineProxy.start(link, places.heartbeat_timeout_s)
 
     name = spec.policies.router
     router = registry.make("router", name, seed=spec.seed, block_size=spec.limits.block_size)
     return await Coordinator.start(num_started + len(places.attached), router, name, start)
 
 
-def _own(number: int, nth: int, spec: RunSpec, options: EngineOptions) -> tuple[RunSpec, EngineOptions]:
-    """The specification of a replica's nth engine: on a card of its own, if on cards."""
-    device = f"cuda:{number}" if spec.model.device == "cuda" else spec.model.device
-    model = spec.model.model_copy(update={"device": device})
+def _link(number: int, nth: int, num_started: int, spec: RunSpec, options: EngineOptions, places: Places) -> Link:
+    """To a replica's nth engine. First come those that are started, then the attached, then those that join."""
+    is_attached = num_started <= number < num_started + len(places.attached)
+    if is_attached and places.token is not None:
+        return RemoteLink(places.attached[number - num_started], places.token)
+    if not places.started:
+        raise EngineStartError(
+            "all replicas of this server are attached by address; name another with --replica at its start"
+        )
+    model, options = spec.model, replace(options, record=_record(options.record, "replica", number, nth))
+    if places.ray is not None:
+        options, on_gpu = _anywhere(options), model.device.startswith("cuda")
+        device = "cuda" if on_gpu else model.device  # Ray shows each engine its own card alone
+        model = model.model_copy(update={"source": _absolute(model.source), "device": device})
+    elif model.device == "cuda":  # a card of its own
+        index = number if number < num_started else number - len(places.attached)
+        model = model.model_copy(update={"device": f"cuda:{index}"})
     own = spec.model_copy(update={"model": model, "seed": spec.seed + number})  # or they would draw alike
-    return own, replace(options, record=_record(options.record, "replica", number, nth))
+    launch = functools.partial(host_engine, own, options)
+    if places.ray is not None:
+        return RayLink(launch, places.heartbeat_timeout_s, on_gpu=on_gpu)
+    return LocalLink(launch)
+
+
+def _anywhere(options: EngineOptions) -> EngineOptions:
+    """For a process that is in another folder."""
+    return options if options.record is None else replace(options, record=options.record.absolute())
+
+
+def _absolute(source: str) -> str:
+    """A model's folder or file by its whole path; what is none stays as it is."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
 
 
 def _record(folder: Path | None, what: str, number: int, nth: int = 1) -> Path | None:

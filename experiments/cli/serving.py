@@ -56,6 +56,13 @@ def serve(
         ),
     ] = None,
     token: Token = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Start the --replicas on this Ray cluster: auto (the one of this machine), HOST:PORT, ray://HOST:PORT.",
+        ),
+    ] = None,
     heartbeat_timeout: HeartbeatTimeout = TIMEOUT_SECONDS,
     seed: options.Seed = None,
     settings: options.Set = None,
@@ -88,6 +95,8 @@ def serve(
 
     On several machines: DIPTYCH_TOKEN=... diptych serve --model M --replica tcp://10.0.0.7:7000
     --replica tcp://10.0.0.8:7000 --router least_tokens
+
+    On a Ray cluster: diptych serve --model M --replicas 8 --ray auto --set model.device=cuda --router least_tokens
     """
     from experiments.hosting import EngineOptions  # torch is slow to import
     from experiments.replicas import Places
@@ -112,7 +121,8 @@ def serve(
         engine=EngineOptions(out, overwrite, keep_rows=admin, check=check),
         places=Places(
             tuple(replica or ()),
-            started=replicas is not None or not replica,
+            started=replicas is not None or ray is not None or not replica,
+            ray=ray,
             token=token,
             heartbeat_timeout_s=heartbeat_timeout,
         ),
@@ -128,7 +138,8 @@ def serve(
     if serving.places.attached:
         console.print(f"attaching {', '.join(serving.places.attached)}")
     if serving.places.started:
-        console.print(f"loading {specification.model.source}")
+        on = "" if ray is None else f" on the Ray cluster {ray}"
+        console.print(f"loading {specification.model.source}{on}")
     run(serve_spec(specification, serving, on_ready))
     console.print("ended" if out is None else f"ended. Records: {out}")
 
