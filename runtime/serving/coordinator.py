@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 MAX_TRIES = 3
 """Replicas that a prompt is given to at most: what kills each of them may be the prompt."""
 
+DRAINING_RETRY_SECONDS = 5
+REFUSED_RETRY_SECONDS = 1
+"""After which a client may try again."""
+
 StartReplica = Callable[[int], Awaitable[EngineProxy]]
 """Starts the engine of the replica with this number."""
 
@@ -335,7 +339,9 @@ class Coordinator(EngineClient):
         fails; whatever it raises, the request is then nowhere."""
         able = [replica for replica in self._replicas if replica.state == "serving"]
         if not able:
-            raise EngineGone(self.error or "every replica is being drained")
+            if self.error is not None:
+                raise EngineGone(self.error)
+            raise EngineGone("every replica is being drained", DRAINING_RETRY_SECONDS)
         try:
             route = self._router.route(routed.request, routed.keys, able, self._now())
             named = None if route is None else route.replica
@@ -343,7 +349,7 @@ class Coordinator(EngineClient):
             logger.exception("the router %s has failed on a request", self.router_name)
             raise EngineGone(f"the router has failed on the request: {type(error).__name__}: {error}") from error
         if named is None:
-            raise EngineGone("the router has refused the request")
+            raise EngineGone("the router has refused the request", REFUSED_RETRY_SECONDS)
         replica = next((replica for replica in able if replica.id == named), None)
         if replica is None:
             self._tell_end(routed.request, named)

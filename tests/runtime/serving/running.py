@@ -39,10 +39,14 @@ class Running:
 
     def engine(self, number: int = 0) -> psutil.Process:
         """An engine's process."""
-        return psutil.Process(self.info()["engines"][number]["pid"])
+        return psutil.Process(self.operators_info()["engines"][number]["pid"])
 
     def info(self) -> dict[str, Any]:
         answer: dict[str, Any] = self.http.get("/server_info").json()
+        return answer
+
+    def operators_info(self) -> dict[str, Any]:
+        answer: dict[str, Any] = self.http.get("/admin/server_info", headers=OPERATOR).json()
         return answer
 
     def metric(self, name: str, **labels: str) -> float:
