@@ -60,7 +60,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Start the --replicas on this Ray cluster: auto (the one of this machine), HOST:PORT, ray://HOST:PORT.",
+            help="Start the --replicas on the Ray cluster that this machine is in: auto, or HOST:PORT of its head.",
         ),
     ] = None,
     heartbeat_timeout: HeartbeatTimeout = TIMEOUT_SECONDS,

@@ -27,20 +27,19 @@ logger = logging.getLogger(__name__)
 PLACE_SECONDS = 600.0
 """How long an engine may wait for room on the cluster: one that grows on demand starts a machine for it."""
 
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 30.0
 """After which an operator is told that it waits."""
 
 CONNECT_SECONDS = 5.0
 AUTO = "auto"
-_ADDRESS = re.compile(r"(?:ray://)?([\w.-]+):(\d{1,5})")
+_ADDRESS = re.compile(r"([\w.-]+):(\d{1,5})")
 
 
 def check_address(address: str) -> None:
     """Raises ValueError for what is no address of a Ray cluster."""
     if address != AUTO and not _ADDRESS.fullmatch(address):
         raise ValueError(
-            f"{address!r} is no address of a Ray cluster; write {AUTO} for the one that this machine is in, HOST:PORT, "
-            "or ray://HOST:PORT from a machine outside"
+            f"{address!r} is no Ray cluster's address; write {AUTO} for the one that runs here, or its head's HOST:PORT"
         )
 
 
@@ -96,7 +95,7 @@ class RayLink(Link):
         try:
             done, _ = await asyncio.wait((address,), timeout=PATIENCE_SECONDS)
             if not done:
-                logger.warning("an engine waits for the Ray cluster to have a %s free", what)
+                logger.warning("the Ray cluster has not started an engine yet, which needs a free %s", what)
                 done, _ = await asyncio.wait((address,), timeout=PLACE_SECONDS - PATIENCE_SECONDS)
             if not done:
                 raise EngineStartError(f"the Ray cluster has had no {what} free for {PLACE_SECONDS:g} s")
