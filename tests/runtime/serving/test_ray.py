@@ -24,7 +24,8 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 
 CLUSTER = """
 import ray, sys
-context = ray.init(num_cpus=3, num_gpus=0, include_dashboard=False, object_store_memory=10**8, _temp_dir=sys.argv[1])
+settings = dict(num_cpus=3, num_gpus=0, include_dashboard=False, object_store_memory=10**8, _temp_dir=sys.argv[1])
+context = ray.init("local", **settings)  # not one that runs here already
 print(context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 ray.shutdown()

@@ -275,6 +275,27 @@ def test_when_a_replica_dies_every_request_hears_of_it_whatever_the_router_or_th
     asyncio.run(main())
 
 
+def test_who_finds_every_replica_drained_is_told_when_to_come_back() -> None:
+    async def main() -> None:
+        coordinator, engines = await _made()
+        waiting = coordinator.submit([_prompt()])
+        coordinator.set_draining(1, True)
+        engines[0].die()  # the prompt has nowhere to go
+        for refused in (waiting.next(), _submitted(coordinator)):
+            with pytest.raises(EngineGone, match="every replica is being drained") as gone:
+                await refused
+            assert gone.value.retry_after == 5
+        engines[1].die()
+        with pytest.raises(EngineGone, match="every replica is dead") as gone:
+            coordinator.submit([_prompt()])
+        assert gone.value.retry_after is None
+
+    async def _submitted(coordinator: Coordinator) -> None:
+        coordinator.submit([_prompt()])
+
+    asyncio.run(main())
+
+
 def test_a_router_that_raises_at_the_end_of_a_request_harms_nobody() -> None:
     async def main() -> None:
         router = First("on_end")
