@@ -44,6 +44,7 @@ gpu-bench:       ## serving on a CUDA card beside vLLM's figures; the tables go 
 bench: $(VENV)/.base           ## the benchmarks that need no GPU
 	$(BIN)/python -m benchmarks.plan_time
 	$(BIN)/python -m benchmarks.load_generator
+	$(BIN)/python -m benchmarks.eviction
 
 clean:           ## remove the environment and every generated file
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from experiments.fairness import jain_index, service_difference, service_received
 from experiments.records import Run
 from experiments.timeline import LittlesLaw, littles_law, time_average, timeline
 from experiments.token_times import COMPLETED, TokenTimes, token_times
@@ -28,9 +29,12 @@ __all__ = [
     "LATENCIES",
     "LittlesLaw",
     "TokenTimes",
+    "jain_index",
     "latencies_ms",
     "littles_law",
     "per_request",
+    "service_difference",
+    "service_received",
     "summarize",
     "time_average",
     "timeline",

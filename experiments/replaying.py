@@ -36,7 +36,12 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
     limits = TypeAdapter(Limits).validate_python(run.limits)
     _check_whole(run)
     spec, seed = StackSpec(**run.info["stack"]), int(run.spec.get("seed", 0))
-    stack = spec.build(block_size=limits.block_size, seed=seed, oracle=oracle_of(run))
+    stack = spec.build(
+        block_size=limits.block_size,
+        seed=seed,
+        oracle=oracle_of(run),
+        future=_future(run) if spec.wants_future else None,
+    )
     interventions = _interventions(run, spec, limits.block_size, seed)
     info = run_info(
         "replay",
@@ -69,6 +74,14 @@ def oracle_of(run: Run) -> dict[int, int] | None:
     """The true lengths that a clairvoyant policy was given, which may be more than what came of them."""
     lengths = run.info.get("oracle")
     return None if lengths is None else dict(enumerate(lengths))
+
+
+def _future(run: Run) -> dict[int, list[bytes]]:
+    """The block keys of all requests, which the policies of a simulated run were told: ids are in order of arrival."""
+    if not run.complete:
+        raise RunError(f"{run.folder} was cut short, and its policies were told of requests that it does not have")
+    keys = {row["request_id"]: row["block_keys"] for row in run.table("requests").to_pylist()}
+    return dict(sorted(keys.items()))
 
 
 def _cost(run: Run) -> CostModel | None:

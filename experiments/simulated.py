@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,11 @@ def run_simulated(
     costs = costs or make_costs(spec.cost or CostSpec())
     limits = limits or simulated_limits(spec, costs)
     oracle = dict(enumerate(workload.output_tokens.tolist()))
+    future = _future(spec, workload, limits)
     build = spec.policies.stack.build
-    stacks = [build(block_size=limits.block_size, seed=spec.seed, oracle=oracle) for _ in range(spec.replicas)]
+    stacks = [
+        build(block_size=limits.block_size, seed=spec.seed, oracle=oracle, future=future) for _ in range(spec.replicas)
+    ]
     router = registry.make("router", spec.policies.router, seed=spec.seed, block_size=limits.block_size)
     info = run_info(
         "sim",
@@ -85,6 +87,24 @@ def run_simulated(
     if check:
         check_books(read_run(folder))
     return simulated_ns
+
+
+def _future(spec: RunSpec, workload: Workload, limits: Limits) -> dict[int, list[bytes]] | None:
+    """The block keys of all requests, in order of arrival, where a policy asks for them."""
+    if not spec.policies.stack.wants_future:
+        return None
+    if spec.replicas > 1:
+        raise SpecError(
+            "a policy that is told the block keys to come needs one replica: a router decides who gets what"
+        )
+    return dict(enumerate(_keys(workload, limits)))
+
+
+def _keys(workload: Workload, limits: Limits) -> Iterator[list[bytes]]:
+    """Each request's block keys, with those of the blocks that it will generate; none where nothing is cached."""
+    if limits.prefix_caching:
+        return block_keys(workload, limits.block_size, generated=True)
+    return iter([[] for _ in range(len(workload))])
 
 
 def oracle_entry(oracle: dict[int, int], clairvoyant: bool) -> dict[str, list[int]]:
@@ -169,9 +189,7 @@ def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
 
 def arrivals_of(workload: Workload, limits: Limits) -> Iterator[Arrival]:
     """The workload's requests, ids 0, 1, ... in order, with block keys where prefixes are cached."""
-    keys: Iterable[list[bytes]] = repeat([])
-    if limits.prefix_caching:
-        keys = block_keys(workload, limits.block_size, generated=True)
+    keys = _keys(workload, limits)
     rows = zip(
         *(column.tolist() for column in (workload.arrival_ns, workload.prompt_tokens, workload.max_tokens)), strict=True
     )

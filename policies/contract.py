@@ -6,8 +6,9 @@ Rules (they make one object serve both panels):
 2. Randomness comes from `policies.random_stream`, keyed by (seed, policy, request).
 3. Every order is total: ties end in `Request.key`. No iteration over a set decides anything.
 4. `plan` may move queues but charges nobody; accounting happens in `on_report`, from what really ran.
-5. A policy sees a read-only view and never a request's true output length. One that must gets an oracle by name and
-   says `clairvoyant = True`. One that cannot plan without a cost model says `needs_cost = True`.
+5. A policy sees a read-only view and never a request's true output length. One that must gets an oracle (or the block
+   keys to come) by name and says `clairvoyant = True`. One that cannot plan without a cost model says
+   `needs_cost = True`.
 6. The control plane validates a plan; what it cannot do comes back as refused, with a reason.
 7. Queues are indexed and fed by events. Sorting a waiting list every step is a defect.
 8. A step costs what changed, not how many run: `Plan.decode_all` is one word.
@@ -238,7 +239,8 @@ class Route:
 
 
 class Replica(Protocol):
-    """One replica, as a router sees it. The figures may be stale; `inflight` is the router's own knowledge."""
+    """One replica, as a router sees it. The figures may be stale; what it has sent itself a router can count
+    (`policies.routing`)."""
 
     @property
     def id(self) -> int: ...
@@ -247,12 +249,22 @@ class Replica(Protocol):
     @property
     def num_running(self) -> int: ...
     @property
+    def num_prefill_tokens(self) -> int:
+        """Prompt tokens still to compute: of a waiting request all, since its prefix hit is not known yet."""
+        ...
+
+    @property
     def num_outstanding_tokens(self) -> int:
         """Prompt tokens still to compute, and one for each request that decodes."""
         ...
 
     @property
-    def num_free_blocks(self) -> int: ...
+    def num_blocks(self) -> int: ...
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that hold nothing, or cached ones that nobody uses. What waits does not count yet."""
+        ...
+
     def match(self, keys: Sequence[bytes]) -> int:
         """How many leading blocks of a chain it has cached."""
         ...
@@ -263,11 +275,13 @@ class Router(Protocol):
     """Which replica gets a request."""
 
     def route(self, request: Request, keys: Sequence[bytes], replicas: Sequence[Replica], now: int) -> Route | None:
-        """Where it goes, or None to refuse it. `replicas` holds only those that take requests, never none."""
+        """Where it goes, or None to refuse it. `keys` are those of the prompt's full blocks, or none. `replicas` holds
+        only those that take requests, never none."""
         ...
 
     def on_end(self, request: Request, replica: int, now: int) -> None:
-        """A request it routed has ended."""
+        """A request has ended, or left the replica: once for each route, which a router before this one may have
+        given, also for a replica that is gone."""
         ...
 
 

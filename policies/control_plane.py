@@ -82,6 +82,10 @@ class ControlPlane:
         return self._state.num_waiting
 
     @property
+    def num_prefill_tokens(self) -> int:
+        return self._state.num_prefill_tokens
+
+    @property
     def num_outstanding_tokens(self) -> int:
         return self._state.num_outstanding_tokens
 
@@ -124,6 +128,8 @@ class ControlPlane:
         Its `max_tokens` is cut to what the model's limit leaves.
         """
         self._advance(now)
+        if self.limits.prefix_caching:
+            request._keys = list(keys)
         reason = self._refusal(request)
         if reason is not None:
             self.refuse(request, reason)
@@ -131,8 +137,6 @@ class ControlPlane:
         if self._recording is not None:
             self._recording.submitted(request, self._next_index)
         request.max_tokens = min(request.max_tokens, self.limits.max_model_len - request.num_prompt_tokens)
-        if self.limits.prefix_caching:
-            request._keys = list(keys)
         self._state.requests[request.id] = request
         self._state.waiting_tokens += request.num_pending_tokens
         self.stack.scheduler.add(request, now)

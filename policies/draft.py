@@ -115,6 +115,10 @@ class Draft:
             self.plan.decodes = [r for r in self.plan.decodes if r is not request]
             self.plan.chunks = [(r, n) for r, n in self.plan.chunks if r is not request]
 
+    def blocks_freed_by(self, request: Request) -> int:
+        """Blocks that preempting it would make allocatable, beside what this plan frees already. O(its blocks)."""
+        return self.view.num_freed_by(request, dict(self._released))
+
     def blocks_needed(self, request: Request, num_tokens: int) -> int:
         """New blocks for `num_tokens` more tokens of a request that holds its blocks."""
         tokens = request.num_computed_tokens + num_tokens

@@ -43,10 +43,11 @@ class Enactment:
         for request, num_tokens in chunks:
             self._chunk(request, num_tokens)
         self._register()
-        self.step.left = self.state.left_group
-        self.state.left_group = []
         self._measure()
         if self.step.runs:
+            # A step that runs nothing is not reported: who left before it is named by the next that does.
+            self.step.left = self.state.left_group
+            self.state.left_group = []
             self.state.last_launched = self.step.index
         return self.step
 

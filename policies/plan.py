@@ -80,7 +80,7 @@ class Step:
     joined: list[Request] = field(default_factory=list)
     """Requests that decode with the group from this step on."""
     left: list[Request] = field(default_factory=list)
-    """Requests that have left the decode group since the last step, and do not run with it in this one."""
+    """Requests that have left the decode group since the last step that ran, before anybody joins for this one."""
     capped: list[Request] = field(default_factory=list)
     """Requests that run with the decode group for the last time: their cap is reached."""
     admitted: list[Request] = field(default_factory=list)

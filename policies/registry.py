@@ -39,7 +39,7 @@ _PACKAGES = {
     "router": "policies.routers",
     "predictor": "policies.predictors",
 }
-CONTEXT = ("queue", "oracle", "seed", "block_size")
+CONTEXT = ("queue", "oracle", "future", "seed", "block_size")
 """What a policy's constructor may ask of its surroundings by name; these are no knobs."""
 _REGISTERED: dict[str, dict[str, type]] = {role: {} for role in ROLES}
 

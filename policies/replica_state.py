@@ -111,10 +111,15 @@ class ReplicaState:
         return len(self.requests) - len(self.running) - len(self.paused)
 
     @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens still to compute of the live requests that do not decode."""
+        started = sum(r.num_pending_tokens for r in [*self.prefilling.values(), *self.paused.values()])
+        return self.waiting_tokens + started
+
+    @property
     def num_outstanding_tokens(self) -> int:
         """Tokens still to compute of all live requests: 1 for one that decodes."""
-        started = sum(r.num_pending_tokens for r in [*self.prefilling.values(), *self.paused.values()])
-        return self.waiting_tokens + started + self.num_decoding
+        return self.num_prefill_tokens + self.num_decoding
 
     def draft(self) -> Draft:
         return Draft(self, self.stack.admission, self.stack.preemption)

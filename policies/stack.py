@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -42,12 +42,20 @@ class StackSpec:
     preemption: str = "last_admitted"
     eviction: str = "lru"
 
-    def build(self, *, block_size: int = 16, seed: int = 0, oracle: Mapping[int, int] | None = None) -> PolicyStack:
+    def build(
+        self,
+        *,
+        block_size: int = 16,
+        seed: int = 0,
+        oracle: Mapping[int, int] | None = None,
+        future: Mapping[int, Sequence[bytes]] | None = None,
+    ) -> PolicyStack:
         """New policy objects for one replica. Raises `registry.PolicyError`.
 
-        `oracle`: true output tokens by request id, for the policies that ask for it by name.
+        For the policies that ask for them by name: `oracle`, true output tokens by request id; `future`, the chain of
+        block keys of every request by id, in the order in which they arrive (`wants_future` says whether one asks).
         """
-        context = {"block_size": block_size, "seed": seed, "oracle": oracle}
+        context = {"block_size": block_size, "seed": seed, "oracle": oracle, "future": future}
         queue = registry.make("queue", self.queue, **context)
         return PolicyStack(
             scheduler=registry.make("scheduler", self.scheduler, queue=queue, **context),
@@ -55,6 +63,12 @@ class StackSpec:
             preemption=registry.make("preemption", self.preemption, **context),
             eviction=registry.make("eviction", self.eviction, **context),
         )
+
+    @property
+    def wants_future(self) -> bool:
+        """Whether one of its policies asks for the block keys to come. Raises `registry.PolicyError`."""
+        named = ((f.name, PolicySpec.parse(getattr(self, f.name)).name) for f in fields(self))
+        return any("future" in registry.knobs(registry.find(role, name)) for role, name in named)
 
     def rebuilt(
         self, changes: Mapping[str, str], *, block_size: int = 16, seed: int = 0

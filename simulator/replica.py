@@ -56,8 +56,16 @@ class SimulatedReplica:
         return self.plane.num_running
 
     @property
+    def num_prefill_tokens(self) -> int:
+        return self.plane.num_prefill_tokens + sum(a.request.num_prompt_tokens for a in self._arrivals)
+
+    @property
     def num_outstanding_tokens(self) -> int:
         return self.plane.num_outstanding_tokens + sum(a.request.num_prompt_tokens for a in self._arrivals)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.plane.limits.num_blocks
 
     @property
     def num_free_blocks(self) -> int:

@@ -48,6 +48,7 @@ class Simulation:
             raise ValueError(f"{len(stacks)} replicas need a router")
         self.env = simpy.Environment(initial_time=0)
         self._router = router
+        self._block_size = limits.block_size
         self._recorder = recorder
         self._user_on_end = on_end
         self._replica_of: dict[int, int] = {}
@@ -86,7 +87,9 @@ class Simulation:
     def _admit(self, arrival: Arrival) -> None:
         target = 0
         if self._router is not None:
-            route = self._router.route(arrival.request, arrival.keys, self.replicas, int(self.env.now))
+            # Of the prompt alone: keys of blocks that its output will fill would give its length away.
+            keys = arrival.keys[: arrival.request.num_prompt_tokens // self._block_size]
+            route = self._router.route(arrival.request, keys, self.replicas, int(self.env.now))
             if route is None:
                 self.replicas[0].plane.refuse(arrival.request, "refused by the router")
                 return

@@ -37,6 +37,21 @@ def _each(workload: Workload, block_size: int, generated: bool) -> Iterator[list
         yield shared + _own_keys(request, (prompt + output) // block_size)[len(shared) :]
 
 
+def trace_chains(workload: Workload) -> Iterator[list[bytes]]:
+    """For each request in turn, a key for each of its `hash_ids`, also for a partial last block.
+
+    As above, a key stands for its block and everything before it. This is how studies of caches count a trace's blocks;
+    a serving engine shares full blocks only.
+
+    Raises:
+        ValueError: the workload has no hash_ids.
+    """
+    if workload.hash_ids is None:
+        raise ValueError(f"{workload.name} has no prefix blocks (hash_ids) to study")
+    chains = _Chains(workload.hash_block, workload.hash_block)
+    return (chains.keys(ids) for ids in workload.hash_ids)
+
+
 def _own_keys(request: int, blocks: int) -> list[bytes]:
     return _split(shake_128(b"own%d" % request).digest(KEY_BYTES * blocks))
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from policies.contract import Replica, Route, Router
-from policies.registry import make, register
+from policies.registry import make_inner, register
 from policies.request import Request
 
 
@@ -16,7 +16,9 @@ class Reading:
     id: int
     num_waiting: int
     num_running: int
+    num_prefill_tokens: int
     num_outstanding_tokens: int
+    num_blocks: int
     num_free_blocks: int
 
     @classmethod
@@ -26,7 +28,9 @@ class Reading:
             replica.id,
             replica.num_waiting,
             replica.num_running,
+            replica.num_prefill_tokens,
             replica.num_outstanding_tokens,
+            replica.num_blocks,
             replica.num_free_blocks,
         )
 
@@ -40,6 +44,10 @@ class Stale:
 
     The first request after so long has them read anew, as from a load report that comes now and then. Between two of
     them everybody is sent to whoever looked idle (Mitzenmacher, "How Useful Is Old Information?", IEEE TPDS 2000).
+    Unless they count by themselves what they send: `least_requests` does, if not told `load=reported`.
+
+    `router`: the other router, with its knobs behind slashes: `stale,router=power_of_two/load=reported,refresh_ms=50`.
+    `refresh_ms`: 100 by default; 0 is never old. O(R) beside the other router's own cost.
     """
 
     def __init__(
@@ -47,7 +55,7 @@ class Stale:
     ) -> None:
         if refresh_ms < 0:
             raise ValueError(f"refresh_ms must be at least 0, not {refresh_ms}")
-        self._router: Router = make("router", router, seed=seed, block_size=block_size)
+        self._router: Router = make_inner("router", router, seed=seed, block_size=block_size)
         self._refresh_ns = round(1e6 * refresh_ms)
         self._read_at = 0
         self._readings: dict[int, Reading] = {}

@@ -73,14 +73,22 @@ class ServedReplica:
         return self.engine.num_live - self.num_running
 
     @property
+    def num_prefill_tokens(self) -> int:
+        return self.engine.num_queued[1]
+
+    @property
     def num_outstanding_tokens(self) -> int:
         queued, tokens = self.engine.num_queued
         return tokens + self.engine.num_live - queued
 
     @property
+    def num_blocks(self) -> int:
+        return self.engine.info.limits.num_blocks
+
+    @property
     def num_free_blocks(self) -> int:
         stats = self.engine.stats
-        return stats.num_free_blocks if stats.num_steps else self.engine.info.limits.num_blocks
+        return stats.num_free_blocks if stats.num_steps else self.num_blocks
 
     def match(self, keys: Sequence[bytes]) -> int:
         for count, key in enumerate(keys):
@@ -89,11 +97,12 @@ class ServedReplica:
         return len(keys)
 
     def sent(self, keys: Sequence[bytes]) -> None:
-        """A prompt with these blocks goes here."""
-        for key in keys:
+        """A prompt with these blocks goes here. The first block is the last to be forgotten: without it the others
+        match nothing."""
+        for key in reversed(keys):
             self._keys[key] = None
             self._keys.move_to_end(key)
-        while len(self._keys) > self.engine.info.limits.num_blocks:
+        while len(self._keys) > self.num_blocks:
             self._keys.popitem(last=False)
 
     def view(self) -> EngineView:

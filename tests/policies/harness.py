@@ -71,7 +71,8 @@ class Drive:
         self.steps: list[Step] = []
         self.refused: dict[int, str] = {}
         oracle = {i: job.output for i, job in enumerate(jobs)}
-        self.stack = stack.build(block_size=limits.block_size, oracle=oracle)
+        future = {i: jobs[i].keys for i in sorted(range(len(jobs)), key=self._order)}
+        self.stack = stack.build(block_size=limits.block_size, oracle=oracle, future=future)
         self.requests = [
             Request(
                 i, job.arrives * STEP_NS, job.prompt, job.cap or job.output, priority=job.priority, tenant=job.tenant,
@@ -81,12 +82,16 @@ class Drive:
         ]  # fmt: skip
         self.plane = ControlPlane(limits, self.stack, cost=LinearCost(), recorder=self.log, check=True)
         self.running: dict[int, list[int]] = {}
-        self._left_to_arrive = sorted(range(len(jobs)), key=lambda i: (jobs[i].arrives, i))
+        self._left_to_arrive = sorted(range(len(jobs)), key=self._order)
         self._cancels = sorted((job.cancel, i) for i, job in enumerate(jobs) if job.cancel is not None)
         self._ends: dict[int, list[tuple[Request, State, int]]] = {}
         self._counted: dict[int, int] = {}
         self._run(max_plans)
         self.plane.close()
+
+    def _order(self, i: int) -> tuple[int, int]:
+        """The place of job i in the order of arrival."""
+        return self.jobs[i].arrives, i
 
     def _run(self, max_plans: int) -> None:
         loop, now = step_loop(self.plane, self.limits.lag), 0

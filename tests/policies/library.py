@@ -10,12 +10,23 @@ SMALL = {
     "static": "static,max_batch_size=3",
     "sarathi": "sarathi,chunk_size=24",
     "watermark": "watermark,watermark=0.1",
+    "t_lru": "t_lru,budget=16,next_prompt=8",
 }
 """Knobs that suit a replica of some 40 blocks of 4 tokens; the other policies are tested as they come."""
 
 MORE: dict[str, list[StackSpec]] = {
-    "scheduler": [StackSpec("mixed,long_prefill_threshold=7")],
-    "queue": [StackSpec(queue="sjf,predictor=oracle")],
+    "scheduler": [
+        StackSpec("mixed,long_prefill_threshold=7"),
+        StackSpec("andes,horizon_ms=0.05,memory=0.5,ttft_ms=0.005,tokens_per_s=300000,pool=3"),
+    ],
+    "queue": [
+        StackSpec(queue="sjf,predictor=oracle"),
+        StackSpec(queue="vtc,weights=a:2;b:0.5,predictor=moving_average"),
+        StackSpec(queue="drr,quantum=5"),
+        StackSpec(queue="dlpm,quantum=9,window=4"),
+        StackSpec(queue="rpm,limit=2,window_s=0.00002"),
+    ],
+    "eviction": [StackSpec(eviction="gdsf,crossover=20")],
 }
 """Other knobs worth the same tests."""
 

@@ -33,6 +33,11 @@ class StampedJob(Job):
 class StampedDrive(Drive):
     """Submits in the order of the ids whatever the stamps are, as if the panel had found them in that order."""
 
+    def _order(self, i: int) -> tuple[int, int]:
+        job = self.jobs[i]
+        assert isinstance(job, StampedJob)
+        return job.stamp, i
+
     def _deliver(self, now: int) -> None:
         index = self.plane.next_step
         due = [i for i in self._left_to_arrive if self.jobs[i].arrives <= index]

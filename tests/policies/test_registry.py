@@ -67,7 +67,7 @@ def test_every_built_in_policy_plays_its_role_and_says_what_it_does(role: str) -
     for name in registry.names(role):
         policy = registry.find(role, name)
         assert (policy.__doc__ or "").strip().splitlines()[0].endswith((".", ","))
-        made = make(role, name, queue=make("queue", "fcfs"), block_size=16, seed=0, oracle={})
+        made = make(role, name, queue=make("queue", "fcfs"), block_size=16, seed=0, oracle={}, future={})
         assert isinstance(made, registry.ROLES[role])
 
 

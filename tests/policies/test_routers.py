@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -13,20 +11,7 @@ from hypothesis import strategies as st
 from policies import registry
 from policies.contract import Replica, Route
 from policies.request import Request
-
-
-@dataclass
-class Loaded:
-    """A replica that only has a load."""
-
-    id: int
-    num_outstanding_tokens: int = 0
-    num_waiting: int = 0
-    num_running: int = 0
-    num_free_blocks: int = 100
-
-    def match(self, keys: Sequence[bytes]) -> int:
-        return 0
+from tests.policies.fleet import Loaded
 
 
 def replicas(loads: list[int]) -> list[Replica]:

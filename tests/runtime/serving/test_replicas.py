@@ -19,7 +19,7 @@ from runtime.engine_stats import EngineStats
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Details
 from runtime.serving import admin, errors
-from runtime.serving.coordinator import Coordinator
+from runtime.serving.coordinator import Coordinator, ServedReplica
 from runtime.serving.engine_client import CommandFailed, EngineGone, EngineStartError, Prompt, Sink
 from runtime.serving.engine_proxy import EngineProxy
 from runtime.serving.messages import EngineInfo, TokenOutput
@@ -346,3 +346,13 @@ def test_a_router_that_cannot_be_made_is_the_operators_mistake(tmp_path: Path, m
 
     asyncio.run(main())
     sys.modules.pop("bad_router", None)
+
+
+def test_a_replica_forgets_the_end_of_an_old_prompt_before_its_beginning() -> None:
+    replica = ServedReplica(3, Engine())
+    old, new = ([f"{name}{k}".encode() for k in range(40)] for name in ("old", "new"))
+    replica.sent(old)
+    replica.sent(new)
+    assert (replica.match(new), replica.match(old)) == (40, 24)  # 64 blocks in all
+    assert replica.num_blocks == replica.num_free_blocks == 64
+    assert replica.num_prefill_tokens == replica.num_outstanding_tokens == 0

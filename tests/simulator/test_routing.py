@@ -1,0 +1,163 @@
+"""Routers in the simulator: waits against closed forms and limits, old figures, and prefixes that are found again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from policies import registry
+from policies.contract import Replica, Route
+from policies.replica_state import Limits
+from policies.request import Request
+from policies.stack import StackSpec
+from simulator.arrivals import Arrival
+from simulator.costs.constant import ConstantCost, LinearCost
+from simulator.simulation import Simulation
+
+MEAN_TOKENS = 1_000
+TOKEN_NS = 1_000
+
+
+def mean_wait(router: str, num_replicas: int, utilisation: float, count: int, seed: int = 1) -> float:
+    """Mean wait in mean services, after a warm-up of a tenth: Poisson arrivals, exponential services one at a time.
+
+    A service is one step, which takes as long as the prompt has tokens; the output is one token.
+    """
+    random = np.random.default_rng(seed)
+    prompts = np.minimum(1 + random.exponential(MEAN_TOKENS, count).astype(np.int64), 50_000)
+    gaps = random.exponential(1.0, count)
+    gaps *= prompts.mean() * TOKEN_NS / (utilisation * num_replicas) / gaps.mean()
+    arrivals = np.rint(np.cumsum(gaps)).astype(np.int64).tolist()
+    limits = Limits(4_096, max_num_seqs=1, max_num_batched_tokens=60_000, max_model_len=60_000, prefix_caching=False)
+    stacks = [StackSpec().build() for _ in range(num_replicas)]
+    simulation = Simulation(limits, stacks, LinearCost(0, TOKEN_NS), registry.make("router", router, seed=seed))
+    requests = [
+        Request(i, at, prompt, 1) for i, (at, prompt) in enumerate(zip(arrivals, prompts.tolist(), strict=True))
+    ]
+    simulation.run(Arrival(request, 1) for request in requests)
+    waits = [r.first_scheduled_ns - r.arrival_ns for r in requests[count // 10 :]]  # type: ignore[operator]
+    return float(np.mean(waits)) / (prompts.mean() * TOKEN_NS)
+
+
+def test_waits_fall_from_chance_to_two_choices_to_the_shortest_queue() -> None:
+    waits = {name: mean_wait(name, 4, 0.8, 12_000) for name in ("random", "power_of_two", "least_requests")}
+    assert waits["random"] == pytest.approx(4, rel=0.2)
+    assert waits["least_requests"] < 0.75 * waits["power_of_two"]
+    assert waits["power_of_two"] < 0.6 * waits["random"]
+
+
+@pytest.mark.slow
+def test_random_routing_waits_as_long_as_in_m_m_1_queues() -> None:
+    """rho / (1 - rho): a Poisson stream that is split by chance is Poisson streams."""
+    assert mean_wait("random", 4, 0.6, 300_000) == pytest.approx(0.6 / 0.4, rel=0.03)
+
+
+@pytest.mark.slow
+def test_two_choices_among_many_wait_as_long_as_in_the_limit() -> None:
+    """Vvedenskaya et al., Mitzenmacher: mean time in system with d = 2 and n -> infinity, sum over i of rho^(2^i - 2).
+
+    64 replicas should be within 4 %."""
+    limit = sum(0.8 ** (2**i - 2) for i in range(1, 9))
+    assert 1 + mean_wait("power_of_two", 64, 0.8, 200_000) == pytest.approx(limit, rel=0.04)
+
+
+def test_with_old_figures_the_shortest_queue_herds_and_two_choices_do_not() -> None:
+    """Figures as old as two mean services, 16 replicas, load 0.8 (Mitzenmacher 2000, section 5)."""
+    old = f"refresh_ms={2 * MEAN_TOKENS * TOKEN_NS / 1e6}"
+    two, all_of_them = "router=power_of_two/load=reported", "router=least_requests/load=reported"
+    fresh = mean_wait("least_requests", 16, 0.8, 6_000)
+    by_chance = mean_wait("random", 16, 0.8, 6_000)
+    of_two = mean_wait(f"stale,{two},{old}", 16, 0.8, 6_000)
+    herding = mean_wait(f"stale,{all_of_them},{old}", 16, 0.8, 6_000)
+    counted = mean_wait(f"stale,router=least_requests,{old}", 16, 0.8, 6_000)
+    assert fresh < of_two < 0.7 * by_chance < by_chance < 0.5 * herding
+    assert counted < 0.7 * of_two  # the router's own count is never old
+
+
+def cached_share(router: str) -> float:
+    """Of the prompt tokens, with 24 prefixes of 32 blocks on 4 replicas that hold 10 of them each."""
+    random = np.random.default_rng(5)
+    limits = Limits(400, max_num_seqs=16, max_model_len=1_024)
+    stacks = [StackSpec().build() for _ in range(4)]
+    simulation = Simulation(
+        limits, stacks, LinearCost(2e6, 20_000), registry.make("router", router, block_size=16), check=True
+    )
+    arrivals = []
+    for i, prefix in enumerate(random.integers(0, 24, 400).tolist()):
+        keys = [f"{prefix}/{k}".encode() for k in range(32)] + [f"own {i}/{k}".encode() for k in range(2)]
+        arrivals.append(Arrival(Request(i, i * 5_000_000, 34 * 16, 20, session=prefix), 20, keys))
+    simulation.run(arrivals)
+    return sum(a.request.num_cached_tokens for a in arrivals) / (len(arrivals) * 34 * 16)
+
+
+@pytest.fixture(scope="module")
+def in_turn() -> float:
+    return cached_share("round_robin")
+
+
+@pytest.mark.parametrize(
+    ("router", "at_least"),
+    [
+        ("prefix_affinity", 0.8),
+        ("kv_aware", 0.6),
+        ("lmetric", 0.6),
+        ("preble", 0.6),
+        ("session", 0.8),
+        ("consistent_hash,key=prefix", 0.6),
+    ],
+)
+def test_routers_that_mind_prefixes_have_more_of_them_cached(router: str, at_least: float, in_turn: float) -> None:
+    assert in_turn < 0.45  # 10 of 24 fit
+    assert cached_share(router) > at_least
+
+
+def test_sixty_four_replicas_are_served_by_every_router() -> None:
+    limits = Limits(64, max_num_seqs=4, prefix_caching=False)
+    for name in registry.names("router"):
+        requests = [Request(i, i * 1_000, 8, 4) for i in range(200)]
+        stacks = [StackSpec().build() for _ in range(64)]
+        Simulation(limits, stacks, ConstantCost(10_000), registry.make("router", name)).run(
+            Arrival(request, 4) for request in requests
+        )
+        assert all(request.num_output_tokens == 4 for request in requests)
+
+
+class Witness:
+    """Takes turns, and notes what it is shown."""
+
+    def __init__(self) -> None:
+        self.keys: list[Sequence[bytes]] = []
+        self.figures: list[list[tuple[int, ...]]] = []
+
+    def route(self, request: Request, keys: Sequence[bytes], replicas: Sequence[Replica], now: int) -> Route:
+        self.keys.append(keys)
+        self.figures.append(
+            [(r.num_blocks, r.num_prefill_tokens, r.num_outstanding_tokens, r.num_free_blocks) for r in replicas]
+        )
+        return Route(request.id % 2)
+
+    def on_end(self, request: Request, replica: int, now: int) -> None: ...
+
+
+def test_a_router_sees_the_keys_of_the_prompt_and_not_those_of_the_output_to_come() -> None:
+    witness = Witness()
+    simulation = Simulation(Limits(64), [StackSpec().build() for _ in "ab"], ConstantCost(1_000), witness)
+    keys = [f"{k}".encode() for k in range(9)]
+    simulation.run([Arrival(Request(0, 0, 40, 99), 99, keys), Arrival(Request(1, 1, 15, 99), 99, keys)])
+    assert witness.keys == [keys[:2], []]
+
+
+def test_a_router_sees_prompt_tokens_still_to_compute_with_and_without_decodes() -> None:
+    witness, limits = Witness(), Limits(64, max_num_batched_tokens=50, prefix_caching=False)
+    simulation = Simulation(limits, [StackSpec().build() for _ in "ab"], ConstantCost(1_000), witness)
+    # Both go to replica 0: 100 tokens arrive at 0, of which 50 are being computed at 10; at 2,010 it decodes.
+    times = [0, 0, 10, 2_010]
+    prompts = [100, 1, 200, 1]
+    simulation.run(Arrival(Request(i, at, p, 9), 9) for i, (at, p) in enumerate(zip(times, prompts, strict=True)))
+    first = [figures[0] for figures in witness.figures]
+    assert first[0] == (64, 0, 0, 64)
+    assert first[1] == (64, 100, 100, 64)  # at the door
+    assert first[2] == (64, 50, 50, 64 - 4)
+    assert first[3][:3] == (64, 200 - 49, 200 - 49 + 1)
