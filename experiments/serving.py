@@ -1,28 +1,17 @@
-"""`diptych serve`: the engine of a specification in a process of its own, recorded if asked, behind the HTTP server."""
+"""`diptych serve`: the engines of a specification behind the HTTP server."""
 
 from __future__ import annotations
 
-import functools
-import os
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from experiments.records import RunWriter, run_info
+from experiments.hosting import EngineOptions
+from experiments.replicas import Places, start_engines
 from experiments.spec import RunSpec
-from policies import registry
-from policies.contract import Recorder
 from runtime.event_loop import allow_many_connections
 from runtime.serving.app import build_app
-from runtime.serving.commands import Hosted
-from runtime.serving.coordinator import Coordinator
-from runtime.serving.engine_client import EngineClient
-from runtime.serving.engine_proxy import EngineProcess
 from runtime.serving.keys import Keys
 from runtime.serving.messages import EngineInfo
-from runtime.serving.recent_rows import RecentRows
 from runtime.serving.server import address_of, bind, serve
 from runtime.serving.service import EdgeLimits, Service
 from runtime.serving.text import TextCodec
@@ -36,8 +25,7 @@ class ServeOptions:
     Attributes:
         served_model_name: what clients call the model; None: its own name.
         keys, admin_keys: as `runtime.serving.keys.Keys` takes them; without admin keys an operator can do nothing.
-        record: folder of the run's record; None: none is written.
-        check: verify the control plane's invariants after every step.
+        places: where the replicas are.
         drain_s: how long requests may go on once the server is asked to end.
     """
 
@@ -47,9 +35,8 @@ class ServeOptions:
     keys: tuple[str, ...] = ()
     admin_keys: tuple[str, ...] = ()
     edge: EdgeLimits = field(default_factory=EdgeLimits)
-    record: Path | None = None
-    overwrite: bool = False
-    check: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    places: Places = field(default_factory=Places)
     drain_s: float = 5.0
 
 
@@ -63,7 +50,7 @@ async def serve_spec(
     keys, admin_keys = Keys(options.keys), Keys(options.admin_keys)
     allow_many_connections()
     with bind(options.host, options.port) as bound:
-        client = await _start_engines(spec, options)
+        client = await start_engines(spec, options.engine, options.places)
         try:
             tokenizer = load_tokenizer(spec.model.source, load_format=spec.model.load_format)
             name = options.served_model_name or client.info.model
@@ -79,82 +66,3 @@ async def serve_spec(
             )
         finally:
             await client.close()
-
-
-async def _start_engines(spec: RunSpec, options: ServeOptions) -> EngineClient:
-    """One engine, or several behind the specification's router: each on a card of its own, if on cards."""
-    if spec.replicas == 1:
-        return await EngineProcess.start(functools.partial(host_engine, spec, options))
-
-    starts: Counter[int] = Counter()
-
-    def start(number: int) -> Awaitable[EngineProcess]:
-        device = f"cuda:{number}" if spec.model.device == "cuda" else spec.model.device
-        model = spec.model.model_copy(update={"device": device})
-        own = spec.model_copy(update={"model": model, "seed": spec.seed + number})  # or they would draw alike
-        starts[number] += 1
-        record = record_folder(options, number, starts[number])
-        return EngineProcess.start(functools.partial(host_engine, own, replace(options, record=record)))
-
-    name = spec.policies.router
-    router = registry.make("router", name, seed=spec.seed, block_size=spec.limits.block_size)
-    return await Coordinator.start(spec.replicas, router, name, start)
-
-
-def record_folder(options: ServeOptions, number: int, nth: int) -> Path | None:
-    """Where a replica's nth engine records: `replica-1`, `replica-1.2`, ... A server writes to none of them twice."""
-    if options.record is None:
-        return None
-    return options.record / (f"replica-{number}" if nth == 1 else f"replica-{number}.{nth}")
-
-
-@contextmanager
-def host_engine(spec: RunSpec, options: ServeOptions, on_flush: Callable[[], None]) -> Iterator[Hosted]:
-    """In the engine's process: load the model, start the engine, keep the record."""
-    from experiments.real import load, prepare, start_engine  # torch, which the front does not need
-
-    loaded = replace(load(spec.model), tokenizer=None)  # text is the front's
-    prepared = prepare(spec, loaded)
-    limits, stack = prepared.limits, spec.policies.stack
-    policies = stack.build(block_size=limits.block_size, seed=spec.seed)
-    writer: RunWriter | None = None
-    if options.record is not None:
-        info = run_info(
-            "real",
-            spec=spec.model_dump(mode="json", exclude={"workload"}),
-            limits=asdict(limits),
-            stack=stack.as_dict(),
-            clairvoyant=policies.clairvoyant,
-            workload={"name": "served"},
-            model=loaded.name,
-            **({} if prepared.cost is None else {"cost": prepared.cost.describe()}),
-        )
-        writer = RunWriter(options.record, info, overwrite=options.overwrite, decisions=spec.decisions)
-    rows = RecentRows(writer) if options.admin_keys else None
-    recorder: Recorder | None = rows or writer
-    with (
-        writer or nullcontext(),
-        start_engine(
-            loaded,
-            limits,
-            policies,
-            prepared.spec.model,
-            recorder=recorder,
-            cost=prepared.cost,
-            seed=spec.seed,
-            check=options.check,
-            on_flush=on_flush,
-        ) as engine,
-    ):
-        about = EngineInfo(
-            loaded.name,
-            loaded.config.vocab_size,
-            limits,
-            stack.as_dict(),
-            {**prepared.seconds, **engine.startup_seconds},
-            spec.model.device,
-            spec.model.dtype,
-            os.getpid(),
-            None if options.record is None else str(options.record),
-        )
-        yield Hosted(engine, about, stack, spec.seed, rows)

@@ -1,4 +1,4 @@
-"""`diptych serve`."""
+"""`diptych serve` and `diptych engine`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,25 @@ from experiments.cli import options
 from experiments.cli.app import app, console
 from experiments.cli.options import gather
 from experiments.cli.summary import startup_line
-from experiments.spec import SpecError
+from experiments.spec import RunSpec, SpecError
+from runtime.serving.heartbeat import MIN_TIMEOUT_SECONDS, TIMEOUT_SECONDS
 
 Keys = Annotated[
     list[str] | None,
     typer.Option("--api-key", help="KEY or TENANT:KEY; may be repeated. Without one everybody is let in."),
+]
+
+Token = Annotated[
+    str | None,
+    typer.Option(envvar="DIPTYCH_TOKEN", help="Shared by a front and its engines elsewhere; 16 characters or more."),
+]
+
+HeartbeatTimeout = Annotated[
+    float,
+    typer.Option(
+        min=MIN_TIMEOUT_SECONDS,
+        help="Seconds without a sign of life after which front and engine give one another up.",
+    ),
 ]
 
 
@@ -34,6 +48,22 @@ def serve(
         int | None, typer.Option(help="Engines, each in a process of its own, behind --router.")
     ] = None,
     router: options.Router = None,
+    replica: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="tcp://HOST:PORT",
+            help="An engine that `diptych engine` has started; may be repeated. Without --replicas only these serve.",
+        ),
+    ] = None,
+    token: Token = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Start the --replicas on the Ray cluster that this machine is in: auto, or HOST:PORT of its head.",
+        ),
+    ] = None,
+    heartbeat_timeout: HeartbeatTimeout = TIMEOUT_SECONDS,
     seed: options.Seed = None,
     settings: options.Set = None,
     host: Annotated[
@@ -62,15 +92,20 @@ def serve(
     """Serve a model over HTTP: OpenAI's API, streaming, metrics; the policies by the same flags as `diptych run`.
 
     Example: diptych serve --model SmolLM2-135M-Instruct --scheduler sarathi,chunk_size=256 --port 8000
+
+    On several machines: DIPTYCH_TOKEN=... diptych serve --model M --replica tcp://10.0.0.7:7000
+    --replica tcp://10.0.0.8:7000 --router least_tokens
+
+    On a Ray cluster: diptych serve --model M --replicas 8 --ray auto --set model.device=cuda --router least_tokens
     """
-    from experiments.serving import ServeOptions, serve_spec  # torch is slow to import
+    from experiments.hosting import EngineOptions  # torch is slow to import
+    from experiments.replicas import Places
+    from experiments.serving import ServeOptions, serve_spec
     from runtime.event_loop import run
     from runtime.serving.messages import EngineInfo
     from runtime.serving.service import EdgeLimits
 
-    # What is served comes over HTTP, but a specification has a workload.
-    fields = {} if spec is not None else {"workload__name": "fixed", "workload__n": 1}
-    specification = gather(context, model__source=model, **fields)
+    specification = _specification(context, spec, model)
     if admin_key is not None and not admin:
         raise SpecError("--admin-key is the key of the operator's endpoints; give --admin too")
     if admin and admin_key is None:
@@ -83,9 +118,14 @@ def serve(
         keys=tuple(api_key or ()),
         admin_keys=() if admin_key is None else (admin_key,),
         edge=EdgeLimits(max_queue, max_queue_tokens, round(max_body_mib * 2**20), request_timeout),
-        record=out,
-        overwrite=overwrite,
-        check=check,
+        engine=EngineOptions(out, overwrite, keep_rows=admin, check=check),
+        places=Places(
+            tuple(replica or ()),
+            started=replicas is not None or ray is not None or not replica,
+            ray=ray,
+            token=token,
+            heartbeat_timeout_s=heartbeat_timeout,
+        ),
         drain_s=drain,
     )
 
@@ -95,6 +135,69 @@ def serve(
         console.print(", ".join(f"{role} {policy}" for role, policy in info.stack.items()))
         console.print(f"serving on {address} (Ctrl-C ends it)")
 
-    console.print(f"loading {specification.model.source}")
+    if serving.places.attached:
+        console.print(f"attaching {', '.join(serving.places.attached)}")
+    if serving.places.started:
+        on = "" if ray is None else f" on the Ray cluster {ray}"
+        console.print(f"loading {specification.model.source}{on}")
     run(serve_spec(specification, serving, on_ready))
     console.print("ended" if out is None else f"ended. Records: {out}")
+
+
+@app.command()
+def engine(
+    context: typer.Context,
+    listen: Annotated[
+        str, typer.Option(metavar="tcp://HOST:PORT", help="Address of this machine on a private network.")
+    ],
+    spec: options.Spec = None,
+    model: options.Model = None,
+    scheduler: options.Scheduler = None,
+    queue: options.Queue = None,
+    admission: options.Admission = None,
+    preemption: options.Preemption = None,
+    eviction: options.Eviction = None,
+    seed: options.Seed = None,
+    settings: options.Set = None,
+    token: Token = None,
+    heartbeat_timeout: HeartbeatTimeout = TIMEOUT_SECONDS,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for a record of each session (default: none).")
+    ] = None,
+    overwrite: options.Overwrite = False,
+    check: options.Check = False,
+) -> None:
+    """Start an engine on this machine for a `diptych serve` on another, which attaches it with --replica.
+
+    It serves one front. When that has gone, it drops what the front had under way and starts afresh for the next one.
+
+    Example: diptych engine --model SmolLM2-135M-Instruct --listen tcp://10.0.0.7:7000
+    (with the token in $DIPTYCH_TOKEN)
+    """
+    from experiments.hosting import EngineOptions  # torch is slow to import
+    from experiments.replicas import host_spec
+    from runtime.event_loop import run
+
+    specification = _specification(context, spec, model)
+    if token is None:
+        raise SpecError("an engine needs a token, which its front must know: --token or $DIPTYCH_TOKEN")
+    engine_options = EngineOptions(out, overwrite, keep_rows=True, check=check)
+
+    def tell(event: str, detail: str) -> None:
+        console.print(
+            {
+                "listening": f"listening on {detail} (Ctrl-C ends it); loading {specification.model.source}",
+                "ready": "ready",
+                "attached": "a front has attached",
+                "over": f"the session is over: {detail}",
+                "ended": "ended" if out is None else f"ended. Records: {out}",
+            }[event]
+        )
+
+    run(host_spec(specification, engine_options, listen, token, tell, heartbeat_timeout))
+
+
+def _specification(context: typer.Context, spec: Path | None, model: str | None) -> RunSpec:
+    """What is served comes over HTTP, but a specification has a workload."""
+    fields = {} if spec is not None else {"workload__name": "fixed", "workload__n": 1}
+    return gather(context, model__source=model, **fields)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Query
 
 from policies import registry
+from runtime.serving import info
 from runtime.serving.coordinator import Coordinator
 from runtime.serving.engine_client import CommandFailed, EngineGone, EngineStartError
 from runtime.serving.errors import ApiError
@@ -123,6 +124,11 @@ def router(service: Service) -> APIRouter:
         """Put a fresh engine in this replica's place, dead or alive; answers once it takes requests."""
         await started(several().restart(number))
         return {"replica": number}
+
+    @routes.get("/admin/server_info")
+    async def server_info() -> dict[str, Any]:
+        """What `/server_info` says, and of each engine its process and the folder of its record."""
+        return info.describe(service)
 
     @routes.get("/admin/record")
     async def record(

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from runtime.serving.errors import ApiError
-from runtime.serving.generation import ClientGone, Delta, Generation
+from runtime.serving.generation import ClientGone, Delta, Generation, ReadAhead
 
 LAST_WRITE_SECONDS = 2.0
 """How long the error that ends a stream may take to leave; a client that reads nothing does not get it."""
@@ -83,15 +83,26 @@ class Answer(Response):
         self.generation.abandon()
 
     async def _send_stream(self, send: Send) -> None:
-        generation, form = self.generation, self.form
-        while not generation.finished:
-            body = form.events(await generation.next())
+        if not any(prompt.params.stop for prompt in self.generation.prompts):
+            await self._send_pieces(self.generation, send)
+            return
+        ahead = ReadAhead(self.generation)
+        try:
+            await self._send_pieces(ahead, send)
+        finally:
+            ahead.close()
+
+    async def _send_pieces(self, pieces: Generation | ReadAhead, send: Send) -> None:
+        finished = False
+        while not finished:
+            body = self.form.events(await pieces.next())
+            finished = pieces.finished
+            if finished:
+                body += self.form.last_events() + DONE
             if not self._started:
                 await self._start(send, b"text/event-stream; charset=utf-8")
-            if generation.finished:
-                body += form.last_events() + DONE
             if body:
-                await send({"type": "http.response.body", "body": body, "more_body": not generation.finished})
+                await send({"type": "http.response.body", "body": body, "more_body": not finished})
 
     async def _send_whole(self, send: Send) -> None:
         generation, form = self.generation, self.form

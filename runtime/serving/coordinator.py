@@ -28,7 +28,7 @@ from runtime.serving.engine_client import (
     EngineView,
     Prompt,
 )
-from runtime.serving.engine_proxy import EngineProcess
+from runtime.serving.engine_proxy import EngineProxy
 from runtime.serving.messages import EngineInfo, TokenOutput
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,11 @@ logger = logging.getLogger(__name__)
 MAX_TRIES = 3
 """Replicas that a prompt is given to at most: what kills each of them may be the prompt."""
 
-StartReplica = Callable[[int], Awaitable[EngineProcess]]
+DRAINING_RETRY_SECONDS = 5
+REFUSED_RETRY_SECONDS = 1
+"""After which a client may try again."""
+
+StartReplica = Callable[[int], Awaitable[EngineProxy]]
 """Starts the engine of the replica with this number."""
 
 
@@ -47,7 +51,7 @@ class ServedReplica:
     the replica's last step. `match` knows the prompts that were sent here, as far back as the replica has blocks.
     """
 
-    def __init__(self, number: int, engine: EngineProcess) -> None:
+    def __init__(self, number: int, engine: EngineProxy) -> None:
         self.id = number
         self.engine = engine
         self.draining = False
@@ -163,10 +167,15 @@ class Coordinator(EngineClient):
         starting = [asyncio.ensure_future(start_replica(number)) for number in range(num_replicas)]
         results = await asyncio.gather(*starting, return_exceptions=True)
         failures = [result for result in results if isinstance(result, BaseException)]
-        engines = [result for result in results if isinstance(result, EngineProcess)]
-        if failures:
+        engines = [result for result in results if isinstance(result, EngineProxy)]
+        try:
+            if failures:
+                raise failures[0]
+            for engine in engines:
+                _check_alike(engine.info, engines[0].info)
+        except BaseException:
             await asyncio.gather(*(engine.close() for engine in engines))
-            raise failures[0]
+            raise
         coordinator._replicas = [ServedReplica(number, engine) for number, engine in enumerate(engines)]
         return coordinator
 
@@ -286,6 +295,7 @@ class Coordinator(EngineClient):
         """Start an engine, have it do what the others were told to, and only then route to it."""
         engine = await self._start_replica(number)
         try:
+            _check_alike(engine.info, self.info)
             async with self._commanding:
                 if self._swaps:
                     await engine.command("swap", dict(self._swaps))
@@ -338,7 +348,9 @@ class Coordinator(EngineClient):
         fails; whatever it raises, the request is then nowhere."""
         able = [replica for replica in self._replicas if replica.state == "serving"]
         if not able:
-            raise EngineGone(self.error or "every replica is being drained")
+            if self.error is not None:
+                raise EngineGone(self.error)
+            raise EngineGone("every replica is being drained", DRAINING_RETRY_SECONDS)
         try:
             route = self._router.route(routed.request, routed.keys, able, self._now())
             named = None if route is None else route.replica
@@ -346,7 +358,7 @@ class Coordinator(EngineClient):
             logger.exception("the router %s has failed on a request", self.router_name)
             raise EngineGone(f"the router has failed on the request: {type(error).__name__}: {error}") from error
         if named is None:
-            raise EngineGone("the router has refused the request")
+            raise EngineGone("the router has refused the request", REFUSED_RETRY_SECONDS)
         replica = next((replica for replica in able if replica.id == named), None)
         if replica is None:
             self._tell_end(routed.request, named)
@@ -396,3 +408,11 @@ class Coordinator(EngineClient):
             self._router.on_end(request, number, self._now())
         except Exception:
             logger.exception("the router %s has failed at the end of a request", self.router_name)
+
+
+def _check_alike(one: EngineInfo, other: EngineInfo) -> None:
+    """Raises EngineStartError where two engines do not serve the same: only one of them could be a replica."""
+    for what in ("model", "vocab_size"):
+        a, b = getattr(one, what), getattr(other, what)
+        if a != b:
+            raise EngineStartError(f"replicas serve the same model, and these differ in {what}: {a} and {b}")

@@ -1,6 +1,6 @@
 """What the HTTP handlers know of an engine: prompts go in, outputs come back to the call that waits for them.
 
-`EngineProcess` is one engine in a process of its own, `Coordinator` several of them behind one face.
+`EngineProxy` is one engine, at the other end of a link, `Coordinator` several of them behind one face.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ class EngineStartError(RuntimeError):
 
 
 class EngineGone(RuntimeError):
-    """No engine answers: it has died, or the server is shutting down."""
+    """No engine takes this: it has died, or the server is shutting down, or all are told to take nothing.
+
+    retry_after: seconds after which trying again may help, if it may.
+    """
+
+    def __init__(self, reason: str, retry_after: int | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
 
 
 class CommandFailed(ValueError):

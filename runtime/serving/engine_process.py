@@ -147,6 +147,8 @@ def _handle(message: messages.ToEngine, outbox: Outbox, hosted: Hosted, replies:
             engine.cancel(request_id)
     elif isinstance(message, messages.Stop):
         engine.stop(message.request_id, message.num_output_tokens)
+    elif isinstance(message, messages.Ping):
+        outbox.send(messages.Pong())
     elif isinstance(message, messages.Admin):
         call_id = message.call_id
         answered = hosted.run(message.command, message.arguments)

@@ -1,22 +1,14 @@
-"""One engine in a process of its own, as the front has it: started, fed, listened to, and buried."""
+"""One engine, as the front has it: started, fed, listened to, and buried. Where it is, its `Link` knows."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
-import multiprocessing
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import Any
-
-import zmq
-import zmq.asyncio
 
 from runtime.engine_stats import EngineStats
 from runtime.serving import messages
@@ -30,23 +22,22 @@ from runtime.serving.engine_client import (
     Prompt,
     Sink,
 )
-from runtime.serving.engine_process import Launch, run_engine_process
+from runtime.serving.heartbeat import TIMEOUT_SECONDS, Heartbeat
+from runtime.serving.link import Link
 from runtime.serving.messages import EngineInfo, TokenOutput
 
 logger = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 20.0
-"""How long an engine process may take to end (it closes its record) before it is killed."""
 
-LAST_WORDS_SECONDS = 0.25
-"""How long the last message of a process that has ended may be on its way."""
+class EngineProxy(EngineClient):
+    """One engine at the other end of a link. Make it with `start`, end it with `close`.
 
+    heartbeat_timeout_s: seconds of silence after which the engine counts as dead (`runtime.serving.heartbeat`).
+    """
 
-class EngineProcess(EngineClient):
-    """One engine in a process of its own. Make it with `start`, end it with `close`."""
-
-    def __init__(self) -> None:
+    def __init__(self, link: Link, heartbeat_timeout_s: float = TIMEOUT_SECONDS) -> None:
         self.stats = EngineStats()
+        self._link = link
         self._error: str | None = None
         self._closed = False
         self._next_id = 0
@@ -55,38 +46,23 @@ class EngineProcess(EngineClient):
         self._queued_tokens = 0
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
-        self._ready: asyncio.Future[EngineInfo]
-        self._process: SpawnProcess | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="diptych-", ignore_cleanup_errors=True)
-        self._context = zmq.asyncio.Context()
-        self._outbound: zmq.Socket[bytes] = zmq.Socket(self._context, zmq.PUSH)
-        self._inbound = self._context.socket(zmq.PULL)
+        self._heartbeat = Heartbeat(heartbeat_timeout_s, lambda: self._send(messages.Ping()))
+        self._watching: asyncio.Task[None] | None = None
+        self._info: EngineInfo
+        self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
 
     @classmethod
-    async def start(cls, launch: Launch) -> EngineProcess:
-        """Start the process and wait until it takes requests. Raises EngineStartError."""
-        client = cls()
+    async def start(cls, link: Link, heartbeat_timeout_s: float = TIMEOUT_SECONDS) -> EngineProxy:
+        """Open the link and wait until the engine takes requests. Raises EngineStartError."""
+        client = cls(link, heartbeat_timeout_s)
+        client._watching = asyncio.create_task(client._watch())
         try:
-            await client._start(launch)
+            await link.open(client._receive, client._die)
+            client._info = await client._ready
         except BaseException:
             await client.close()
             raise
         return client
-
-    async def _start(self, launch: Launch) -> None:
-        loop = asyncio.get_running_loop()
-        self._ready = loop.create_future()
-        commands, outputs = (f"ipc://{Path(self._folder.name) / name}" for name in ("commands", "outputs"))
-        for socket, address in ((self._outbound, commands), (self._inbound, outputs)):
-            socket.set_hwm(0)
-            socket.bind(address)
-        self._process = process = multiprocessing.get_context("spawn").Process(
-            target=run_engine_process, args=(commands, outputs, launch), name="diptych-engine", daemon=True
-        )
-        process.start()
-        loop.add_reader(process.sentinel, self._on_death, process)
-        self._reader = asyncio.create_task(self._read())
-        self._info = await self._ready
 
     # What the handlers see
 
@@ -168,43 +144,31 @@ class EngineProcess(EngineClient):
         if self._closed:
             return
         self._closed = True
-        process = self._process
-        if process is not None and process.is_alive():
-            if self._ready.done():
-                self._send(messages.Shutdown())
-            else:
-                process.terminate()  # it is still loading, and hears nothing yet
-            await asyncio.to_thread(process.join, CLOSE_SECONDS)
-            if process.is_alive():
-                logger.warning("the engine process does not end; it is killed")
-                process.kill()
-                await asyncio.to_thread(process.join)
+        if self._watching is not None:
+            self._watching.cancel()
+        ready = self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
+        await self._link.close(messages.encode(messages.Shutdown()) if ready else None)
         self._die("the server is shutting down")
-        if process is not None:
-            asyncio.get_running_loop().remove_reader(process.sentinel)
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)  # what it failed with has been told
-        self._outbound.close(linger=0)
-        self._inbound.close(linger=0)
-        self._context.term()
-        self._folder.cleanup()
 
-    # What comes from the process
+    # What comes from the engine
 
     def _send(self, message: messages.ToEngine) -> None:
-        # Without a high-water mark it is queued, and never waits; without a peer, there is nobody to tell.
-        with contextlib.suppress(zmq.Again):
-            self._outbound.send(messages.encode(message), zmq.NOBLOCK)
+        self._link.send(messages.encode(message))
 
-    async def _read(self) -> None:
-        while True:
-            data = await self._inbound.recv()
-            try:
-                self._take(messages.decode_from_engine(data))
-            except Exception:
-                logger.exception("a message of the engine could not be taken")
-                self._die("the engine's answers cannot be read")
-                raise
+    async def _watch(self) -> None:
+        await self._heartbeat.stops()
+        self._die(f"the engine has given no sign of life for {self._heartbeat.timeout_s:g} s")
+        self._link.kill()
+
+    def _receive(self, data: bytes) -> None:
+        self._heartbeat.heard()
+        if self._error is not None:
+            return  # nobody waits any more
+        try:
+            self._take(messages.decode_from_engine(data))
+        except Exception:
+            logger.exception("a message of the engine could not be taken")
+            self._die("the engine's answers cannot be read")
 
     def _take(self, message: messages.FromEngine) -> None:
         if isinstance(message, messages.StepOutputs):
@@ -221,7 +185,7 @@ class EngineProcess(EngineClient):
                     reply.set_exception(CommandFailed(message.error))
         elif isinstance(message, messages.Ready):
             self._ready.set_result(message.info)
-        else:
+        elif isinstance(message, messages.Stopped | messages.Failed):
             self._die(message.reason)
 
     def _hand_out(self, output: TokenOutput, now: float) -> None:
@@ -240,20 +204,12 @@ class EngineProcess(EngineClient):
         self._queued_tokens -= self._queued.pop(request_id, 0)
         return self._sinks.pop(request_id, None) is not None
 
-    def _on_death(self, process: SpawnProcess) -> None:
-        """The process has ended. What it has sent may still be on its way: last outputs, and why it has ended."""
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(process.sentinel)
-        process.join(1.0)  # it is ending: for its status
-        code = process.exitcode or 0
-        reason = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        loop.call_later(LAST_WORDS_SECONDS, self._die, f"the engine process {reason}")
-
     def _die(self, reason: str) -> None:
         if self._error is None:
             self._error = reason
         if not self._ready.done():
             self._ready.set_exception(EngineStartError(self._error))
+            self._ready.exception()  # nobody may be waiting for it
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(EngineGone(self._error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -121,7 +122,7 @@ class Generation:
         try:
             call = client.submit([replace(p, params=replace(p.params, stop=())) for p in prompts])
         except EngineGone as gone:
-            raise ApiError(503, str(gone)) from None
+            raise ApiError(503, str(gone), retry_after=gone.retry_after) from None
         of_request = dict(zip(call.request_ids, choices, strict=True))
         return cls(
             client,
@@ -146,7 +147,7 @@ class Generation:
             arrived = await self.call.next()
         except EngineGone as gone:
             self._give_up("error")
-            raise ApiError(503, str(gone)) from None
+            raise ApiError(503, str(gone), retry_after=gone.retry_after) from None
         deltas = []
         for at, output in arrived:
             choice = self._of_request[output.request_id]
@@ -200,3 +201,48 @@ class Generation:
             self._num_tokens,
             sum(choice.num_cached_tokens for choice in self._first_choices),
         )
+
+
+class ReadAhead:
+    """Takes a generation's outputs as they come, however slowly its pieces are taken.
+
+    A client that does not read holds up what is written to it, but a stop string in what it has not read yet must end
+    the request all the same. `await next()` until `finished`, as with the generation itself; `close` in any case.
+    """
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        self._deltas: list[Delta] = []
+        self._failure: Exception | None = None
+        self._news = asyncio.Event()
+        self._reading = asyncio.create_task(self._read())
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has ended, and every piece has been taken."""
+        return self._generation.finished and not self._deltas and self._failure is None
+
+    async def _read(self) -> None:
+        try:
+            while not self._generation.finished:
+                deltas = await self._generation.next()
+                self._deltas += deltas  # not in one: `next` may have taken the list meanwhile
+                self._news.set()
+        except Exception as failure:  # whoever takes the next piece is to have it
+            self._failure = failure
+            self._news.set()
+
+    async def next(self) -> list[Delta]:
+        """What has come since the last call, at least something. Raises what the generation has."""
+        if not self._deltas and self._failure is None:
+            self._news.clear()
+            await self._news.wait()
+        if self._deltas:
+            deltas, self._deltas = self._deltas, []
+            return deltas
+        assert self._failure is not None
+        raise self._failure
+
+    def close(self) -> None:
+        """Nobody calls `next` again."""
+        self._reading.cancel()

@@ -16,6 +16,9 @@ from runtime.serving.engine_client import EngineView
 from runtime.serving.errors import ApiError
 from runtime.serving.service import Service
 
+PRIVATE = frozenset({"pid", "record_folder"})
+"""Of an engine: nobody's affair but the operator's."""
+
 
 def router(service: Service) -> APIRouter:
     """The endpoints, for this service."""
@@ -57,21 +60,26 @@ def router(service: Service) -> APIRouter:
     @routes.get("/server_info")
     async def server_info() -> dict[str, Any]:
         """Settings, policies, queues, and the mean host and device time of a step."""
-        queued, queued_tokens = service.client.num_queued
-        return {
-            "version": _version(),
-            "model": service.model,
-            "edge": asdict(service.limits),
-            "draining": service.draining,
-            "error": service.client.error,
-            "live": service.client.num_live,
-            "queued": queued,
-            "queued_tokens": queued_tokens,
-            **({"router": service.client.router_name} if isinstance(service.client, Coordinator) else {}),
-            "engines": [_engine(engine) for engine in service.client.engines],
-        }
+        return describe(service, PRIVATE)
 
     return routes
+
+
+def describe(service: Service, hidden: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Settings, policies, queues, and the mean host and device time of a step; of engines without what is `hidden`."""
+    queued, queued_tokens = service.client.num_queued
+    return {
+        "version": _version(),
+        "model": service.model,
+        "edge": asdict(service.limits),
+        "draining": service.draining,
+        "error": service.client.error,
+        "live": service.client.num_live,
+        "queued": queued,
+        "queued_tokens": queued_tokens,
+        **({"router": service.client.router_name} if isinstance(service.client, Coordinator) else {}),
+        "engines": [_engine(engine, hidden) for engine in service.client.engines],
+    }
 
 
 def _card(service: Service) -> dict[str, Any]:
@@ -85,13 +93,13 @@ def _card(service: Service) -> dict[str, Any]:
     }
 
 
-def _engine(engine: EngineView) -> dict[str, Any]:
+def _engine(engine: EngineView, hidden: frozenset[str]) -> dict[str, Any]:
     stats = engine.stats
     return {
         "id": engine.id,
         "state": engine.state,
         "error": engine.error,
-        **asdict(engine.info),
+        **{name: value for name, value in asdict(engine.info).items() if name not in hidden},
         "max_total_tokens": engine.info.limits.max_total_tokens,
         "running": stats.num_running,
         "waiting": stats.num_waiting,

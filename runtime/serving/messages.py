@@ -1,7 +1,7 @@
 """What passes between the front and an engine process: msgspec structs in MessagePack, one message a frame.
 
-To the engine: `Submit`, `Cancel`, `Stop`, `Admin`, `Shutdown`. From it: `Ready` or `Failed` once, then one
-`StepOutputs` a step, `AdminReply`s, and `Stopped` at the end.
+To the engine: `Submit`, `Cancel`, `Stop`, `Admin`, `Ping`, `Shutdown`. From it: `Ready` or `Failed` once, then one
+`StepOutputs` a step, `AdminReply`s, `Pong`s, and `Stopped` at the end.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ class Admin(msgspec.Struct, tag="admin", array_like=True, frozen=True):
     call_id: int
     command: str
     arguments: dict[str, Any]
+
+
+class Ping(msgspec.Struct, tag="ping", array_like=True, frozen=True):
+    """Asks for a sign of life, and is one (`runtime.serving.heartbeat`); answered by a `Pong`."""
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True, frozen=True):
@@ -105,14 +109,18 @@ class AdminReply(msgspec.Struct, tag="reply", array_like=True, frozen=True):
     error: str | None = None
 
 
+class Pong(msgspec.Struct, tag="pong", array_like=True, frozen=True):
+    """A sign of life."""
+
+
 class Stopped(msgspec.Struct, tag="stopped", array_like=True, frozen=True):
     """The engine has stopped; every request has had its last output."""
 
     reason: str
 
 
-ToEngine = Submit | Cancel | Stop | Admin | Shutdown
-FromEngine = Ready | Failed | StepOutputs | AdminReply | Stopped
+ToEngine = Submit | Cancel | Stop | Admin | Ping | Shutdown
+FromEngine = Ready | Failed | StepOutputs | AdminReply | Pong | Stopped
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

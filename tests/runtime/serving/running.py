@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,10 +39,14 @@ class Running:
 
     def engine(self, number: int = 0) -> psutil.Process:
         """An engine's process."""
-        return psutil.Process(self.info()["engines"][number]["pid"])
+        return psutil.Process(self.operators_info()["engines"][number]["pid"])
 
     def info(self) -> dict[str, Any]:
         answer: dict[str, Any] = self.http.get("/server_info").json()
+        return answer
+
+    def operators_info(self) -> dict[str, Any]:
+        answer: dict[str, Any] = self.http.get("/admin/server_info", headers=OPERATOR).json()
         return answer
 
     def metric(self, name: str, **labels: str) -> float:
@@ -86,6 +90,27 @@ def _lives(pid: int) -> bool:
         return False
 
 
+def nothing_left(pids: Iterable[int]) -> None:
+    """Wait until none of these processes lives."""
+    wait_until(lambda: not any(map(_lives, pids)), f"no process of {pids} is left")
+
+
+def diptych(*arguments: str) -> list[str]:
+    """A command as a user types it."""
+    return [sys.executable, "-c", "from experiments.cli import main; main()", *arguments]
+
+
+def limit_flags(limits: Mapping[str, object]) -> list[str]:
+    """The limits of a specification as flags."""
+    return [part for name, value in limits.items() for part in ("--set", f"limits.{name}={value}")]
+
+
+def environment(*folders: Path) -> dict[str, str]:
+    """What a command of ours runs in; `folders` are searched for modules too."""
+    paths = os.pathsep.join(map(str, (ROOT, *folders)))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "COLUMNS": "200"}
+
+
 @contextmanager
 def running(
     model: Path | str, *flags: str, admin: bool = True, path: Path | None = None, **limits: object
@@ -94,19 +119,16 @@ def running(
 
     `path`: a folder with policies of the test's own.
     """
-    command = [sys.executable, "-c", "from experiments.cli import main; main()", "serve", "--model", str(model)]
-    command += ["--port", "0", "--drain", "0.2", *flags]
+    command = diptych("serve", "--model", str(model), "--port", "0", "--drain", "0.2", *flags, *limit_flags(limits))
     if admin:
         command += ["--admin", "--admin-key", ADMIN_KEY]
-    for name, value in limits.items():
-        command += ["--set", f"limits.{name}={value}"]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *([] if path is None else [str(path)])]),
-        "COLUMNS": "200",
-    }
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment(*([] if path is None else [path])),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     lines: list[str] = []
     ready = threading.Event()
@@ -136,4 +158,4 @@ def running(
         finally:
             process.kill()
             reader.join(PATIENCE)
-            wait_until(lambda: not any(map(_lives, family)), "no process of the server is left")
+            nothing_left(family)

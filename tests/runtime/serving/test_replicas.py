@@ -21,14 +21,14 @@ from runtime.sequence import Details
 from runtime.serving import admin, errors
 from runtime.serving.coordinator import Coordinator, ServedReplica
 from runtime.serving.engine_client import CommandFailed, EngineGone, EngineStartError, Prompt, Sink
-from runtime.serving.engine_proxy import EngineProcess
+from runtime.serving.engine_proxy import EngineProxy
 from runtime.serving.messages import EngineInfo, TokenOutput
 from runtime.serving.service import EdgeLimits, Service
 
 INFO = EngineInfo("m", 100, Limits(num_blocks=64), {}, {}, "cpu", "float32", 1, None)
 
 
-class Engine(EngineProcess):
+class Engine(EngineProxy):
     """Takes prompts and commands, and does nothing. `breaks`: what it raises, by the command's name, and
     `hand_in_N` for prompts with N continuations."""
 
@@ -92,7 +92,7 @@ class Engines(list[Engine]):
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def start(self, number: int) -> EngineProcess:
+    async def start(self, number: int) -> EngineProxy:
         await asyncio.sleep(0)
         await self.gate.wait()
         self.append(Engine(self.breaks))
@@ -271,6 +271,27 @@ def test_when_a_replica_dies_every_request_hears_of_it_whatever_the_router_or_th
                     await asyncio.wait_for(call.next(), 5)
             assert coordinator.num_live == 0
             assert len(router.ended) == len(router.routed) == (3 if bad_router else 6)
+
+    asyncio.run(main())
+
+
+def test_who_finds_every_replica_drained_is_told_when_to_come_back() -> None:
+    async def main() -> None:
+        coordinator, engines = await _made()
+        waiting = coordinator.submit([_prompt()])
+        coordinator.set_draining(1, True)
+        engines[0].die()  # the prompt has nowhere to go
+        for refused in (waiting.next(), _submitted(coordinator)):
+            with pytest.raises(EngineGone, match="every replica is being drained") as gone:
+                await refused
+            assert gone.value.retry_after == 5
+        engines[1].die()
+        with pytest.raises(EngineGone, match="every replica is dead") as gone:
+            coordinator.submit([_prompt()])
+        assert gone.value.retry_after is None
+
+    async def _submitted(coordinator: Coordinator) -> None:
+        coordinator.submit([_prompt()])
 
     asyncio.run(main())
 
