@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from policies.predictors.declared import Declared
 from policies.registry import register
 from policies.request import Request
 
@@ -19,13 +20,14 @@ class MovingAverage:
         if window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
         self._window = window
+        self._declared = Declared()
         self._last: dict[str, deque[int]] = {}
         self._sum: dict[str, int] = {}
 
     def predict(self, request: Request) -> float:
         last = self._last.get(request.tenant)
         if last is None:
-            return request.hints.get("output_tokens", request.max_tokens)
+            return self._declared.predict(request)
         return min(float(request.max_tokens), max(1.0, self._sum[request.tenant] / len(last)))
 
     def on_end(self, request: Request, num_output_tokens: int) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections import deque
 
+from policies.predictors.declared import Declared
 from policies.registry import register
 from policies.request import Request
 
@@ -23,6 +24,7 @@ class Quantile:
             raise ValueError(f"window must be at least 1, not {window}")
         self._q = q
         self._window = window
+        self._declared = Declared()
         self._order: deque[int] = deque()
         self._sorted: list[int] = []
 
@@ -30,7 +32,7 @@ class Quantile:
         lengths = self._sorted
         beyond = bisect_right(lengths, request.num_output_tokens)
         if beyond == len(lengths):
-            return request.hints.get("output_tokens", request.max_tokens)
+            return self._declared.predict(request)
         index = beyond + round(self._q * (len(lengths) - 1 - beyond))
         return min(float(request.max_tokens), float(lengths[index]))
 

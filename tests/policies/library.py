@@ -27,10 +27,14 @@ MORE: dict[str, list[StackSpec]] = {
         StackSpec(queue="rpm,limit=2,window_s=0.00002"),
     ],
     "eviction": [StackSpec(eviction="gdsf,crossover=20")],
+    "admission": [
+        StackSpec(admission="reserve_pow2,predictor=declared"),
+        StackSpec(admission="predicted_peak,estimates=declared"),
+    ],
 }
 """Other knobs worth the same tests."""
 
-DRAWS = {"noisy_oracle"}
+DRAWS = {"noisy_oracle", "predicted_peak"}
 """Policies that draw at random by request id: with other ids they decide otherwise."""
 
 
