@@ -1,0 +1,124 @@
+"""Queues by size and ageing priority, and `preemptive` around them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policies import registry
+from policies.registry import PolicyError
+from policies.replica_state import Limits
+from policies.request import Request
+from policies.stack import StackSpec
+from tests.policies.decisions import assert_same_run, decisions
+from tests.policies.harness import STEP_NS, Drive, Job
+
+ALONE = Limits(400, 4, 1, 64, 110, prefix_caching=False)
+ROOMY = Limits(400, 4, 3, 64, 110, prefix_caching=False)
+
+
+def finish_steps(drive: Drive) -> list[int]:
+    return [r.finish_ns // STEP_NS for r in drive.requests]
+
+
+def test_longest_first_serves_in_the_opposite_order_of_shortest_first() -> None:
+    work = [Job(1, n) for n in (3, 1, 2)]
+    admitted = {q: [i for d in decisions(Drive(ALONE, StackSpec(queue=q), work)) for i in d.admitted]
+                for q in ("sjf", "ljf")}  # fmt: skip
+    assert admitted == {"sjf": [1, 2, 0], "ljf": [0, 2, 1]}
+
+
+@pytest.mark.parametrize("mode", ["recompute", "keep"])
+def test_a_shorter_one_takes_the_place_of_the_longer_only_while_it_has_less_left(mode: str) -> None:
+    work = [Job(1, 10), Job(1, 3, arrives=4), Job(1, 6, arrives=4)]
+    drive = Drive(ALONE, StackSpec(f"preemptive,mode={mode}", "srpt"), work)
+    assert finish_steps(drive) == [13, 7, 19]
+    assert [r.num_preemptions for r in drive.requests] == [1, 0, 0]
+
+
+def test_trail_stops_nobody_who_has_come_to_its_limit() -> None:
+    def served(limit: float, arrives: int) -> int:
+        work = [Job(1, 20), Job(1, 1, arrives=arrives)]
+        return Drive(ALONE, StackSpec("preemptive", f"srpt,limit={limit}"), work).requests[0].num_preemptions
+
+    assert [served(0.8, at) for at in (15, 16)] == [1, 0]  # 0.8 x 20 = 16
+    assert [served(1, at) for at in (15, 16)] == [1, 1]
+    assert served(0, 1) == 0
+
+
+def test_a_priority_ages_by_a_class_every_so_often() -> None:
+    queue = registry.make("queue", "aged_priority,age_s=2")
+    low, early, late = (
+        Request(i, at, 1, 1, priority=p) for i, (at, p) in enumerate([(0, 1), (1_999_999_999, 0), (2_000_000_001, 0)])
+    )
+    for one in (late, low, early):
+        queue.push(one, 0)
+    assert [queue.pop(0) for _ in range(3)] == [early, low, late]
+
+
+EQUAL = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), min_size=1, max_size=10)
+
+
+@pytest.mark.parametrize("queue", ["sjf", "ljf", "srpt", "srpt,limit=0.8", "aged_priority"])
+@pytest.mark.parametrize("scheduler", ["mixed", "preemptive"])
+@settings(max_examples=15, deadline=None)
+@given(EQUAL)
+def test_with_equal_sizes_and_classes_every_one_is_first_come_first_served(
+    scheduler: str, queue: str, work: list[tuple[int, int]]
+) -> None:
+    jobs = [Job(prompt, 7, arrives) for prompt, arrives in work]
+    assert_same_run(ROOMY, jobs, StackSpec(scheduler, queue), StackSpec(scheduler, "fcfs"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(0, 20), st.integers(0, 2)), min_size=2, max_size=10),
+    st.sampled_from(["recompute", "keep"]),
+)
+def test_no_lower_class_runs_while_a_higher_one_waits(work: list[tuple[int, int, int]], mode: str) -> None:
+    jobs = [Job(1, output, arrives, priority=priority) for output, arrives, priority in work]
+    drive = Drive(ROOMY, StackSpec(f"preemptive,mode={mode}", "priority"), jobs)
+    left = {r.id: job.output for r, job in zip(drive.requests, jobs, strict=True)}
+    plan_ns = {step.index: step.plan_ns for step in drive.steps}
+    for decision in decisions(drive):
+        now = plan_ns[decision.step]
+        waiting = [r for r in drive.requests if r.arrival_ns <= now and left[r.id] and r.id not in decision.tokens]
+        lowest = max((drive.requests[i].priority for i in decision.tokens), default=0)
+        assert all(r.priority >= lowest for r in waiting)
+        for i in decision.tokens:
+            left[i] -= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 15), st.integers(0, 30)), min_size=1, max_size=10))
+def test_nothing_has_a_smaller_mean_on_one_server_than_preemptive_shortest_remaining(work: list) -> None:
+    jobs = [Job(1, output, arrives) for output, arrives in work]
+    best = sum(finish_steps(Drive(ALONE, StackSpec("preemptive,mode=keep", "srpt"), jobs)))
+    for scheduler, queue in (("mixed", "fcfs"), ("mixed", "sjf"), ("mixed", "ljf")):
+        assert best <= sum(finish_steps(Drive(ALONE, StackSpec(scheduler, queue), jobs)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 20), st.integers(0, 2)), min_size=2, max_size=10))
+def test_work_times_wait_is_the_same_for_every_order_on_one_server(work: list[tuple[int, int, int]]) -> None:
+    jobs = [Job(1, output, arrives, priority=priority) for output, arrives, priority in work]
+    sums = set()
+    for queue in ("fcfs", "sjf", "ljf", "priority", "aged_priority", "srpt"):
+        done = Drive(ALONE, StackSpec(queue=queue), jobs).requests
+        sums.add(sum(j.output * (r.first_scheduled_ns - r.arrival_ns) for r, j in zip(done, jobs, strict=True)))
+    assert len(sums) == 1
+
+
+def test_shortest_output_first_is_not_best_where_memory_binds() -> None:
+    work = [Job(14, 3), Job(17, 5), Job(16, 4), Job(3, 5), Job(5, 4)]
+    limits = Limits(28, 1, 5, 500, 28, prefix_caching=False)
+    sums = {q: sum(finish_steps(Drive(limits, StackSpec(queue=q, admission="reserve_max"), work)))
+            for q in ("fcfs", "sjf", "srpt")}  # fmt: skip
+    assert sums == {"fcfs": 52, "sjf": 58, "srpt": 58}  # means 10.4 and 11.6; the optimum is 7.2
+
+
+@pytest.mark.parametrize("spec", ["srpt,limit=1.5", "srpt,limit=-1", "aged_priority,age_s=-1"])
+def test_knobs_out_of_range_are_refused(spec: str) -> None:
+    with pytest.raises(PolicyError, match="must be"):
+        registry.make("queue", spec)
