@@ -59,58 +59,63 @@ class Preemptive(QueuedScheduler):
 
     def _prefill_in_order(self, view: View, draft: Draft, now: int, *, admits: bool) -> None:
         partial = self._in_order(r for r in view.prefilling.values() if r.id not in draft.preempted)[::-1]
-        victims: list[Request] | None = None  # who may have to go, in the queue's order
         while draft.tokens_left > 0:
             head = self.queue.peek(now) if admits else None
             if partial and (head is None or self._order.order(partial[-1]) < self._order.order(head)):
                 request = partial.pop()
                 if request.id not in draft.preempted:
                     self._continue(view, draft, request, now)
-                continue
-            if head is None:
+            elif head is None:
                 return
-            if draft.admit(head, max_chunk=self._max_chunk):
+            elif self._admit(view, draft, head):
                 self.queue.pop(now)
-                continue
-            reason = draft.plan.blocked[-1][1]
-            if reason not in (SLOTS, NO_BLOCKS, ADMISSION):
-                return
-            if victims is None:
-                victims = self._victims(view, draft)
-            if not self._displace(victims, head, draft, reason):
-                return
-            draft.plan.blocked.pop()
+            else:
+                admits = False  # nobody overtakes it; those that run go on
 
     def _continue(self, view: View, draft: Draft, request: Request, now: int) -> None:
         tokens = min(request.num_pending_tokens, draft.tokens_left, self._max_chunk or draft.tokens_left)
         self._reclaim(view, draft, draft.blocks_needed(request, tokens))
         draft.run_or_preempt(request, tokens, now)
 
-    def _victims(self, view: View, draft: Draft) -> list[Request]:
-        """Who may be preempted for somebody ahead, in the queue's order: running ones and paused ones."""
-        running = [
+    def _admit(self, view: View, draft: Draft, head: Request) -> bool:
+        """Start a waiting request, if need be in the place of others. False, and nobody stopped, if that is vain."""
+        if draft.admit(head, max_chunk=self._max_chunk):
+            return True
+        victims = self._behind(view, draft, head)
+        if not self._enough(view, draft, head, victims, draft.plan.blocked[-1][1]):
+            return False
+        while victims:
+            reason = draft.plan.blocked.pop()[1]
+            victim = victims.pop()
+            if victim.state is not State.PAUSED:
+                draft.preempt(victim, Mode.KEEP if self._keeps and reason == SLOTS else Mode.RECOMPUTE)
+            elif reason != SLOTS:  # of which it has none
+                self._take_back(draft, victim)
+            if draft.admit(head, max_chunk=self._max_chunk):
+                return True
+        return False
+
+    def _behind(self, view: View, draft: Draft, head: Request) -> list[Request]:
+        """Who may be stopped for it, in the queue's order: running ones and paused ones behind it."""
+        place, order = self._order.order(head), self._order.order
+        behind = [r for r in (*view.running.values(), *view.paused.values()) if r is not head and order(r) > place]
+        return self._in_order(
             request
-            for request in view.running.values()
+            for request in behind
             if request.id not in draft.preempted
             and request.num_output_tokens < request.max_tokens  # else it only waits for its last report
-            and self._order.preemptible(request)
-        ]
-        return self._in_order([*running, *view.paused.values()])
+            and (request.state is State.PAUSED or self._order.preemptible(request))
+        )
 
-    def _displace(self, victims: list[Request], head: Request, draft: Draft, reason: str) -> bool:
-        """Preempt one more request behind `head`. False where there is none."""
-        while victims:
-            victim = victims.pop()
-            if victim is head or self._order.order(victim) <= self._order.order(head):
-                continue
-            if victim.state is State.PAUSED:
-                if reason == SLOTS:
-                    continue  # it has none
-                self._take_back(draft, victim)
-            else:
-                draft.preempt(victim, Mode.KEEP if self._keeps and reason == SLOTS else Mode.RECOMPUTE)
-            return True
-        return False
+    def _enough(self, view: View, draft: Draft, head: Request, victims: list[Request], reason: str) -> bool:
+        """Whether stopping all of them could let it in."""
+        if reason == SLOTS:
+            return any(victim.state is not State.PAUSED for victim in victims)
+        if reason not in (NO_BLOCKS, ADMISSION):
+            return False
+        held = head.num_blocks or len(view.probe(head).blocks)
+        missing = -(-head.num_tokens // view.block_size) - held
+        return draft.blocks_left + sum(draft.blocks_freed_by(victim) for victim in victims) >= missing
 
     def _in_order(self, requests: Iterable[Request]) -> list[Request]:
         return sorted(requests, key=self._order.order)
