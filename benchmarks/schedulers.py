@@ -54,10 +54,10 @@ class Trace:
 
 
 TRACES = (
-    Trace("Azure conversation", "AzureLLMInferenceTrace_conv.csv", 1000, SHARES),
-    Trace("Azure code", "AzureLLMInferenceTrace_code.csv", 1000, SHARES),
-    Trace("Mooncake conversation", "conversation_trace.jsonl.gz", 200, SHARES),
-    Trace("VTC arena", "vtc_arena_real_trace.csv", 1000, None),
+    Trace("Azure conversation", "AzureLLMInferenceTrace_conv.csv", 600, SHARES),
+    Trace("Azure code", "AzureLLMInferenceTrace_code.csv", 600, SHARES),
+    Trace("Mooncake conversation", "conversation_trace.jsonl.gz", 120, SHARES),
+    Trace("VTC arena", "vtc_arena_real_trace.csv", 600, None),
 )
 LATENCIES = ("ttft", "tpot", "e2el")
 REFERENCE = {"scheduler": "mixed", "queue": "fcfs"}
