@@ -23,11 +23,11 @@ demo: $(VENV)/.base            ## serve and simulate one workload under two poli
 
 test: $(VENV)/.dev             ## every check and every test
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 check: $(VENV)/.dev            ## the fast tier, under two minutes
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" -x
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow" -x
 
 lint: $(VENV)/.dev             ## style, types, and the direction of imports
 	$(BIN)/ruff check .
