@@ -25,6 +25,8 @@ MORE: dict[str, list[StackSpec]] = {
         StackSpec(queue="drr,quantum=5"),
         StackSpec(queue="dlpm,quantum=9,window=4"),
         StackSpec(queue="rpm,limit=2,window_s=0.00002"),
+        StackSpec("preemptive", "plas,quantum_ms=0.003,beta=2"),
+        StackSpec("preemptive,mode=keep", "atlas,quantum_ms=0.003,beta=2"),
     ],
     "eviction": [StackSpec(eviction="gdsf,crossover=20")],
     "admission": [
