@@ -14,9 +14,8 @@ class Atlas(ProgramQueue):
     not ended or are forgotten, with its program's. The knobs are those of `plas`; `remember` bounds programs and ended
     calls, each.
 
-    Where this departs: the paper keeps one number a program, which a call without parents gets here too, so that a
-    program is charged alike whether its calls name their parents or not as long as all branches go on together; with
-    parents, a short branch is not taken for a long one. Else as `plas`; of a chain of calls it is `plas`.
+    Where this departs: the paper keeps one number a program, which only calls without parents get here; with parents, a
+    short branch is not taken for a long one. Else as `plas`; of a chain of calls it is `plas`.
     O(log n + parents) an event.
     Source: Luo et al., "Agentix" (before: "Autellix"), NSDI 2026, arXiv 2502.13965, algorithm 1.
     """

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies import registry
+from policies.contract import Hit
 from policies.plan import FOREVER, Plan, Report, Step
 from policies.prefix import block_keys
 from policies.records import DECISIONS, REQUESTS
@@ -237,6 +238,13 @@ def test_a_pin_is_not_lifted_while_the_next_call_waits_and_is_once_that_runs() -
     assert cached(drive, 1) == 12
 
 
+def test_a_pin_whose_next_call_is_cancelled_is_lifted() -> None:
+    calls = [*agent(0, 2, gap=5, start=0), Call(2, 40, 0)]
+    calls[1].cancel = 20
+    drive = Watched(Limits(64, 4, 1, 64, 60), StackSpec("continuum,default_ttl_ms=0.01"), calls)
+    assert pins(drive)[2:] == [(9_000, 0, FOREVER), (20_000, 0, 20_000)]
+
+
 def test_the_wait_of_a_call_that_came_back_to_no_pin_is_remembered() -> None:
     calls = [*agent(0, 2, gap=5, start=0), Call(2, 40, 0)]
     limits = Limits(64, 4, 1, 64, 60)
@@ -365,3 +373,76 @@ def test_knobs_that_make_no_sense_are_refused(knobs: str) -> None:
 
 def test_it_is_refused_where_no_cost_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert StackSpec(LONG).build().needs_cost() is not None
+
+
+class Full:
+    """A replica, and a plan for it, that have no block left; each pin lifted frees one."""
+
+    running: dict[int, Request] = {}  # noqa: RUF012
+    prefilling: dict[int, Request] = {}  # noqa: RUF012
+    block_size = 4
+
+    def __init__(self) -> None:
+        self.blocks_left = 0
+        self.lifted: list[int | None] = []
+
+    def decodes_that_need_a_block(self) -> list[Request]:
+        return []
+
+    def probe(self, request: Request) -> Hit:
+        return Hit()
+
+    def lift_pin(self, request: Request, now: int) -> None:
+        self.lifted.append(request.program)
+        self.blocks_left += 1
+
+
+@pytest.mark.parametrize("blocks", range(1, 5))
+def test_pins_that_nobody_waits_for_are_lifted_first_then_those_of_the_programs_that_came_last(blocks: int) -> None:
+    policy, full = scheduler(), Full()
+    for program, arrival, returns in ((1, 0, False), (2, 5, False), (3, 9, True), (4, 1, True)):
+        first = call(program, program, arrival)
+        policy.add(first, arrival)
+        first._blocks = [program]
+        end(policy, first, 20)
+        if returns:
+            policy.add(call(10 + program, program, 30), 30)
+    head = call(99, 50, 40, prompt=4 * blocks)
+    head.num_preemptions = 1
+    policy.add(head, 40)
+    policy.add(call(98, 51, 8), 40)
+    policy._end_deadlock(full, full, 50)  # type: ignore[arg-type]
+    assert full.lifted == [2, 1, 3, 4][:blocks]
+    assert policy._unpinned == set([13, 14][: max(0, blocks - 2)])
+    order = {1: [99, 14, 13, 98], 2: [99, 14, 13, 98], 3: [99, 14, 98, 13], 4: [99, 14, 98, 13]}
+    assert [policy._order.pop(60).id for _ in range(4)] == order[blocks]
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        StackSpec("continuum,default_ttl_ms=1000"),
+        StackSpec("preemptive", "plas,quantum_ms=0.003,beta=2"),
+        StackSpec("preemptive,mode=keep", "atlas,quantum_ms=0.003,beta=2"),
+    ],
+    ids=lambda stack: stack.queue if "preemptive" in stack.scheduler else stack.scheduler,
+)
+@settings(max_examples=40, deadline=None)
+@given(limits=MEMORY, calls=agents(), steps=st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True))
+def test_it_may_be_put_in_place_and_replaced_while_calls_run(
+    stack: StackSpec, limits: Limits, calls: list[Call], steps: list[int]
+) -> None:
+    class Swapping(ProgramDrive):
+        def _deliver(self, now: int) -> None:
+            if steps and self.plane.next_step >= min(steps):
+                steps.remove(min(steps))
+                spec = stack if len(steps) % 2 == 0 else StackSpec()
+                made = spec.build(block_size=limits.block_size)
+                self.plane.swap({"scheduler": made.scheduler}, {"scheduler": spec.scheduler}, now)
+            super()._deliver(now)
+
+    steps = list(steps)
+    drive = Swapping(limits, StackSpec(), calls)
+    for request, one in zip(drive.requests, calls, strict=True):
+        assert request.state in (State.LENGTH, State.REFUSED) or one.cancel is not None
+    assert not [row for row in drive.log.decisions if dict(zip(DECISIONS, row, strict=True))["kind"] == "refused"]
