@@ -34,9 +34,10 @@ class Call:
     level: int
     entered: int  # when it came to this level
     meter: int  # own service at which its quantum of this level began
+    outputs: int  # tokens that it had when it was started last
     since: int | None = None  # when it began to wait, if it does
     waited: int = 0  # W_c before that, since it came or was promoted
-    promoted: int = 0  # own service when it came or was promoted; T_c is what came since
+    promoted: int = 0  # own service when it came or was promoted; T_c is what came since then
 
 
 class ProgramQueue(KeyQueue):
@@ -47,11 +48,13 @@ class ProgramQueue(KeyQueue):
     next. The last level has no quantum. `demote=false`: no quanta, a call stays in the level that it joined.
 
     Nobody starves: a waiting call goes to level 0 once (W_p + W_c) / (T_p + T_c) >= `beta` (0: never), W being time
-    waited and T time served, of the ended calls of its program (as it came) and its own. Its own start anew then.
+    waited and T time served, of the ended calls of its program (as it came) and its own. Its own start anew then; but
+    T_c goes on if it got no token when it ran last. Else, where memory is short, two could be promoted and stop each
+    other for ever; as it is, they wait longer each time.
 
     A request of no program is a program of one call. As nothing says that a program is over, the `remember` programs
     heard of last are kept; of one that is forgotten, a call that lives still knows what it came with.
-    A prompt is not stopped midway, as two that are computed again could stop each other for ever.
+    Nobody is stopped before it has got a token, as two that are computed again could stop each other for ever.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class ProgramQueue(KeyQueue):
         return (call.level, call.entered)
 
     def preemptible(self, request: Request) -> bool:
-        return request.num_pending_tokens <= 1
+        return request.num_output_tokens > self._call(request).outputs
 
     def _call(self, request: Request) -> Call:
         call = self._calls.get(request.id)
@@ -105,7 +108,7 @@ class ProgramQueue(KeyQueue):
             program = self._program(request) or Program(0)
             start = self.start(request, program)
             level, served = bisect_right(self._ends, start), self._service.of(request)
-            call = Call(start, program.wait, program.time, level, request.arrival_ns, served)
+            call = Call(start, program.wait, program.time, level, request.arrival_ns, served, request.num_output_tokens)
             self._calls[request.id] = call
         return call
 
@@ -128,7 +131,9 @@ class ProgramQueue(KeyQueue):
 
     def pop(self, now: int) -> Request:
         request = super().pop(now)
-        self._stop_waiting(request, self._calls[request.id], now)
+        call = self._calls[request.id]
+        call.outputs = request.num_output_tokens
+        self._stop_waiting(request, call, now)
         return request
 
     def remove(self, request: Request) -> None:
@@ -147,7 +152,9 @@ class ProgramQueue(KeyQueue):
                 self._watch_wait(request, call)
                 continue
             call.level, call.entered, call.meter = 0, now, served
-            call.since, call.waited, call.promoted = now, 0, served
+            call.since, call.waited = now, 0
+            if request.num_output_tokens > call.outputs:
+                call.promoted = served
             self.rerank(request, now)
 
     def _stop_waiting(self, request: Request, call: Call, now: int) -> None:
@@ -178,7 +185,7 @@ class ProgramQueue(KeyQueue):
             self._sink(request, report.end_ns)
         for request, _, _ in report.finished:
             self._end(request)
-        for request in (*step.left, *step.decodes, *(chunk.request for chunk in step.chunks)):
+        for request in (*step.left, *step.capped, *step.decodes, *(chunk.request for chunk in step.chunks)):
             if request.state.ended:  # cancelled while the step ran
                 self._service.forget(request)
 

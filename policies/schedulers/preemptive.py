@@ -48,7 +48,8 @@ class Preemptive(QueuedScheduler):
     def _reclaim(self, view: View, draft: Draft, blocks: int) -> None:
         """Take blocks back from paused requests until so many are free."""
         if blocks > draft.blocks_left and view.paused:
-            for request in reversed(self._in_order(view.paused.values())):
+            named = self._named(draft)
+            for request in reversed(self._in_order(r for r in view.paused.values() if r.id not in named)):
                 if blocks <= draft.blocks_left:
                     return
                 self._take_back(draft, request)
@@ -97,15 +98,19 @@ class Preemptive(QueuedScheduler):
 
     def _behind(self, view: View, draft: Draft, head: Request) -> list[Request]:
         """Who may be stopped for it, in the queue's order: running ones and paused ones behind it."""
-        place, order = self._order.order(head), self._order.order
+        place, order, named = self._order.order(head), self._order.order, self._named(draft)
         behind = [r for r in (*view.running.values(), *view.paused.values()) if r is not head and order(r) > place]
         return self._in_order(
             request
             for request in behind
-            if request.id not in draft.preempted
+            if request.id not in named
             and request.num_output_tokens < request.max_tokens  # else it only waits for its last report
             and (request.state is State.PAUSED or self._order.preemptible(request))
         )
+
+    def _named(self, draft: Draft) -> set[int]:
+        """Whom this plan stops, takes blocks back from, or resumes already: paused ones stay in the view meanwhile."""
+        return {r.id for r, _ in draft.plan.preempt} | {r.id for r in draft.plan.resume}
 
     def _enough(self, view: View, draft: Draft, head: Request, victims: list[Request], reason: str) -> bool:
         """Whether stopping all of them could let it in."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,7 +64,6 @@ class ChargedAtOnce(KeyQueue):
         ("preemptive,mode=keep", "fcfs", 18),
         ("preemptive,mode=keep", "mlfq,quantum_ms=0.004,alpha_ms=0", 18),  # as published; no call outlives a quantum
         ("preemptive,mode=keep", "mlfq,quantum_ms=0.001,alpha_ms=0", 15),
-        ("preemptive,mode=keep", "las", 17),  # of the call alone
         ("preemptive,mode=keep", f"{HERE}ChargedAtOnce", 12),  # PLAS as published
         ("preemptive,mode=keep", f"{HERE}ChargedAtOnce,goes_on=false", 13),
         ("preemptive,mode=keep", f"plas,{FINE},demote=false", 14),
@@ -169,7 +170,9 @@ class SlowPlas(Plas):
             served = call.time + self._service.of(request) - call.promoted
             if self._beta and call.level > 0 and wait >= self._beta * served:
                 call.level, call.entered, call.meter = 0, now, self._service.of(request)
-                call.since, call.waited, call.promoted = now, 0, self._service.of(request)
+                call.since, call.waited = now, 0
+                if request.num_output_tokens > call.outputs:
+                    call.promoted = self._service.of(request)
                 self.rerank(request, now)
 
     _live: dict[int, Request]
@@ -395,6 +398,48 @@ def test_a_prompt_is_not_stopped_midway() -> None:
     assert max(request.num_preemptions for request in drive.requests) <= 4
     first_stop = next(d.step for d in decisions(drive) if d.preempted)
     assert sum(tokens for d in decisions(drive)[:first_stop] for tokens in d.tokens.values()) >= 60
+
+
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
+@settings(max_examples=100, deadline=None)
+@given(
+    limits=st.builds(
+        lambda blocks, seqs, budget, lag: Limits(blocks, 4, seqs, budget, 56, prefix_caching=False, lag=lag),
+        st.sampled_from([14, 20, 28]),
+        st.sampled_from([1, 2, 5]),
+        st.sampled_from([5, 8]),
+        st.sampled_from([0, 1]),
+    ),
+    shapes=st.lists(st.tuples(st.sampled_from([1, 10, 30, 40]), st.integers(1, 16)), min_size=2, max_size=6),
+    queue=st.sampled_from(["plas,quantum_ms=0.003", "atlas,quantum_ms=0.001,factor=1,levels=1000"]),
+    beta=st.sampled_from([0, 0.1, 1, 5]),
+)
+def test_nobody_stops_others_for_ever(
+    mode: str, limits: Limits, shapes: list[tuple[int, int]], queue: str, beta: float
+) -> None:
+    """Quanta shorter than a prefill, promotions after the shortest wait, little memory: all end before long."""
+    jobs = [Job(prompt, output, i, program=i % 3) for i, (prompt, output) in enumerate(shapes)]
+    drive = Drive(limits, StackSpec(f"preemptive,mode={mode}", f"{queue},beta={beta}"), jobs, max_plans=2_000)
+    assert all(request.state is State.LENGTH for request in drive.requests)
+    assert not [step.refused for step in drive.steps if step.refused]
+
+
+def test_two_that_are_one_token_short_of_their_first_do_not_stop_each_other_for_ever() -> None:
+    """A prompt of which chunks of 5 leave one token has as much to compute as a decode, and nothing to show."""
+    limits = Limits(28, 4, 1, 5, 112, lag=1)
+    queue = "atlas,quantum_ms=0.002,factor=1,levels=1000,beta=0.1"
+    drive = Drive(limits, StackSpec("preemptive", queue), [Job(10, 10), Job(40, 10)], max_plans=300)
+    assert all(request.state is State.LENGTH for request in drive.requests)
+
+
+def test_two_that_are_promoted_in_turn_without_memory_for_both_do_not_take_it_from_each_other_for_ever() -> None:
+    shapes = [(30, 15), (30, 4), (30, 16), (1, 9), (30, 18)]
+    for arrivals in permutations(range(5)):
+        jobs = [Job(prompt, output, at, program=None) for (prompt, output), at in zip(shapes, arrivals, strict=True)]
+        limits = Limits(16, 4, 5, 8, 64, prefix_caching=False)
+        stack = StackSpec("preemptive", "plas,quantum_ms=0.003,beta=0.1", "watermark,watermark=0")
+        drive = Drive(limits, stack, jobs, max_plans=2_000)
+        assert all(request.state is State.LENGTH for request in drive.requests)
 
 
 @pytest.mark.parametrize(
