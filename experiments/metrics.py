@@ -204,7 +204,8 @@ def _own_slos(requests: pd.DataFrame, frame: pd.DataFrame, duration_s: float) ->
     met = asked & frame["completed"].to_numpy()
     for objective, column in (("slo_ttft_ns", "ttft_ms"), ("slo_tpot_ns", "tpot_ms"), ("slo_e2e_ns", "e2e_ms")):
         limit = own[objective].to_numpy(np.float64, na_value=np.inf) / 1e6
-        met &= frame[column].fillna(0.0).to_numpy() <= limit
+        missing = np.where((column == "tpot_ms") & (own["output_tokens"].to_numpy() <= 1), 0.0, np.inf)
+        met &= (frame[column].fillna(np.inf).to_numpy() <= limit) | (missing <= limit)
     return {"slo_attainment": float(met.sum() / asked.sum()), "slo_goodput": _rate(int(met.sum()), duration_s)}
 
 

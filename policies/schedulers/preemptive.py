@@ -14,7 +14,7 @@ from policies.request import Request, State
 class Preemptive(QueuedScheduler):
     """Whoever is first in the queue's order runs, if need be in the place of those behind who run already.
 
-    The order is one over all requests, running or not: `srpt`, `las`, `mlfq`, ... are queues for it. First every
+    The order is one over all requests, running or not: `srpt`, `mlfq`, `edf`, ... are queues for it. First every
     running decode gets its token. Then prompt tokens are handed out in the queue's order, to partial prefills and to
     waiting requests alike; where slots or memory are missing for a waiting one, running requests behind it are
     preempted, the last first, as long as the queue lets them be. Nobody overtakes a waiting request that does not fit.

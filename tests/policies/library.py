@@ -10,6 +10,7 @@ SMALL = {
     "static": "static,max_batch_size=3",
     "sarathi": "sarathi,chunk_size=24",
     "watermark": "watermark,watermark=0.1",
+    "decaying_ratio": "decaying_ratio,start=0.05,clip=1",  # as it comes it lets in so few that memory is never short
     "t_lru": "t_lru,budget=16,next_prompt=8",
 }
 """Knobs that suit a replica of some 40 blocks of 4 tokens; the other policies are tested as they come."""

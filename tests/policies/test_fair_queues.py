@@ -148,7 +148,8 @@ class Audited(Watched):
                 continue
             if request.state is State.CANCELLED:
                 self._final[request.id] = request.num_output_tokens
-            prepaid = int(request.hints["output_tokens"]) if "declared" in self.predictor else 0
+            declared = min(int(request.hints["output_tokens"]), request.max_tokens)
+            prepaid = declared if "declared" in self.predictor else 0
             output = self._final.get(request.id, max(prepaid, self._given[request.id]))
             expected[request.tenant] += SCALE * (request.num_prompt_tokens + 2 * output)
         assert self.queue.counters == expected

@@ -68,7 +68,7 @@ LIMITS = st.builds(
 
 
 @pytest.mark.parametrize("stack", EVERY, ids=says)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(LIMITS, jobs())
 def test_every_request_ends_with_its_tokens(stack: StackSpec, limits: Limits, work: list[Job]) -> None:
     drive = Drive(limits, stack, work)
@@ -96,7 +96,7 @@ def test_every_request_ends_with_its_tokens(stack: StackSpec, limits: Limits, wo
 
 
 @pytest.mark.parametrize("stack", [s for s in EVERY if not any(name in says(s) for name in DRAWS)], ids=says)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(LIMITS, jobs(most=8), st.data())
 def test_other_ids_and_another_order_of_submission_change_no_decision(
     stack: StackSpec, limits: Limits, work: list[StampedJob], data: st.DataObject

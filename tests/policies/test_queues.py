@@ -16,7 +16,7 @@ from policies.request import Request
 KEYS = {
     "fcfs": lambda r: (r.arrival_ns, r.id),
     "priority": lambda r: (r.priority, r.arrival_ns, r.id),
-    "sjf": lambda r: (r.hints.get("output_tokens", r.max_tokens), r.arrival_ns, r.id),
+    "sjf": lambda r: (min(max(1, r.hints.get("output_tokens", r.max_tokens)), r.max_tokens), r.arrival_ns, r.id),
     "sjf,predictor=oracle": lambda r: (1000 - r.id % 3, r.arrival_ns, r.id),
 }
 ORACLE = {i: 1000 - i % 3 for i in range(1000)}

@@ -1,4 +1,4 @@
-"""Queues by size, attained service and ageing priority, and `preemptive` around them."""
+"""Queues by size and ageing priority, and `preemptive` around them."""
 
 from __future__ import annotations
 
@@ -45,15 +45,6 @@ def test_trail_stops_nobody_who_has_come_to_its_limit() -> None:
     assert [served(0.8, at) for at in (15, 16)] == [1, 0]  # 0.8 x 20 = 16
     assert [served(1, at) for at in (15, 16)] == [1, 1]
     assert served(0, 1) == 0
-
-
-def test_the_least_served_runs_and_equals_take_turns() -> None:
-    work = [Job(1, 6), Job(1, 4, arrives=2)]
-    drive = Drive(ALONE, StackSpec("preemptive,mode=keep", "las"), work)
-    who = [next(iter(d.tokens)) for d in decisions(drive) if d.tokens]
-    assert who[:4] == [0, 0, 1, 1]
-    assert abs(who[:8].count(0) - who[:8].count(1)) <= 1
-    assert sorted(who) == [0] * 6 + [1] * 4
 
 
 def test_a_priority_ages_by_a_class_every_so_often() -> None:
@@ -104,7 +95,7 @@ def test_no_lower_class_runs_while_a_higher_one_waits(work: list[tuple[int, int,
 def test_nothing_has_a_smaller_mean_on_one_server_than_preemptive_shortest_remaining(work: list) -> None:
     jobs = [Job(1, output, arrives) for output, arrives in work]
     best = sum(finish_steps(Drive(ALONE, StackSpec("preemptive,mode=keep", "srpt"), jobs)))
-    for scheduler, queue in (("mixed", "fcfs"), ("mixed", "sjf"), ("mixed", "ljf"), ("preemptive,mode=keep", "las")):
+    for scheduler, queue in (("mixed", "fcfs"), ("mixed", "sjf"), ("mixed", "ljf")):
         assert best <= sum(finish_steps(Drive(ALONE, StackSpec(scheduler, queue), jobs)))
 
 
@@ -127,7 +118,7 @@ def test_shortest_output_first_is_not_best_where_memory_binds() -> None:
     assert sums == {"fcfs": 52, "sjf": 58, "srpt": 58}  # means 10.4 and 11.6; the optimum is 7.2
 
 
-@pytest.mark.parametrize("spec", ["srpt,limit=1.5", "srpt,limit=-1", "las,quantum_ms=-1", "aged_priority,age_s=-1"])
+@pytest.mark.parametrize("spec", ["srpt,limit=1.5", "srpt,limit=-1", "aged_priority,age_s=-1"])
 def test_knobs_out_of_range_are_refused(spec: str) -> None:
     with pytest.raises(PolicyError, match="must be"):
         registry.make("queue", spec)

@@ -113,11 +113,16 @@ def environment(*folders: Path) -> dict[str, str]:
 
 @contextmanager
 def running(
-    model: Path | str, *flags: str, admin: bool = True, path: Path | None = None, **limits: object
+    model: Path | str,
+    *flags: str,
+    admin: bool = True,
+    path: Path | None = None,
+    patience: float = PATIENCE,
+    **limits: object,
 ) -> Iterator[Running]:
     """`diptych serve` with these flags and limits; ended by Ctrl-C, and nothing may be left of it.
 
-    `path`: a folder with policies of the test's own.
+    `path`: a folder with policies of the test's own; `patience`: seconds that it may take to start.
     """
     command = diptych("serve", "--model", str(model), "--port", "0", "--drain", "0.2", *flags, *limit_flags(limits))
     if admin:
@@ -143,7 +148,7 @@ def running(
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    assert ready.wait(PATIENCE), lines
+    assert ready.wait(patience), lines
     found = [match[1] for line in lines if (match := re.search(r"serving on (http\S+)", line))]
     assert found, "\n".join(lines)
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]

@@ -71,12 +71,13 @@ def cluster() -> Iterator[str]:
 
 @needs_ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_replicas_on_a_cluster_serve_die_and_are_restarted_like_any(
     model_folder: Path, cluster: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     flags = ("--ray", cluster, "--replicas", "2", "--router", "round_robin", "-o", str(folder))
-    with running(model_folder, *flags, **LIMITS) as server:
+    with running(model_folder, *flags, patience=400, **LIMITS) as server:  # Ray starts slowly on a busy machine
         pids = [server.engine(number).pid for number in (0, 1)]
         bodies = [{**LONG, "max_tokens": 30, "seed": i} for i in range(4)]
         texts = [client.json()["choices"][0]["text"] for client in [Client(server, body) for body in bodies]]
