@@ -42,7 +42,7 @@ def _spec(stack: StackSpec) -> RunSpec:
 
 def _workload() -> Workload:
     """Requests of tenants, sessions and objectives that share prefixes and want more memory than there is."""
-    n = 20
+    n = 14
     draw = np.random.default_rng(11)
     prompts, outputs = draw.integers(20, 110, n), draw.integers(4, 60, n)
     shared = [tuple(range(draw.integers(0, 4))) for _ in prompts]

@@ -37,7 +37,7 @@ def durations(*values: int, window: int = 1000) -> Durations:
 # How long
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=40), st.integers(0, 200))
 def test_tau_is_the_best_of_all_observed_durations(values: list[int], gain: int) -> None:
     def worth(tau: int) -> Fraction:
@@ -63,7 +63,7 @@ def test_only_the_last_durations_count(values: list[int]) -> None:
     assert made._sorted == sorted(values[-7:])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20))
 def test_eta_is_the_correlation_of_calls_done_and_calls_left(lengths: list[int]) -> None:
     turns = Turns()
@@ -299,7 +299,7 @@ MEMORY = st.builds(
 KNOBS = st.sampled_from(["default_ttl_ms=1000", "default_ttl_ms=0.01", "default_ttl_ms=1000,min_records=1"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(MEMORY, agents(), KNOBS, st.sampled_from(["full_prompt", "watermark,watermark=0.1", "reserve_max"]))
 def test_pins_keep_nobody_from_running(limits: Limits, calls: list[Call], knobs: str, admission: str) -> None:
     """Everybody ends, nothing is refused, and what is held is known."""
@@ -320,7 +320,7 @@ def test_pins_keep_nobody_from_running(limits: Limits, calls: list[Call], knobs:
     assert not policy._order._waiting
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(agents(), st.sampled_from([0, 1]), st.sampled_from([3, 50]))
 def test_with_memory_and_slots_for_all_it_runs_as_mixed_does(calls: list[Call], lag: int, budget: int) -> None:
     limits = Limits(600, 4, 50, budget, 64, lag=lag)
@@ -427,7 +427,7 @@ def test_pins_that_nobody_waits_for_are_lifted_first_then_those_of_the_programs_
     ],
     ids=lambda stack: stack.queue if "preemptive" in stack.scheduler else stack.scheduler,
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(limits=MEMORY, calls=agents(), steps=st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True))
 def test_it_may_be_put_in_place_and_replaced_while_calls_run(
     stack: StackSpec, limits: Limits, calls: list[Call], steps: list[int]

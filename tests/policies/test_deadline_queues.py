@@ -65,7 +65,7 @@ def test_the_earliest_deadline_goes_first_and_no_deadline_goes_last() -> None:
     assert order_of_service(drive) == [2, 4, 1, 0, 3]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(jobs(), st.sampled_from([28, 400]), st.sampled_from([0, 1]), st.integers(1, 60))
 def test_with_equal_objectives_edf_decides_exactly_as_fcfs(work: list[Job], blocks: int, lag: int, ttft: int) -> None:
     equal = [dataclasses.replace(job, slo=Slo(ttft_ns=ttft * STEP_NS)) for job in work]
@@ -98,7 +98,7 @@ def feasible(draw: st.DrawFn) -> list[Job]:
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(feasible())
 def test_preemptive_edf_meets_all_deadlines_that_can_be_met(work: list[Job]) -> None:
     drive = Drive(ALONE, StackSpec("preemptive,mode=keep", "edf"), work)
@@ -108,7 +108,7 @@ def test_preemptive_edf_meets_all_deadlines_that_can_be_met(work: list[Job]) -> 
         assert request.finish_ns <= request.arrival_ns + (request.slo.e2e_ns or 0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(feasible())
 def test_so_does_preemptive_least_slack_where_all_decodes_take_as_long_as_the_model_says(work: list[Job]) -> None:
     """LSTF is optimal too."""
@@ -209,7 +209,7 @@ def test_knobs_out_of_range_are_refused() -> None:
 # Least slack
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.integers(5, 60), st.booleans()), min_size=2, max_size=10),
     st.sampled_from([0, 1]),

@@ -125,13 +125,13 @@ def least_faults(string: Sequence[int], frames: int) -> int:
     return min(states.values())
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 5), max_size=24), st.integers(1, 4))
 def test_belady_is_as_good_as_trying_everything(string: list[int], frames: int) -> None:
     assert faults(string, "belady", frames) == least_faults(string, frames)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(skewed, st.integers(1, 8))
 def test_no_policy_hits_more_single_blocks_than_belady(string: list[int], frames: int) -> None:
     least = faults(string, "belady", frames)
@@ -276,7 +276,7 @@ SLOW: dict[str, Callable[[Sequence[int], int], int]] = {
 
 
 @pytest.mark.parametrize("policy", SLOW)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(skewed, st.integers(1, 8))
 def test_a_policy_hits_what_its_slow_reference_hits(policy: str, string: list[int], frames: int) -> None:
     assert faults(string, policy, frames) == SLOW[policy](string, frames)
@@ -341,7 +341,7 @@ def orphans(cache: Cache, served: Sequence[Chain]) -> int:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(chains, st.integers(8, 24))
 def test_every_cached_block_can_be_found(policy: str, served: list[Chain], num_blocks: int) -> None:
     assert orphans(Cache(served, policy, num_blocks), served) == 0
@@ -405,7 +405,7 @@ class IdleBlocksAgainstAList(RuleBasedStateMachine):
 
 
 TestIdleBlocks = IdleBlocksAgainstAList.TestCase
-TestIdleBlocks.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestIdleBlocks.settings = settings(max_examples=75, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.parametrize("policy", [name for name in registry.names("eviction") if name != "lru"])
@@ -433,14 +433,14 @@ LRU_BY_ANOTHER_NAME = [
 
 
 @pytest.mark.parametrize("policy", LRU_BY_ANOTHER_NAME)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(chains, st.integers(8, 24))
 def test_a_degenerate_policy_lets_the_same_blocks_go_as_lru(policy: str, served: list[Chain], num_blocks: int) -> None:
     assert victims(policy, served, num_blocks) == victims("lru", served, num_blocks)
 
 
 @pytest.mark.parametrize("policy", LRU_BY_ANOTHER_NAME)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(jobs(), st.sampled_from([28, 40]), st.sampled_from([0, 1]))
 def test_a_degenerate_policy_decides_as_lru_does(policy: str, work: list[Job], num_blocks: int, lag: int) -> None:
     limits = Limits(num_blocks, 4, 6, 32, 110, lag=lag)
@@ -518,7 +518,7 @@ def test_belady_forgets_a_use_that_was_passed_over() -> None:
 NO_ORACLE = [name for name in registry.names("eviction") if name != "belady"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(jobs(), st.dictionaries(st.integers(0, 40), st.sampled_from(NO_ORACLE).map(lambda name: _swap(eviction=name))))
 def test_any_policy_may_be_put_in_place_of_any_other_while_requests_run(work: list[Job], acts: dict[int, Any]) -> None:
     drive = Operated(Limits(28, 4, 6, 32, 110), StackSpec(eviction="arc"), work, acts)

@@ -161,7 +161,7 @@ class Audited(Watched):
 
 
 @pytest.mark.parametrize("queue", ["vtc,lift=off", "vtc,lift=off,predictor=declared"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(jobs(cancels=True), st.sampled_from(SCHEDULERS), st.sampled_from([24, 400]), st.sampled_from([0, 1]))
 def test_counters_are_what_a_walk_over_all_requests_comes_to_after_every_report(
     queue: str, work: list[Job], scheduler: str, num_blocks: int, lag: int
@@ -289,7 +289,7 @@ class Bounded(Watched):
             self.worst = max(self.worst, max(counters) - min(counters))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(jobs("abcd"), st.sampled_from(["mixed", "sarathi,chunk_size=24", "prefill_first"]))
 def test_counters_of_those_who_wait_differ_by_at_most_u(work: list[Job], scheduler: str) -> None:
     drive = Bounded(plain(M // 4), "vtc", work, scheduler, admission="reserve_max")
@@ -414,7 +414,7 @@ def same(limits: Limits, work: list[Job], queue: str, scheduler: str) -> None:
         "rpm,limit=1000",
     ],
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(jobs("a", cancels=True), st.sampled_from(SCHEDULERS), st.sampled_from([24, 400]), st.sampled_from([0, 1]))
 def test_with_one_tenant_they_decide_as_first_come_first_served(
     queue: str, work: list[Job], scheduler: str, num_blocks: int, lag: int
@@ -422,7 +422,7 @@ def test_with_one_tenant_they_decide_as_first_come_first_served(
     same(plain(num_blocks, lag=lag), work, queue, scheduler)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(jobs("bc"), st.sampled_from(SCHEDULERS), st.sampled_from([24, 400]))
 def test_without_shared_prefixes_and_with_a_quantum_to_spare_longest_match_is_first_come_first_served(
     work: list[Job], scheduler: str, num_blocks: int
@@ -506,7 +506,7 @@ class EveryCounter(Vtc):
         ("vtc,predictor=declared", lambda: EveryCounter(predictor="declared")),
     ],
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(jobs("abcd", cancels=True), st.sampled_from([24, 400]), st.booleans())
 def test_what_saves_time_changes_no_decision(
     queue: str, slow: Callable[[], TenantQueue], work: list[Job], num_blocks: int, caching: bool

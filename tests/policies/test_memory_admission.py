@@ -71,7 +71,7 @@ def test_a_moving_average_is_of_the_tenants_last_five() -> None:
     assert average.predict(b) == 50  # never above the cap
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 60), max_size=30), st.integers(0, 70), st.floats(0, 1), st.integers(1, 8))
 def test_a_quantile_is_of_the_last_lengths_beyond_what_is_generated(
     ends: list[int], done: int, q: float, window: int
@@ -114,7 +114,7 @@ def test_pow2_rounds_up_to_a_power_of_two(output: int, rounded: int) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     JOBS, st.sampled_from(["mixed", "prefill_first", "sarathi,chunk_size=12"]), st.integers(25, 45), st.integers(0, 1)
 )
@@ -128,7 +128,7 @@ def test_no_reservation_that_holds_true_ever_preempts(
     assert rule.reserved_blocks == 0  # type: ignore[attr-defined]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(JOBS, st.integers(25, 60))
 def test_at_a_fixed_time_max_admits_no_more_than_pow2_than_oracle_than_paged(work: list[Job], blocks: int) -> None:
     limits = Limits(blocks, 4, 12, 500, 100, prefix_caching=False)
@@ -141,7 +141,7 @@ def test_at_a_fixed_time_max_admits_no_more_than_pow2_than_oracle_than_paged(wor
     assert counts == sorted(counts)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(JOBS, st.integers(25, 60), st.integers(0, 1))
 def test_with_caps_that_are_the_true_lengths_max_and_oracle_decide_alike(
     work: list[Job], blocks: int, lag: int
@@ -219,7 +219,7 @@ LOCK_STEP = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 25), st.intege
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(LOCK_STEP, st.integers(1, 4), st.integers(48, 90))
 def test_in_lock_step_true_lengths_never_preempt_and_caps_neither_and_admit_no_more(
     lag: int, sizes: list[tuple[int, int, int]], block: int, tokens: int

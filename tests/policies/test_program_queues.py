@@ -113,7 +113,7 @@ def assert_alike(limits: Limits, calls: list[Call], one: StackSpec, other: Stack
 
 
 @pytest.mark.parametrize("queue", ["plas", "atlas"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(limits=MEMORY, calls=programs(), mode=st.sampled_from(["keep", "recompute"]))
 def test_of_programs_of_one_call_and_without_quanta_they_are_first_come_first_served(
     queue: str, limits: Limits, calls: list[Call], mode: str
@@ -131,7 +131,7 @@ def test_with_quanta_or_longer_programs_they_are_not() -> None:
     assert decisions(with_quanta) != decisions(fcfs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(MEMORY, programs(), programs(named=False), st.sampled_from(["keep", "recompute"]), st.sampled_from([0, 2]))
 def test_of_chains_atlas_decides_as_plas_whether_they_name_their_parents_or_not(
     limits: Limits, calls: list[Call], unnamed: list[Call], mode: str, beta: int
@@ -188,7 +188,7 @@ class Never(Alarms):
         pass
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(MEMORY, programs(), st.sampled_from(["keep", "recompute"]), st.sampled_from([0.0, 0.5, 2.0]))
 def test_alarms_find_whom_a_look_at_everybody_finds(limits: Limits, calls: list[Call], mode: str, beta: float) -> None:
     one, other = (StackSpec(f"preemptive,mode={mode}", f"{q},{SMALL},beta={beta}") for q in ("plas", f"{HERE}SlowPlas"))
@@ -376,7 +376,7 @@ def test_only_so_many_programs_are_remembered_those_heard_of_last(name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["plas", "atlas"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(limits=MEMORY, calls=programs(), mode=st.sampled_from(["keep", "recompute"]))
 def test_nothing_is_kept_of_calls_that_have_ended(name: str, limits: Limits, calls: list[Call], mode: str) -> None:
     calls.append(Call(1, 30, 5))  # so that there are reports after the last cancellation
@@ -401,7 +401,7 @@ def test_a_prompt_is_not_stopped_midway() -> None:
 
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     limits=st.builds(
         lambda blocks, seqs, budget, lag: Limits(blocks, 4, seqs, budget, 56, prefix_caching=False, lag=lag),

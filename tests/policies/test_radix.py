@@ -131,7 +131,7 @@ def prompts(draw: st.DrawFn) -> list[Tokens]:
     return made
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(prompts(), st.integers(1, 4), st.integers(0, 20))
 @example([(0,) * 8, (0,) * 6 + (1,) * 6, (0,) * 9, (2,) * 24], 2, 0)
 def test_a_radix_tree_and_a_hash_chain_hit_the_same_tokens(work: list[Tokens], block_size: int, more: int) -> None:

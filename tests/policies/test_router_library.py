@@ -99,7 +99,7 @@ EVENTS = st.one_of(
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(EVENTS, max_size=60))
 def test_every_request_goes_to_a_replica_that_takes_requests_and_twice_to_the_same(name: str, events: list) -> None:
     one, other = (World(registry.make("router", name, seed=7, block_size=16)) for _ in "ab")
@@ -110,7 +110,7 @@ def test_every_request_goes_to_a_replica_that_takes_requests_and_twice_to_the_sa
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTERS if not any(p in name for p in BY_PLACE)])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(EVENTS, max_size=60))
 def test_the_order_in_which_the_replicas_are_listed_decides_nothing(name: str, events: list) -> None:
     plain = World(registry.make("router", name, seed=7, block_size=16))

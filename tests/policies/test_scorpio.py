@@ -65,7 +65,7 @@ def test_requests_without_a_tpot_decode_in_every_step() -> None:
     assert decoding_steps(drive, 3) == list(range(1, 31)), "one step of its own takes longer than its TPOT"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(2, 30), st.integers(0, 12)), min_size=1, max_size=8))
 def test_credits_are_those_of_the_definition(drawn: list[tuple[int, int, int]]) -> None:
     """Each step each decode earns tightest / own, exactly; it decodes at 1 and pays 1."""
@@ -90,7 +90,7 @@ def test_credits_are_those_of_the_definition(drawn: list[tuple[int, int, int]]) 
         alive = {i: left for i, left in alive.items() if left}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(jobs(), st.sampled_from([28, 400]), st.sampled_from([0, 1]), st.booleans())
 def test_with_equal_tpots_and_nobody_rejected_it_decides_exactly_as_mixed(
     work: list[Job], blocks: int, lag: int, caching: bool
@@ -144,7 +144,7 @@ PACED = st.tuples(st.integers(300, 900), st.integers(1, 30), st.integers(1, 40),
 """TPOT in nanoseconds, prompt, output, arrival."""
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(PACED, min_size=1, max_size=12), st.sampled_from([0, 1]))
 def test_no_admission_brings_the_virtual_batch_beyond_the_tightest_tpot(
     drawn: list[tuple[int, int, int, int]], lag: int
@@ -200,7 +200,7 @@ def test_the_ttft_guard_goes_by_deadline_and_rejects_the_lost() -> None:
     assert [drive.status(i) for i in range(4)] == ["length", "length", "length", "dropped"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(jobs(), st.sampled_from([28, 400]), st.sampled_from([0, 1]))
 def test_nothing_is_kept_of_requests_that_have_ended(work: list[Job], blocks: int, lag: int) -> None:
     drive = Drive(Limits(blocks, 4, 6, 32, 110, lag=lag), SCORPIO, work)

@@ -37,7 +37,7 @@ def mean_wait(requests: list[Request]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("utilisation", "count"), [(0.5, 200_000), (0.8, 400_000)])
+@pytest.mark.parametrize(("utilisation", "count"), [(0.5, 100_000), (0.8, 250_000)])
 def test_constant_service_waits_as_long_as_in_an_m_d_1_queue(utilisation: float, count: int) -> None:
     expected = utilisation / (2 * (1 - utilisation))
     wait = mean_wait(serve(np.ones(count, np.int64), utilisation, seed=1))
@@ -47,7 +47,7 @@ def test_constant_service_waits_as_long_as_in_an_m_d_1_queue(utilisation: float,
 @pytest.mark.slow
 @pytest.mark.parametrize("utilisation", [0.5, 0.7])
 def test_varied_service_waits_as_long_as_in_an_m_g_1_queue(utilisation: float) -> None:
-    outputs = np.random.default_rng(100).geometric(1 / 2, 250_000)
+    outputs = np.random.default_rng(100).geometric(1 / 2, 150_000)
     # Pollaczek and Khinchine: lambda E[S^2] / (2 (1 - rho)), in steps.
     rate = utilisation / outputs.mean()
     expected = rate * np.mean(outputs.astype(float) ** 2) / (2 * (1 - utilisation))
