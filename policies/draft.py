@@ -6,6 +6,8 @@ counts. What it promises, the control plane can enact, because it counts blocks 
 
 from __future__ import annotations
 
+from copy import copy
+
 from policies.contract import Admission, Preemption, View
 from policies.plan import Mode, Plan
 from policies.request import Request, State
@@ -33,6 +35,14 @@ class Draft:
         self.preempted: dict[int, Request] = {}
         self._given: dict[int, tuple[int, int]] = {}  # running request -> (tokens, blocks) planned for it
         self._released: dict[int, int] = {}  # cached block -> references that this plan gives up, less those it takes
+
+    def copy(self) -> Draft:
+        """A draft to try something in: what is done to it leaves this one as it is."""
+        other = copy(self)
+        other.plan = self.plan.copy()
+        other.admitted, other.preempted = self.admitted[:], self.preempted.copy()
+        other._given, other._released = self._given.copy(), self._released.copy()
+        return other
 
     # Running requests
 
@@ -102,9 +112,14 @@ class Draft:
             self.plan.chunks.append((request, num_tokens))
 
     def preempt(self, request: Request, mode: Mode) -> None:
-        """Stop a running request (or take a paused one's blocks); what this plan had given it goes back."""
+        """Stop a running request (or take a paused one's blocks); what this plan had given it goes back.
+
+        Of one that this plan stops already and lets keep its blocks, the blocks are taken too.
+        """
+        if request.id in self.preempted:
+            self.plan.preempt = [(r, m) for r, m in self.plan.preempt if r is not request]
         self.plan.preempt.append((request, mode))
-        if request.state is State.RUNNING:
+        if request.state is State.RUNNING and request.id not in self.preempted:
             self.preempted[request.id] = request
             self.seqs_left += 1
         if mode is not Mode.KEEP:

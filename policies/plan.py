@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from policies.request import Request, State
@@ -52,6 +53,10 @@ class Plan:
     """Ask again at this time even if nothing happens; without effect once no request is alive."""
     blocked: list[tuple[Request, str]] = field(default_factory=list)
     """(request, reason): waiting requests that were looked at and passed over. For the record only."""
+
+    def copy(self) -> Plan:
+        """A plan that can be changed without changing this one."""
+        return Plan(**{each.name: copy(getattr(self, each.name)) for each in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
