@@ -66,6 +66,9 @@ class Draft:
     def run_decodes(self, now: int) -> None:
         """Give each decode its token, in order of admission as far as tokens go; preempt where blocks are missing."""
         decodes, needy = self.view.num_decoding, self.view.decodes_that_need_a_block()
+        if self.preempted:
+            decodes -= self._num_decodes_stopped()
+            needy = [request for request in needy if request.id not in self.preempted]
         if decodes <= self.tokens_left and len(needy) <= self.blocks_left:
             self.plan.decode_all = decodes > 0
             self._spend(decodes, len(needy))
@@ -218,10 +221,12 @@ class Draft:
     def finish(self) -> Plan:
         """The plan. Single decodes that turn out to be everybody's are said in one word."""
         plan = self.plan
-        if plan.decodes and not plan.resume:
-            stopped = (r for r in self.preempted.values() if r.num_output_tokens < r.max_tokens)
-            gone = sum(r.num_pending_tokens == 1 for r in stopped)
-            if len(plan.decodes) == self.view.num_decoding - gone:
-                plan.decodes = []
-                plan.decode_all = True
+        rest = self.view.num_decoding - self._num_decodes_stopped()
+        if plan.decodes and not plan.resume and len(plan.decodes) == rest:
+            plan.decodes = []
+            plan.decode_all = True
         return plan
+
+    def _num_decodes_stopped(self) -> int:
+        stopped = self.preempted.values()
+        return sum(r.num_pending_tokens == 1 and r.num_output_tokens < r.max_tokens for r in stopped)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 
 from policies.request import Request, State
@@ -56,7 +56,13 @@ class Plan:
 
     def copy(self) -> Plan:
         """A plan that can be changed without changing this one."""
-        return Plan(**{each.name: copy(getattr(self, each.name)) for each in fields(self)})
+        other = copy(self)
+        for name in _CONTAINERS:
+            setattr(other, name, getattr(self, name).copy())
+        return other
+
+
+_CONTAINERS = tuple(each.name for each in fields(Plan) if each.default_factory is not MISSING)
 
 
 @dataclass(frozen=True, slots=True)

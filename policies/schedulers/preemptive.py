@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -12,9 +10,6 @@ from policies.plan import Mode, Plan, Report
 from policies.queued import QueuedScheduler
 from policies.registry import register
 from policies.request import Request, State
-
-Victims = Callable[[Draft, Request], list[Request]]
-"""Who may be stopped for a request, the first to go at the end."""
 
 
 @register("scheduler", "preemptive")
@@ -30,11 +25,12 @@ class Preemptive(QueuedScheduler):
 
     Who may be stopped: for a waiting request, those behind who are paused, and those whom the queue lets be stopped
     (`preemptible`) and who have got a token since they were started last; for a decode, everybody behind; for a
-    prefill, as for a waiting request, and then the prefills that were admitted after it, the last first.
+    prefill, as for a waiting request. One that has got no token since it was started may then stop those without one
+    that were admitted after it, the last first.
     So all requests end, whatever the order is and however it changes: each stop for a waiting request is paid with a
     token that the stopped one has got since, each one for a decode with the token that this gets now, and there are
-    only so many tokens. While there are none, nobody decodes, and prefills stop only those admitted after them: the
-    one admitted first is never stopped while others run, and alone it fits, so it gets to its token.
+    only so many tokens. While there are none, those without one stop only those admitted after them: the one admitted
+    first is never stopped while others run, and alone it fits, so it gets to its token.
 
     `mode`: `recompute` frees a stopped request's blocks; `keep` leaves them to it while only slots are wanted.
     Cost: O(prefills + decodes that open a block) while nobody lacks anything, else O(running log running).
@@ -69,39 +65,58 @@ class Preemptive(QueuedScheduler):
 
     def plan(self, view: View, now: int) -> Plan:
         draft, line = self.start(view, now), Line(self._order, view)
-        draft = self._decode(draft, line, now)
-        return self._prefill(draft, line, now).finish()
+        draft = self._decode(line, draft, now)
+        return self._prefill(line, draft, now).finish()
 
     # In the order
 
-    def _decode(self, draft: Draft, line: Line, now: int) -> Draft:
+    def _decode(self, line: Line, draft: Draft, now: int) -> Draft:
         """A token for every decode, in the order as far as tokens go."""
-        view = draft.view
-        opening = view.decodes_that_need_a_block()
-        if view.num_decoding <= draft.tokens_left and len(opening) <= draft.blocks_left:
+        view, order = draft.view, self._order.order
+        decodes, opening = None, view.decodes_that_need_a_block()
+        if view.num_decoding > draft.tokens_left:
+            decodes = sorted(view.decoding(), key=order)[: draft.tokens_left]
+            opening = [request for request in opening if request in decodes]
+        if len(opening) > draft.blocks_left:
+            served: list[Request] = []
+            for request in sorted(opening, key=order):
+                if request.id not in draft.preempted:
+                    served.append(request)
+                    draft = self._make_room(line, draft, request, served)
+        if decodes is None:
             draft.run_decodes(now)
-            return draft
-        for request in sorted(view.decoding(), key=self._order.order):
-            if draft.tokens_left and request.id not in draft.preempted:
-                draft = self._run(draft, request, 1, line.behind)
+        else:
+            for request in decodes:
+                if request.id not in draft.preempted:
+                    draft.run(request, 1)
         return draft
 
-    def _prefill(self, draft: Draft, line: Line, now: int) -> Draft:
+    def _make_room(self, line: Line, draft: Draft, request: Request, served: list[Request]) -> Draft:
+        """Stop others until each of those served, this request the last, can have a block; or it, if that is vain."""
+
+        def fits(trial: Draft) -> bool:
+            return trial.blocks_left >= sum(r.id not in trial.preempted for r in served)
+
+        enough = self._stop(draft, self._victims(line, draft, request), fits)
+        if enough is None:
+            draft.preempt(request, self._for_blocks)
+        return enough or draft
+
+    def _prefill(self, line: Line, draft: Draft, now: int) -> Draft:
         """Prompt tokens for partial prefills and waiting requests."""
         begun = sorted(draft.view.prefilling.values(), key=self._order.order, reverse=True)
-        admits, victims = not draft.plan.preempt, partial(self._for_prefill, line)
+        admits = not draft.plan.preempt
         while draft.tokens_left > 0:
             head = self.queue.peek(now) if admits else None
             if begun and (head is None or self._order.order(begun[-1]) < self._order.order(head)):
                 request, stopped = begun.pop(), len(draft.plan.preempt)
                 if request.id not in draft.preempted:
-                    tokens = min(request.num_pending_tokens, draft.tokens_left, self._max_chunk or draft.tokens_left)
-                    draft = self._run(draft, request, tokens, victims)
+                    draft = self._continue(line, draft, request)
                     admits = admits and len(draft.plan.preempt) == stopped
             elif head is None:
                 return draft
             else:
-                started = self._admit(draft, line, head)
+                started = self._admit(line, draft, head)
                 admits = started is not None
                 if started is not None:
                     draft = started
@@ -109,37 +124,34 @@ class Preemptive(QueuedScheduler):
                     self._outputs[head.id] = head.num_output_tokens
         return draft
 
-    def _run(self, draft: Draft, request: Request, tokens: int, victims: Victims) -> Draft:
-        """Tokens for one that runs, with others stopped for its blocks; if they are not enough, it is stopped itself.
+    def _continue(self, line: Line, draft: Draft, request: Request) -> Draft:
+        """The next chunk of a prefill. If nobody can be stopped for it, it is stopped itself.
 
         Not if somebody has been admitted before it: that one may have taken the blocks, and can be stopped next time.
         """
+        tokens = min(request.num_pending_tokens, draft.tokens_left, self._max_chunk or draft.tokens_left)
         blocks = draft.blocks_needed(request, tokens)
-        if blocks > draft.blocks_left:
-            enough = self._stop(draft, victims(draft, request), lambda trial: trial.blocks_left >= blocks)
-            if enough is None:
-                if not draft.admitted:
-                    draft.preempt(request, self._for_blocks)
-                return draft
-            draft = enough
-        draft.run(request, tokens)
-        return draft
+        enough = self._stop(draft, self._victims(line, draft, request), lambda trial: trial.blocks_left >= blocks)
+        if enough is not None:
+            enough.run(request, tokens)
+        elif not draft.admitted:
+            draft.preempt(request, self._for_blocks)
+        return enough or draft
 
-    def _admit(self, draft: Draft, line: Line, head: Request) -> Draft | None:
+    def _admit(self, line: Line, draft: Draft, head: Request) -> Draft | None:
         """Start a waiting request, with others stopped for it; None if that is vain."""
         if draft.admit(head, max_chunk=self._max_chunk):
             return draft
         if not draft.view.settled(head):
             return None
-        victims = self._stoppable(line.behind(draft, head))
         if draft.seqs_left < 1:
-            runs = [r for r in victims if r.state is State.RUNNING and r.id not in draft.preempted]
-            if not runs:
+            runs = (r for r in self._stoppable(line, draft, head) if r.state is State.RUNNING)
+            victim = next((r for r in runs if r.id not in draft.preempted), None)
+            if victim is None:
                 return None
             draft = draft.copy()
-            draft.preempt(runs[-1], self._for_slot)
-            if self._for_slot is not Mode.KEEP:
-                victims.remove(runs[-1])
+            draft.preempt(victim, self._for_slot)
+        victims = self._stoppable(line, draft, head)
         started = self._stop(draft, victims, lambda trial: trial.admit(head, max_chunk=self._max_chunk))
         if started is not None:
             started.plan.blocked = [blocked for blocked in started.plan.blocked if blocked[0] is not head]
@@ -147,30 +159,44 @@ class Preemptive(QueuedScheduler):
 
     # Who is stopped
 
-    def _stop(self, draft: Draft, victims: list[Request], fits: Callable[[Draft], bool]) -> Draft | None:
-        """The draft with as many stopped as something takes to fit, from the end of the list; None if all do not do."""
-        trial, stopped = draft.copy(), []
-        while not fits(trial):
-            if not victims:
-                return None
-            stopped.append(victims.pop())
-            trial.preempt(stopped[-1], self._for_blocks)
-        for request in stopped:
-            if request.state is State.PAUSED:
-                self.queue.remove(request)
+    def _stop(self, draft: Draft, victims: Iterator[Request], fits: Callable[[Draft], bool]) -> Draft | None:
+        """The draft with as many stopped as it takes for something to fit; None if all are not enough."""
+        if fits(draft):
+            return draft
+        trial, stopped = draft.copy(), dict[int, Request]()
+        for victim in victims:
+            if victim.id not in stopped:
+                stopped[victim.id] = victim
+                trial.preempt(victim, self._for_blocks)
+                if fits(trial):
+                    break
+        else:
+            return None
+        for victim in stopped.values():
+            if victim.state is State.PAUSED:
+                self.queue.remove(victim)
         return trial
 
-    def _stoppable(self, requests: list[Request]) -> list[Request]:
-        return [r for r in requests if r.state is State.PAUSED or (self._order.preemptible(r) and self._got_token(r))]
+    def _stoppable(self, line: Line, draft: Draft, head: Request) -> Iterator[Request]:
+        """Whom a waiting request may stop, the first to go first."""
+        for request in line.behind(draft, head):
+            if request.state is State.PAUSED or (self._got_token(request) and self._order.preemptible(request)):
+                yield request
+
+    def _victims(self, line: Line, draft: Draft, request: Request) -> Iterator[Request]:
+        """Whom one that runs may stop, the first to go first; some may come twice."""
+        decodes = request.num_pending_tokens == 1
+        yield from line.behind(draft, request) if decodes else self._stoppable(line, draft, request)
+        if not self._got_token(request):
+            for other in reversed(list(draft.view.running.values())):
+                if other is request:
+                    return
+                if not self._got_token(other) and other.id not in draft.preempted:
+                    yield other
 
     def _got_token(self, request: Request) -> bool:
+        """Since it was started last."""
         return request.num_output_tokens > self._outputs.get(request.id, -1)
-
-    def _for_prefill(self, line: Line, draft: Draft, request: Request) -> list[Request]:
-        behind = self._stoppable(line.behind(draft, request))
-        prefills = list(draft.view.prefilling.values())
-        later = prefills[prefills.index(request) + 1 :]
-        return [r for r in later if r.id not in draft.preempted and r not in behind] + behind
 
 
 class Line:
@@ -181,12 +207,16 @@ class Line:
         self._view = view
         self._entries: list[tuple[tuple[Any, ...], Request]] | None = None
 
-    def behind(self, draft: Draft, request: Request) -> list[Request]:
-        """Those behind a request whose memory the draft does not take yet, the last at the end."""
+    def behind(self, draft: Draft, request: Request) -> Iterator[Request]:
+        """Those behind a request whose memory the draft does not take yet, the last first."""
         if self._entries is None:
             held = (*self._view.running.values(), *self._view.paused.values())
             alive = (r for r in held if r.num_output_tokens < r.max_tokens)  # others only wait for their last report
-            self._entries = sorted(((self._queue.order(r), r) for r in alive), key=itemgetter(0))
-        taken = {request.id for request, mode in draft.plan.preempt if mode is not Mode.KEEP}
-        start = bisect_right(self._entries, self._queue.order(request), key=itemgetter(0))
-        return [request for _, request in self._entries[start:] if request.id not in taken]
+            self._entries = sorted(((self._queue.order(r), r) for r in alive), key=itemgetter(0), reverse=True)
+        taken = {other.id for other, mode in draft.plan.preempt if mode is not Mode.KEEP}
+        place = self._queue.order(request)
+        for order, other in self._entries:
+            if order <= place:
+                return
+            if other.id not in taken:
+                yield other

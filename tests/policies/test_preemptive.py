@@ -74,9 +74,9 @@ class Watched(Preemptive):
             self._had[request.id] = request.num_output_tokens
         return plan
 
-    def _admit(self, draft: Draft, line: Line, head: Request) -> Draft | None:
+    def _admit(self, line: Line, draft: Draft, head: Request) -> Draft | None:
         before = [r for r, _ in draft.plan.preempt]
-        started = super()._admit(draft, line, head)
+        started = super()._admit(line, draft, head)
         if started is None:
             assert [r for r, _ in draft.plan.preempt] == before, "stopped in vain"
         for request, _ in [] if started is None else started.plan.preempt:
