@@ -18,9 +18,11 @@ class Cheapest(RankedVictim):
     last. Swapping to host memory, the other half of the question, needs a host tier, which there is not yet.
     O(blocks held by the running) a victim. Needs a cost model.
     Source: Kwon et al., SOSP 2023, section 7.3, compares recomputation and swapping by context length.
+    Who was admitted first is spared (`policies.victims`).
     """
 
     needs_cost = True
+    spares_eldest = True
 
     def rank(self, request: Request, view: View, draft: Draft, now: int) -> tuple[int, float]:
         assert view.cost is not None
