@@ -101,13 +101,15 @@ class Comparison:
     divergence: Divergence | None
 
     def rows(self) -> list[Row]:
-        """The lines of the table: TTFT, TPOT and E2E at p50, p90 and p99, then throughput."""
+        """The lines of the table: TTFT, TPOT and E2E at p50, p90 and p99, throughput, and the largest service gap."""
         rows = [
             _row(f"{TITLES[name]} {statistic}", "ms", self.latencies[name][statistic])
             for name in ("ttft", "tpot", "e2el")
             for statistic in ("p50", "p90", "p99")
         ]
-        return rows + [_row(*THROUGHPUTS[key], self.throughputs[key]) for key in THROUGHPUTS]
+        rows += [_row(*THROUGHPUTS[key], self.throughputs[key]) for key in THROUGHPUTS]
+        gap = Pair(self.summary_a["largest_service_gap"], self.summary_b["largest_service_gap"])
+        return rows if gap.a is None and gap.b is None else [*rows, _row("Service gap", "weighted tok", gap)]
 
     def notes(self) -> list[str]:
         """What has to be said below the table."""

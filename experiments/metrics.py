@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from experiments.backlog import ServiceGap, largest_gap
 from experiments.fairness import jain_index, service_difference, service_received
 from experiments.records import Run
 from experiments.timeline import LittlesLaw, littles_law, time_average, timeline
@@ -28,8 +29,10 @@ __all__ = [
     "COMPLETED",
     "LATENCIES",
     "LittlesLaw",
+    "ServiceGap",
     "TokenTimes",
     "jain_index",
+    "largest_gap",
     "latencies_ms",
     "littles_law",
     "per_request",
@@ -97,7 +100,8 @@ def summarize(
         slo: objectives in milliseconds, some of `ttft`, `tpot`, `e2el` (as `--goodput` takes them), for all requests.
         percentiles: which pNN_*_ms to give.
 
-    `slo_attainment` and `slo_goodput` go by the objectives that requests came with. `duration` (seconds) runs from the
+    `largest_service_gap` is that of `experiments.backlog`, in weighted tokens, None where no two tenants ever waited at
+    once. `slo_attainment` and `slo_goodput` go by the objectives that requests came with. `duration` (seconds) runs from the
     first arrival to the last end. What there is nothing to compute from is None.
     Raises ValueError for an unknown objective, RunError for records that contradict themselves.
     """
@@ -136,6 +140,8 @@ def summarize(
     known = run.has_steps or cached > 0  # many a server does not say what it found in its prefix cache
     summary["cached_token_share"] = cached / prompt if prompt and known else None
     summary["preemptions"] = int(requests["preemptions"].sum()) if run.has_steps else None
+    gap = largest_gap(run)
+    summary["largest_service_gap"] = None if gap is None else gap.service
     return summary | _memory(run)
 
 
