@@ -11,6 +11,7 @@ SMALL = {
     "sarathi": "sarathi,chunk_size=24",
     "watermark": "watermark,watermark=0.1",
     "t_lru": "t_lru,budget=16,next_prompt=8",
+    "multi_bin": "multi_bin,edges=10;25,batch=3,max_wait_ms=0.01",
 }
 """Knobs that suit a replica of some 40 blocks of 4 tokens; the other policies are tested as they come."""
 
@@ -25,6 +26,7 @@ MORE: dict[str, list[StackSpec]] = {
         StackSpec(queue="drr,quantum=5"),
         StackSpec(queue="dlpm,quantum=9,window=4"),
         StackSpec(queue="rpm,limit=2,window_s=0.00002"),
+        StackSpec("static,max_batch_size=3", "multi_bin,edges=10;25,batch=3,max_wait_ms=0.01"),
     ],
     "eviction": [StackSpec(eviction="gdsf,crossover=20")],
     "admission": [
