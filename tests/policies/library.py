@@ -29,6 +29,8 @@ MORE: dict[str, list[StackSpec]] = {
         StackSpec(queue="rpm,limit=2,window_s=0.00002"),
         StackSpec("preemptive", "plas,quantum_ms=0.003,beta=2"),
         StackSpec("preemptive,mode=keep", "atlas,quantum_ms=0.003,beta=2"),
+        StackSpec("preemptive", "ltr,threshold=3,quantum=2"),
+        StackSpec("preemptive,mode=keep", "ltr,threshold=3,quantum=2"),
         StackSpec("static,max_batch_size=3", "multi_bin,edges=10;25,batch=3,max_wait_ms=0.01"),
     ],
     "eviction": [StackSpec(eviction="gdsf,crossover=20")],
