@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from policies import registry
 from policies.alarms import Alarms
@@ -10,6 +11,9 @@ from policies.key_queue import KeyQueue
 from policies.plan import Report
 from policies.registry import register
 from policies.request import Request
+
+MOST_PROMOTIONS = 64
+"""In one plan, the others in the next ones: many that came at once are promoted at once, which takes its time."""
 
 
 @dataclass(slots=True)
@@ -40,6 +44,7 @@ class Ltr(KeyQueue):
     says, and not before it has got a token, as else two could stop each other for ever; a running request counts as
     one that runs even where a step has no token for it. Under other schedulers nobody is stopped: promoted requests
     are the next to be admitted. Steps are counted when their reports come, so that with `lag=1` a count is one late.
+    Of those that are to be promoted 64 are in one plan, the first to come first, the others in the next ones.
     O(log n) an arrival, a start, a stop or a promotion.
     Source: Fu et al., "Efficient LLM Scheduling by Learning to Rank", NeurIPS 2024, arXiv 2408.15792, algorithm 1.
     """
@@ -83,10 +88,9 @@ class Ltr(KeyQueue):
         if place.waits_since is None:
             place.waits_since = self._steps
             self._spent.cancel(request)
-            if place.promoted and place.runs_since < self._steps:
+            if place.promoted:
                 place.left -= self._steps - place.runs_since
-                place.promoted = place.left > 0
-        if self._threshold:
+        if self._threshold and not (place.promoted and place.left == self._quantum):
             self._starved.set(request, place.waits_since + self._threshold)
         super().push(request, now)
 
@@ -108,7 +112,7 @@ class Ltr(KeyQueue):
     def begin(self, draft: Draft, now: int) -> None:
         for request in self._spent.due(self._steps):
             self._places[request.id].promoted = False
-        for request in self._starved.due(self._steps):
+        for request in islice(self._starved.due(self._steps), MOST_PROMOTIONS):
             place = self._places[request.id]
             place.promoted, place.left, place.waits_since = True, self._quantum, self._steps
             self.rerank(request, now)

@@ -105,6 +105,21 @@ def test_several_that_starve_go_by_score_among_themselves() -> None:
     assert order(0) == [0, 4, 5, 2, 3, 1]
 
 
+def test_of_many_that_starve_at_once_some_are_promoted_in_each_plan() -> None:
+    queue = registry.make("queue", "ltr,threshold=2")
+    requests = [Request(i, 0, 1, 200 - i) for i in range(150)]
+    for request in requests:
+        queue.push(request, 0)
+    draft = Drive(ALONE, StackSpec(), [Job(1, 1)]).plane.view.draft()
+    promoted = []
+    for _ in range(12):
+        queue.begin(draft, 0)
+        promoted.append(sum(not queue.order(request)[0][0] for request in requests))
+        queue.on_report(Report(Step(0, 0), 0, 1, 1))
+    assert promoted == [0, 0, 64, 128, *[150] * 8]
+    assert queue.pop(0) is requests[149]
+
+
 MORE_WORK = st.lists(
     st.tuples(st.integers(1, 30), st.integers(1, 20), st.integers(0, 25)), min_size=1, max_size=10
 )  # prompt, output, arrival
