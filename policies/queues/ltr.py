@@ -44,7 +44,8 @@ class Ltr(KeyQueue):
     says, and not before it has got a token, as else two could stop each other for ever; a running request counts as
     one that runs even where a step has no token for it. Under other schedulers nobody is stopped: promoted requests
     are the next to be admitted. Steps are counted when their reports come, so that with `lag=1` a count is one late.
-    Of those that are to be promoted 64 are in one plan, the first to come first, the others in the next ones.
+    Of those that are to be promoted 64 are in one plan, the first to come first, the others in the next ones. Where all
+    wait for longer than `threshold` all are promoted, and take turns of `quantum` steps: it should be above that.
     O(log n) an arrival, a start, a stop or a promotion.
     Source: Fu et al., "Efficient LLM Scheduling by Learning to Rank", NeurIPS 2024, arXiv 2408.15792, algorithm 1.
     """

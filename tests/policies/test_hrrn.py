@@ -79,7 +79,7 @@ def events(draw: st.DrawFn) -> list[tuple[str, int, int]]:
     return draw(st.lists(st.tuples(kinds, st.integers(0, 9), st.integers(0, 40)), min_size=1, max_size=60))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(events())
 def test_the_order_is_that_of_exact_response_ratios_at_any_time(events: list[tuple[str, int, int]]) -> None:
     queue: Hrrn = registry.make("queue", "hrrn")
@@ -118,7 +118,7 @@ def test_hundreds_of_different_services_are_kept_in_order() -> None:
 EQUAL = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), min_size=1, max_size=10)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(EQUAL, st.sampled_from(["mixed", "sarathi,chunk_size=24", "static,max_batch_size=3"]))
 def test_with_equal_sizes_it_is_first_come_first_served(work: list[tuple[int, int]], scheduler: str) -> None:
     jobs = [Job(prompt, 7, arrives) for prompt, arrives in work]
@@ -127,7 +127,7 @@ def test_with_equal_sizes_it_is_first_come_first_served(work: list[tuple[int, in
     assert_same_run(short_of_memory, jobs, StackSpec(scheduler, "hrrn"), StackSpec(scheduler, "fcfs"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 20)), min_size=2, max_size=10))
 def test_work_times_wait_on_one_server_is_what_it_is_in_every_order(work: list[tuple[int, int]]) -> None:
     jobs = [Job(1, output, arrives) for output, arrives in work]

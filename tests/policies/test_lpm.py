@@ -133,7 +133,7 @@ PROMPTS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(PROMPTS, PROMPTS, st.sampled_from([0, 8, 16, 32]), st.sampled_from([1, 8, 16, 30]))
 def test_the_order_is_that_of_a_comparison_of_all_prompts_token_by_token(
     prompts: list[list[int]], cached: list[list[int]], defer_hit: int, defer_shared: int
@@ -193,7 +193,7 @@ WORK = st.lists(
 SMALL = st.sampled_from([18, 30, 400])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(WORK, SMALL, st.sampled_from([0, 1]), st.sampled_from(["mixed", "sglang", "prefill_first"]))
 def test_without_prefix_caching_it_is_first_come_first_served(
     work: list[Job], blocks: int, lag: int, scheduler: str
@@ -202,7 +202,7 @@ def test_without_prefix_caching_it_is_first_come_first_served(
     assert_same_run(limits, work, StackSpec(scheduler, "lpm"), StackSpec(scheduler, "fcfs"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(WORK, st.sampled_from([0, 1]), st.sampled_from(["mixed", "sglang"]))
 def test_where_no_two_prompts_have_anything_in_common_it_is_first_come_first_served(
     work: list[Job], lag: int, scheduler: str

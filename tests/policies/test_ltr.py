@@ -53,7 +53,7 @@ WORK = st.lists(
 )  # output, score, arrival
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(WORK, st.integers(1, 3), st.integers(0, 8), st.integers(1, 5))
 def test_step_by_step_those_run_that_the_papers_algorithm_chooses(
     work: list[tuple[int, int, int]], slots: int, threshold: int, quantum: int
@@ -125,7 +125,7 @@ MORE_WORK = st.lists(
 )  # prompt, output, arrival
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(MORE_WORK, st.sampled_from([18, 30, 400]), st.sampled_from([0, 1]), st.sampled_from(["mixed", "sarathi"]))
 def test_with_a_perfect_ranker_and_no_guard_it_is_shortest_job_first(
     work: list[tuple[int, int, int]], blocks: int, lag: int, scheduler: str
@@ -136,7 +136,7 @@ def test_with_a_perfect_ranker_and_no_guard_it_is_shortest_job_first(
     assert_same_run(limits, jobs, perfect, StackSpec(scheduler, "sjf,predictor=oracle"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(MORE_WORK, st.sampled_from([("mixed", 0), ("mixed", 3), ("preemptive", 0), ("preemptive,mode=keep", 0)]))
 def test_with_one_score_for_all_it_is_first_come_first_served(
     work: list[tuple[int, int, int]], stack: tuple[str, int]
@@ -164,7 +164,7 @@ def test_a_request_is_scored_once_even_where_the_ranker_has_learnt_since() -> No
     assert (queue.order(first), queue.order(second)) == (((True, 50.0), 0, 0), ((True, 7.0), 1, 1))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 20)), min_size=2, max_size=8),
     st.sampled_from(["preemptive", "preemptive,mode=keep"]),
