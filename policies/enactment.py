@@ -389,6 +389,7 @@ class Enactment:
             chunk_tokens=chunk_tokens,
             chunk_pairs=sum(c.num_tokens * c.start + c.num_tokens * (c.num_tokens + 1) // 2 for c in step.chunks),
             chunk_context=sum(ends),
+            chunk_squares=sum(c.num_tokens * c.num_tokens for c in step.chunks),
             num_samples=step.num_decodes + sum(chunk.samples for chunk in step.chunks),
             padded_tokens=padded,
             graph=graph,

@@ -22,6 +22,7 @@ class StepShape:
     chunk_tokens: int = 0
     chunk_pairs: int = 0
     chunk_context: int = 0  # summed over the chunks
+    chunk_squares: int = 0  # of the chunks' sizes, summed
     num_samples: int = 0  # rows that go through the LM head
     padded_tokens: int = 0
     graph: bool = False  # run from a captured graph
