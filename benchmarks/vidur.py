@@ -18,12 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.saving import save
 from experiments.records import RunWriter, read_run, run_info
-from policies import registry
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.shapes import StepShape

@@ -60,6 +60,7 @@ class ControlPlane:
         self._empty_plans = 0
         self._held = False
         self._last_ns = 0
+        self._repeats = 0  # times the last plan may be taken again without asking
 
     # What a panel may look at
 
@@ -128,6 +129,7 @@ class ControlPlane:
         Its `max_tokens` is cut to what the model's limit leaves.
         """
         self._advance(now)
+        self._repeats = 0
         if self.limits.prefix_caching:
             request._keys = list(keys)
         reason = self._refusal(request)
@@ -211,6 +213,27 @@ class ControlPlane:
             self._recording.planned(plan, step)
         self._verify()
         self._watch(step)
+        self._repeats = plan.repeats - 1 if _only_decodes(step) else 0
+        return step
+
+    def repeat(self, now: int) -> Step | None:
+        """The last plan once more, as if the policy had been asked again; None where it has to be.
+
+        It answers as long as the policy has said that it would (`Plan.repeats`), nothing has come in from outside, and
+        there are blocks for everybody. The same calls of `report` go with it as with `plan`.
+        """
+        state = self._state
+        if not self._repeats or not state.num_decoding:
+            return None
+        if len(state.decodes_that_need_a_block()) > state.pool.num_free:
+            return None
+        self._advance(now)
+        step = Enactment(state, _DECODES, self._next_index, now).run_decodes()
+        self._next_index += 1
+        self._repeats -= 1
+        if self._recording is not None:
+            self._recording.planned(_DECODES, step)
+        self._verify()
         return step
 
     def _ask(self, now: int) -> Plan:
@@ -260,6 +283,7 @@ class ControlPlane:
         `names`: role (a scheduler's queue too) -> the policy as text, for the record.
         """
         self._advance(now)
+        self._repeats = 0
         swapping.swap(self._state, policies, now)
         self._record_event("swap", 0, "; ".join(f"{role}: {name}" for role, name in names.items()))
         self._empty_plans = 0
@@ -268,6 +292,7 @@ class ControlPlane:
     def hold(self, now: int) -> None:
         """From the next plan on run nothing, until `release`. Requests keep their places and their memory."""
         self._advance(now)
+        self._repeats = 0
         self._held = True
         self._record_event("hold", 0, "")
 
@@ -310,6 +335,8 @@ class ControlPlane:
         error: str = "",
         from_outside: bool = False,
     ) -> None:
+        if from_outside:
+            self._repeats = 0
         state = self._state
         waited = request.state is State.WAITING
         queued = waited or request.state is State.PAUSED
@@ -359,3 +386,12 @@ class ControlPlane:
     def _verify(self) -> None:
         if self._check:
             self._state.check()
+
+
+_DECODES = Plan(decode_all=True)
+
+
+def _only_decodes(step: Step) -> bool:
+    """Whether the step ran the decode group and did nothing else that a repetition of it would not do."""
+    changes = step.chunks or step.preempted or step.resumed or step.dropped or step.refused
+    return step.decode_all and not changes and step.wake_at is None

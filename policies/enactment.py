@@ -12,7 +12,7 @@ import operator
 from policies.contract import Hit
 from policies.draft import NO_BLOCKS, SLOTS, TOKEN_BUDGET
 from policies.plan import Chunk, Mode, Plan, Step
-from policies.replica_state import ReplicaState
+from policies.replica_state import Limits, ReplicaState
 from policies.request import Request, State
 from policies.shapes import StepShape, padded_batch
 
@@ -43,6 +43,14 @@ class Enactment:
         for request, num_tokens in chunks:
             self._chunk(request, num_tokens)
         self._register()
+        return self._finish()
+
+    def run_decodes(self) -> Step:
+        """Enact a plan that is known to say `decode_all` and nothing else."""
+        self._decode_group()
+        return self._finish()
+
+    def _finish(self) -> Step:
         self._measure()
         if self.step.runs:
             # A step that runs nothing is not reported: who left before it is named by the next that does.
@@ -376,21 +384,35 @@ class Enactment:
         step, group, limits = self.step, self.state.group, self.state.limits
         in_group = step.decode_all
         step.num_decodes = step.num_decodes if in_group else len(step.decodes)
-        ends = [chunk.start + chunk.num_tokens for chunk in step.chunks]
-        chunk_tokens = sum(chunk.num_tokens for chunk in step.chunks)
+        context = sum(self._contexts) + (group.context if in_group else 0)
+        longest = max(self._contexts, default=0)
+        if in_group:
+            longest = max(longest, group.longest)
+        chunks = step.chunks
+        if not chunks:
+            step.shape = _decode_shape(step.num_decodes, context, longest, limits)
+            return
+        ends = [chunk.start + chunk.num_tokens for chunk in chunks]
+        tokens = sum(chunk.num_tokens for chunk in chunks)
         padded, graph = padded_batch(
-            step.num_decodes, len(step.chunks), chunk_tokens, limits.capture_sizes, limits.mixed_capture_sizes
+            step.num_decodes, len(chunks), tokens, limits.capture_sizes, limits.mixed_capture_sizes
         )
+        squares = sum(chunk.num_tokens * chunk.num_tokens for chunk in chunks)
         step.shape = StepShape(
             num_decodes=step.num_decodes,
-            decode_context=sum(self._contexts) + (group.context if in_group else 0),
-            max_context=max([0, *self._contexts, *ends, *([group.longest] if in_group else [])]),
-            num_chunks=len(step.chunks),
-            chunk_tokens=chunk_tokens,
-            chunk_pairs=sum(c.num_tokens * c.start + c.num_tokens * (c.num_tokens + 1) // 2 for c in step.chunks),
+            decode_context=context,
+            max_context=max(longest, *ends),
+            num_chunks=len(chunks),
+            chunk_tokens=tokens,
+            chunk_pairs=sum(c.num_tokens * c.start for c in chunks) + (squares + tokens) // 2,
             chunk_context=sum(ends),
-            chunk_squares=sum(c.num_tokens * c.num_tokens for c in step.chunks),
-            num_samples=step.num_decodes + sum(chunk.samples for chunk in step.chunks),
+            chunk_squares=squares,
+            num_samples=step.num_decodes + sum(chunk.samples for chunk in chunks),
             padded_tokens=padded,
             graph=graph,
         )
+
+
+def _decode_shape(num_decodes: int, context: int, longest: int, limits: Limits) -> StepShape:
+    padded, graph = padded_batch(num_decodes, 0, 0, limits.capture_sizes)
+    return StepShape(num_decodes, context, longest, num_samples=num_decodes, padded_tokens=padded, graph=graph)

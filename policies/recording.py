@@ -164,6 +164,7 @@ class Recording:
             s.chunk_tokens,
             s.chunk_pairs,
             s.chunk_context,
+            s.chunk_squares,
             s.num_samples,
             s.padded_tokens,
             s.graph,

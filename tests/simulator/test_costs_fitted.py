@@ -243,8 +243,8 @@ def test_mixed_steps_are_outside_where_only_decodes_and_prompts_were_measured() 
 def test_steps_that_were_only_run_eagerly_price_graphs_too_but_those_are_outside() -> None:
     model = fit([machine(shape) for shape in grid() if not shape.graph])
     shape = chunk(500, 100, batch=20)
-    assert model.cost(replace(shape, graph=True)) == model.cost(shape)
-    assert not model.inside(replace(shape, graph=True))
+    assert model.cost(shape._replace(graph=True)) == model.cost(shape)
+    assert not model.inside(shape._replace(graph=True))
 
 
 def test_too_few_shapes_are_refused() -> None:
