@@ -9,16 +9,22 @@ the `sarathi` policy with the same settings. One core, one process; the run is r
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import resource
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import simpy
+from rich.console import Console
+from rich.table import Table
 
+from benchmarks.saving import save
 from experiments.records import RunWriter, read_run, run_info
 from policies.replica_state import Limits
 from policies.request import Request
@@ -87,42 +93,64 @@ def arrivals(path: Path) -> list[Arrival]:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run. Speeds per second of one core; peak memory of the process in MiB."""
+    """One run. Speeds per second of this process's processor time, writing the records included."""
 
     name: str
     requests: int
     steps: int
+    taken_together: float  # share of the steps that the policy was not asked for
+    events: int
     seconds: float
     requests_per_s: float
     steps_per_s: float
+    events_per_s: float
     makespan_s: float
     peak_mib: float
-    latencies: dict[str, list[float]]
+    latencies_s: dict[str, list[float]]  # at p50, p90, p99, and the mean
 
 
-def run(folder: Path, costs: VidurCost) -> Row:
+def run(folder: Path, costs: VidurCost, *, together: bool) -> Row:
+    """Simulate the scenario once, with its records, in a folder that is thrown away."""
     todo = arrivals(folder / "requests.csv.gz")
     with tempfile.TemporaryDirectory() as out:
         info = run_info("sim", spec={}, limits={}, stack=STACK.as_dict(), clairvoyant=False, workload={})
+        gc.collect()
         began = time.process_time()
         with RunWriter(out, info, flush_seconds=None) as writer:
-            simulation = Simulation(LIMITS, [STACK.build()], costs, recorder=writer)
+            simulation = Simulation(LIMITS, [STACK.build()], costs, recorder=writer, together=together)
+            plane = simulation.replicas[0].plane
             end_ns = simulation.run(todo)
         seconds = time.process_time() - began
-        record = read_run(out)
-        latencies = _latencies(record.requests)
-        steps = simulation.replicas[0].plane.next_step
+        latencies = _latencies(read_run(out).requests)
+    asked, events = plane.num_asked, next(simulation.env._eid)  # counts what was ever scheduled
     return Row(
-        "records on",
+        "together" if together else "one by one",
         len(todo),
-        steps,
+        plane.next_step,
+        1 - asked / plane.next_step,
+        events,
         seconds,
         len(todo) / seconds,
-        steps / seconds,
+        plane.next_step / seconds,
+        events / seconds,
         end_ns / 1e9,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         latencies,
     )
+
+
+def timeouts_per_s() -> float:
+    """How many timeouts a second bare SimPy takes in this process: what to compare machines, and busy hours, by."""
+    count, env = 200_000, simpy.Environment()
+
+    def sleeper() -> Iterator[simpy.Event]:
+        for _ in range(count):
+            yield env.timeout(1)
+
+    env.process(sleeper())
+    began = time.process_time()
+    env.run()
+    return count / (time.process_time() - began)
 
 
 def _latencies(requests: pd.DataFrame) -> dict[str, list[float]]:
@@ -135,16 +163,54 @@ def _latencies(requests: pd.DataFrame) -> dict[str, list[float]]:
     }
 
 
+def show(rows: list[Row], bare: float, console: Console) -> None:
+    """Two tables: speed, and how far the answers are apart."""
+    table = Table(title=f"10,000 requests on one core; bare SimPy here: {bare / 1e6:.2f} million timeouts/s")
+    for heading in ("", "requests/s", "to Vidur", "steps/s", "to Vidur", "together", "events/s", "MiB"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, (requests, steps) in VIDUR_SPEED.items():
+        table.add_row(f"Vidur, {name}", f"{requests:,}", "", f"{steps:,}", "", "", "", "")
+    for row in rows:
+        requests, steps = VIDUR_SPEED["metrics off"]
+        table.add_row(
+            row.name,
+            f"{row.requests_per_s:,.0f}",
+            f"{row.requests_per_s / requests:.2f}",
+            f"{row.steps_per_s:,.0f}",
+            f"{row.steps_per_s / steps:.2f}",
+            f"{row.taken_together:.1%}",
+            f"{row.events_per_s:,.0f}",
+            f"{row.peak_mib:,.0f}",
+        )
+    console.print(table)
+    table = Table(title="Seconds (and difference to Vidur)")
+    for heading in ("", "p50", "p90", "p99", "mean"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, ours in rows[-1].latencies_s.items():
+        pairs = zip(ours, VIDUR[name], strict=True)
+        table.add_row(name, *(f"{mine:.4g} ({mine / theirs - 1:+.2%})" for mine, theirs in pairs))
+    console.print(table)
+    row = rows[-1]
+    console.print(
+        f"Makespan {row.makespan_s:.1f} s ({row.makespan_s / VIDUR_MAKESPAN_S - 1:+.3%}), "
+        f"{row.steps:,} steps ({row.steps - VIDUR_STEPS:+,})"
+    )
+
+
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--json", type=Path, help="where to save the figures")
+    parser.add_argument("folder", type=Path, help="with requests.csv.gz and steptime_a100_llama2_7b.npz")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/vidur.json"), help="for the figures")
     arguments = parser.parse_args()
-    costs = VidurCost(arguments.folder / "steptime_a100_llama2_7b.npz")
-    row = run(arguments.folder, costs)
-    print(row)
-    for name, ours in row.latencies.items():
-        print(name, ours, [a / b - 1 for a, b in zip(ours, VIDUR[name])])
+    try:
+        costs = VidurCost(arguments.folder / "steptime_a100_llama2_7b.npz")
+    except FileNotFoundError as error:
+        parser.error(f"{error.filename} is missing; name the folder that holds the scenario")
+    bare = timeouts_per_s()
+    rows = [run(arguments.folder, costs, together=together) for together in (False, True)]
+    show(rows, bare, Console(width=100))
+    save(arguments.json, "vidur", {"bare_simpy_timeouts_per_s": round(bare)}, rows)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ class ControlPlane:
         self._empty_plans = 0
         self._held = False
         self._last_ns = 0
+        self._num_repeated = 0
         self._repeats = 0  # times the last plan may be taken again without asking
 
     # What a panel may look at
@@ -98,6 +99,11 @@ class ControlPlane:
     def next_step(self) -> int:
         """Index of the next call of `plan`."""
         return self._next_index
+
+    @property
+    def num_asked(self) -> int:
+        """How often the policy was asked for a plan; the other steps repeated one."""
+        return self._next_index - self._num_repeated
 
     @property
     def held(self) -> bool:
@@ -206,9 +212,10 @@ class ControlPlane:
             self.stack.scheduler.add(request, now)
         if not state.requests:
             step.wake_at = None  # there is nobody to be woken for
-        times = [until for until in state.pins.values() if until != FOREVER]
-        if times:
-            step.wake_at = min([*times, *([] if step.wake_at is None else [step.wake_at])])
+        if state.pins:
+            times = [until for until in state.pins.values() if until != FOREVER]
+            if times:
+                step.wake_at = min([*times, *([] if step.wake_at is None else [step.wake_at])])
         if self._recording is not None:
             self._recording.planned(plan, step)
         self._verify()
@@ -223,13 +230,14 @@ class ControlPlane:
         there are blocks for everybody. The same calls of `report` go with it as with `plan`.
         """
         state = self._state
-        if not self._repeats or not state.num_decoding:
+        if not self._repeats or not (decodes := state.num_decoding):
             return None
-        if len(state.decodes_that_need_a_block()) > state.pool.num_free:
+        if decodes > (free := state.pool.num_free) and len(state.decodes_that_need_a_block()) > free:
             return None
         self._advance(now)
         step = Enactment(state, _DECODES, self._next_index, now).run_decodes()
         self._next_index += 1
+        self._num_repeated += 1
         self._repeats -= 1
         if self._recording is not None:
             self._recording.planned(_DECODES, step)
@@ -254,20 +262,22 @@ class ControlPlane:
         self._advance(report.end_ns)
         state, step = self._state, report.step
         state.last_reported = step.index
-        firsts = [chunk.request for chunk in step.chunks if chunk.samples]
-        for request in (*firsts, *step.joined, *step.decodes):
-            if request.first_token_ns is None and not request.state.ended:
-                request.first_token_ns = report.end_ns
+        if step.chunks or step.joined or step.decodes:
+            firsts = [chunk.request for chunk in step.chunks if chunk.samples]
+            for request in (*firsts, *step.joined, *step.decodes):
+                if request.first_token_ns is None and not request.state.ended:
+                    request.first_token_ns = report.end_ns
         for request, depth, block in step.filled:
             held = request._blocks
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
                 state.register(request, depth, report.end_ns)
         # Without those that were cancelled while the step was in flight; and in order of arrival, whatever order a
         # panel found them in, since it decides which blocks are idle longest.
-        alive = [finished for finished in report.finished if finished[0].id in state.requests]
-        report.finished[:] = sorted(alive, key=lambda finished: finished[0].key)
-        for request, end, num_output_tokens in report.finished:
-            self._end(request, end, num_output_tokens, report.end_ns)
+        if report.finished:
+            alive = [finished for finished in report.finished if finished[0].id in state.requests]
+            report.finished[:] = sorted(alive, key=lambda finished: finished[0].key)
+            for request, end, num_output_tokens in report.finished:
+                self._end(request, end, num_output_tokens, report.end_ns)
         self.stack.scheduler.on_report(report)
         self.stack.admission.on_report(report)
         if self._recording is not None:

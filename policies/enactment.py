@@ -12,7 +12,7 @@ import operator
 from policies.contract import Hit
 from policies.draft import NO_BLOCKS, SLOTS, TOKEN_BUDGET
 from policies.plan import Chunk, Mode, Plan, Step
-from policies.replica_state import Limits, ReplicaState
+from policies.replica_state import ReplicaState
 from policies.request import Request, State
 from policies.shapes import StepShape, padded_batch
 
@@ -290,10 +290,11 @@ class Enactment:
             if request._group is not None:
                 state.leave_group(request)
             state.loose.pop(request.id, None)  # it stands aside while the others advance
-        for request in state.loose.values():
-            group.join(request)
-            step.joined.append(request)
-        state.loose.clear()
+        if state.loose:
+            for request in state.loose.values():
+                group.join(request)
+                step.joined.append(request)
+            state.loose.clear()
         step.num_decodes = len(group)
         self._tokens_left -= len(group)
         if group.members:
@@ -381,16 +382,17 @@ class Enactment:
                 self.state.register_full_blocks(chunk.request, self.now)
 
     def _measure(self) -> None:
-        step, group, limits = self.step, self.state.group, self.state.limits
-        in_group = step.decode_all
-        step.num_decodes = step.num_decodes if in_group else len(step.decodes)
-        context = sum(self._contexts) + (group.context if in_group else 0)
-        longest = max(self._contexts, default=0)
-        if in_group:
-            longest = max(longest, group.longest)
-        chunks = step.chunks
+        step, group, limits, chunks = self.step, self.state.group, self.state.limits, self.step.chunks
+        context, longest = sum(self._contexts), max(self._contexts, default=0)
+        if step.decode_all:
+            context, longest = context + group.context, max(longest, group.longest)
+        else:
+            step.num_decodes = len(step.decodes)
         if not chunks:
-            step.shape = _decode_shape(step.num_decodes, context, longest, limits)
+            padded, graph = padded_batch(step.num_decodes, 0, 0, limits.capture_sizes)
+            step.shape = StepShape(
+                step.num_decodes, context, longest, 0, 0, 0, 0, 0, step.num_decodes, padded, graph
+            )  # fmt: skip
             return
         ends = [chunk.start + chunk.num_tokens for chunk in chunks]
         tokens = sum(chunk.num_tokens for chunk in chunks)
@@ -411,8 +413,3 @@ class Enactment:
             padded_tokens=padded,
             graph=graph,
         )
-
-
-def _decode_shape(num_decodes: int, context: int, longest: int, limits: Limits) -> StepShape:
-    padded, graph = padded_batch(num_decodes, 0, 0, limits.capture_sizes)
-    return StepShape(num_decodes, context, longest, num_samples=num_decodes, padded_tokens=padded, graph=graph)

@@ -60,7 +60,8 @@ def send(loop: Generator[Action, Answer, None], answer: Answer) -> Action | None
 def step_loop(plane: ControlPlane, lag: int) -> Generator[Action, Answer, None]:
     """The calls of one replica, in order.
 
-    `Deliver` is answered with now (int), with a Step (see there), or with None to end once the steps in flight are in; `Collect` with a Report.
+    `Deliver` is answered with now (int), with a Step (see there), or with None to end once the steps in flight are in;
+    `Collect` with a Report.
     """
     in_flight: deque[Step] = deque()
     while True:

@@ -22,9 +22,9 @@ Ended = list[tuple[Request, State, int]]
 class SimulatedReplica:
     """Carries out what the control plane says, in simulated time.
 
-    `on_end(request)` is called for every request that ends here. `together`: take decode steps that the policy would plan
-    alike in one event; only where nobody looks at the replica between its steps. As a router sees it (`policies.contract.Replica`), a
-    replica's figures include what waits at its door for the next plan.
+    `on_end(request)` is called for every request that ends here. As a router sees it (`policies.contract.Replica`), a
+    replica's figures include what waits at its door for the next plan. `together`: take decode steps that the policy
+    would plan alike in one event; only where nobody looks at the replica between its steps.
     """
 
     def __init__(
@@ -159,8 +159,7 @@ class SimulatedReplica:
         before = self._in_flight
         while True:
             plan_at = pace.plan_at(plane.next_step, now)
-            step = plane.repeat(plan_at) if plan_at is not None and plan_at < horizon else None
-            if step is None:
+            if plan_at is None or plan_at >= horizon or (step := plane.repeat(plan_at)) is None:
                 break
             previous = self._in_flight
             self._launch(step, plan_at)

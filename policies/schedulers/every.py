@@ -59,4 +59,6 @@ class Every:
                 self._undecided += 1
                 return draft.finish()
         self._undecided = 1
-        return self._inner.plan(view, now)
+        plan = self._inner.plan(view, now)
+        plan.repeats = 1  # the steps after a decision are counted
+        return plan
