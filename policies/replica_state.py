@@ -10,7 +10,7 @@ A running request is in exactly one of four places:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from policies.block_pool import BlockPool
@@ -142,6 +142,9 @@ class ReplicaState:
         size = self.limits.block_size
         blocks = self.pool.lookup(request._keys[: (request.num_tokens - 1) // size])
         return Hit(len(blocks) * size, tuple(blocks))
+
+    def prefix_keys(self, request: Request) -> Sequence[bytes]:
+        return request._keys[: request.num_prompt_tokens // self.limits.block_size]
 
     def settled(self, request: Request) -> bool:
         return request._busy_until <= self.last_reported
