@@ -1,0 +1,93 @@
+"""Every page in a real browser, on real run folders."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pandas as pd
+import pytest
+
+from experiments.metrics import per_request
+from experiments.records import read_run
+from tests.dashboard.browser import settled
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def opened(page: Any, url: str) -> None:
+    page.goto(url)
+    page.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=60_000)
+    settled(page)
+
+
+def in_url(page: Any) -> dict[str, str]:
+    return {key: values[0] for key, values in parse_qs(urlsplit(page.url).query).items()}
+
+
+def pick(page: Any, box: int, text: str) -> None:
+    """Choose in a selectbox, with the keyboard."""
+    field = page.locator('[data-testid="stSelectbox"] input').nth(box)
+    field.click()
+    field.fill(text)
+    field.press("Enter")
+
+
+def saved(page: Any, file: str) -> bytes:
+    """What the button for this file gives."""
+    with page.expect_download() as waiting:
+        page.locator(f".st-key-{file.replace('.', '-')} button").click()
+    assert waiting.value.suggested_filename == file
+    return Path(waiting.value.path()).read_bytes()
+
+
+def zoomed(page: Any, plot: int) -> list[float]:
+    """Draw a frame over the first panel of a figure with the mouse; the range of its x axis then."""
+    panel = page.locator(".js-plotly-plot").nth(plot).locator(".nsewdrag").first
+    panel.scroll_into_view_if_needed()
+    box = panel.bounding_box()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.3 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.7 * box["height"], steps=5)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    return [
+        float(end) for end in page.evaluate(f"document.querySelectorAll('.js-plotly-plot')[{plot}].layout.xaxis.range")
+    ]
+
+
+def test_compare_shows_two_runs_and_saves_what_it_shows(page: Any, address: str, runs: Path) -> None:
+    opened(page, address)
+    assert in_url(page) == {"a": "gpu", "b": "model", "by": "e2e_ms"}
+    assert page.locator(".js-plotly-plot").count() == 2
+    assert page.locator(".dp-tile").count() == 5
+    assert "1 folder cannot be read" in page.locator('[data-testid="stExpander"]').first.inner_text()
+    before = page.evaluate("document.querySelector('.js-plotly-plot')._fullLayout.xaxis.range")
+    low, high = zoomed(page, 0)
+    assert before[0] < low < high < before[1]
+
+    assert saved(page, "latency.png").startswith(b"\x89PNG")
+    assert b"<svg" in saved(page, "requests.svg")[:600]
+    saved_pairs = pd.read_csv(io.BytesIO(saved(page, "worst.csv")))
+    by_id = per_request(read_run(runs / "model")).set_index("request_id")["e2e_ms"]
+    assert (saved_pairs["b"].to_numpy() == by_id[saved_pairs["request_id"]].to_numpy()).all()
+
+    page.get_by_role("radio", name="TTFT").or_(page.get_by_role("button", name="TTFT")).first.click()
+    page.wait_for_url("**by=ttft_ms**")
+    settled(page)
+    assert "TTFT, real (ms)" in page.locator(".dp-table").first.inner_text()
+
+    pick(page, 1, "gpu (real)")
+    page.wait_for_url("**b=gpu**")
+    settled(page)
+    page.get_by_text("Choose two different runs.").wait_for()
+
+
+def test_a_link_leads_to_the_same_view(page: Any, address: str) -> None:
+    opened(page, f"{address}/?a=model&b=gpu&by=tpot_ms")
+    assert in_url(page) == {"a": "model", "b": "gpu", "by": "tpot_ms"}
+    boxes = page.locator('[data-testid="stSelectbox"]')
+    assert [boxes.nth(i).locator("input").input_value() for i in (0, 1)] == ["model (sim)", "gpu (real)"]
+    assert "TPOT, simulated (ms)" in page.locator(".dp-table").first.inner_text()
