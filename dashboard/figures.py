@@ -21,7 +21,7 @@ from experiments.series import (
     wide,
 )
 
-POINTS = 4000
+POINTS = 2400
 """Requests that a scatter shows at most."""
 
 

@@ -29,7 +29,9 @@ def ink() -> str:
 
 CSS = """
 <style>
-[data-testid="stHeader"] { background: transparent; height: 2.6rem; }
+[data-testid="stHeader"] { background: transparent; height: 2.6rem; pointer-events: none; }
+[data-testid="stHeader"] div { pointer-events: none; }
+[data-testid="stHeader"] button { pointer-events: auto; }
 [data-testid="stMainBlockContainer"] { padding: 1.1rem 2.2rem 3rem; max-width: 1720px; margin: 0 auto; }
 [data-testid="stHeaderActionElements"] { display: none; }
 h2 { font-size: 1.15rem !important; font-weight: 600 !important; padding: 1.1rem 0 0 !important; }

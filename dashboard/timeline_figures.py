@@ -26,7 +26,7 @@ def timeline_figure(
     strips = len(steps)
     rows = strips + len(STATES) + 1
     heights = [0.11] * strips + [0.2] * len(STATES) + [0.13]
-    figure = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.028, row_heights=heights)
+    figure = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.034, row_heights=heights)
     for row, (label, frame) in enumerate(steps.items(), start=1):
         for kind, title in KINDS.items():
             hover = f"%{{y:.0%}} of the time {title}, at %{{x:,.4f}} s<extra>{label}</extra>"
@@ -46,13 +46,21 @@ def timeline_figure(
                 row=row,
                 col=1,
             )
-        place = row - 1
-        figure.update_yaxes(
-            title={"text": f"steps<br>{_short(label)}", "font": {"color": theme.colours()[place], "size": 11}},
-            range=[0, 1],
-            showticklabels=False,
-            row=row,
-            col=1,
+        colour = theme.colours()[row - 1]
+        figure.update_yaxes(title_text="steps", range=[0, 1], showticklabels=False, showgrid=False, row=row, col=1)
+        top = figure.layout["yaxis" if row == 1 else f"yaxis{row}"].domain[1]
+        figure.add_annotation(
+            {
+                "text": label,
+                "font": {"color": colour, "size": 11},
+                "showarrow": False,
+                "xref": "paper",
+                "yref": "paper",
+            },
+            x=1,
+            y=top,
+            xanchor="right",
+            yanchor="bottom",
         )
     for at, (column, title) in enumerate(STATES.items(), start=strips + 1):
         for place, (label, frame) in enumerate(states.items()):
@@ -70,14 +78,14 @@ def timeline_figure(
     figure.update_yaxes(title_text="preemptions<br>(count)", range=[0, 1.1 * top], nticks=3, row=rows, col=1)
     figure.update_xaxes(range=[begin_s, end_s], tickformat=",~g")
     figure.update_xaxes(title_text="time since the run began (s)", row=rows, col=1)
-    laid_out(figure, 190 + 62 * strips + 118 * len(STATES))
+    laid_out(figure, 200 + 66 * strips + 118 * len(STATES))
     figure.update_yaxes(title_standoff=8, title_font_size=11)
     return figure.update_layout(
         dragmode="select",
         selectdirection="h",
-        margin={"t": 58},
-        legend={"y": 1.045},
-        legend2={"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0, "title": {"text": ""}},
+        margin={"t": 64},
+        legend={"y": 1.055},
+        legend2={"orientation": "h", "yanchor": "bottom", "y": 1.015, "x": 0, "title": {"text": ""}},
     )
 
 
@@ -129,7 +137,3 @@ def life_figure(lives: Mapping[str, Life]) -> go.Figure:
     )
     figure.update_yaxes(categoryorder="array", categoryarray=list(lives)[::-1], showgrid=False)
     return laid_out(figure, 120 + 48 * len(lives))
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 16 else label[:15] + "…"

@@ -84,10 +84,11 @@ def request_life(run: Run, request_id: int) -> Life:
     finish = None if pd.isna(row["finish_ns"]) else int(row["finish_ns"])
     end = finish if finish is not None else int(run.steps["end_ns"].max()) if len(run.steps) else int(row["arrival_ns"])
     arrival = int(row["arrival_ns"])
+    first = None if pd.isna(row["first_token_ns"]) else int(row["first_token_ns"])
     waits: list[Wait] = []
     if run.has_decisions:
         decisions = run.decisions[run.decisions["replica"] == replica]
-        spans = list(_spans(decisions[decisions["request_id"] == request_id], steps, arrival, end))
+        spans = list(_spans(decisions[decisions["request_id"] == request_id], steps, arrival, first or 0, end))
         blocked = _Blocked(decisions, steps)
         for span in spans:
             if span.phase == WAITING:
@@ -98,7 +99,7 @@ def request_life(run: Run, request_id: int) -> Life:
     return Life(
         request_id=request_id,
         arrival_ns=arrival,
-        first_token_ns=None if pd.isna(row["first_token_ns"]) else int(row["first_token_ns"]),
+        first_token_ns=first,
         finish_ns=finish,
         status=str(row["status"]),
         prompt_tokens=int(row["prompt_tokens"]),
@@ -108,7 +109,7 @@ def request_life(run: Run, request_id: int) -> Life:
     )
 
 
-def _spans(decisions: pd.DataFrame, steps: pd.DataFrame, arrival: int, end: int) -> Iterator[Span]:
+def _spans(decisions: pd.DataFrame, steps: pd.DataFrame, arrival: int, first_token: int, end: int) -> Iterator[Span]:
     """From what was decided about it: it waits until it is admitted, computes its prompt, then decodes."""
     phase, since, last_chunk = WAITING, arrival, -1
     plan_ns, end_ns = steps["plan_ns"].to_dict(), steps["end_ns"].to_dict()
@@ -125,8 +126,11 @@ def _spans(decisions: pd.DataFrame, steps: pd.DataFrame, arrival: int, end: int)
             following = PAUSED if reason == "keep" else WAITING
         if following is None or following == phase:
             continue
-        # A prefill that is followed by decodes lasts until its last chunk is through, whenever those were planned.
-        at = end_ns.get(last_chunk, planned) if phase == PREFILL and following == DECODE else planned
+        # A prefill that is followed by decodes lasts until its last chunk is through, whenever those were planned, and
+        # the first one until there is a token: the last of the prompt may have been computed with the decodes.
+        at = planned
+        if phase == PREFILL and following == DECODE:
+            at = max(end_ns.get(last_chunk, planned), first_token if first_token > since else 0)
         until = min(max(int(at), since), end)
         yield Span(phase, since, until)
         phase, since = following, until

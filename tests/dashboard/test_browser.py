@@ -12,6 +12,7 @@ import pytest
 
 from experiments.metrics import per_request
 from experiments.records import read_run
+from experiments.series import request_pairs
 from tests.dashboard.browser import settled
 
 pytestmark = pytest.mark.timeout(180)
@@ -43,19 +44,21 @@ def saved(page: Any, file: str) -> bytes:
     return Path(waiting.value.path()).read_bytes()
 
 
-def zoomed(page: Any, plot: int) -> list[float]:
-    """Draw a frame over the first panel of a figure with the mouse; the range of its x axis then."""
-    panel = page.locator(".js-plotly-plot").nth(plot).locator(".nsewdrag").first
+def drawn_over(page: Any, begin: float, end: float) -> None:
+    """Draw a frame with the mouse over a part of the first panel of the page's first figure."""
+    panel = page.locator(".js-plotly-plot .nsewdrag").first
     panel.scroll_into_view_if_needed()
     box = panel.bounding_box()
-    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.3 * box["height"])
+    page.mouse.move(box["x"] + begin * box["width"], box["y"] + 0.3 * box["height"])
     page.mouse.down()
-    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.7 * box["height"], steps=5)
+    page.mouse.move(box["x"] + end * box["width"], box["y"] + 0.7 * box["height"], steps=5)
     page.mouse.up()
     page.wait_for_timeout(500)
-    return [
-        float(end) for end in page.evaluate(f"document.querySelectorAll('.js-plotly-plot')[{plot}].layout.xaxis.range")
-    ]
+
+
+def range_of(page: Any) -> list[float]:
+    """Of the x axis of the page's first figure."""
+    return [float(x) for x in page.evaluate("document.querySelector('.js-plotly-plot')._fullLayout.xaxis.range")]
 
 
 def test_compare_shows_two_runs_and_saves_what_it_shows(page: Any, address: str, runs: Path) -> None:
@@ -64,8 +67,9 @@ def test_compare_shows_two_runs_and_saves_what_it_shows(page: Any, address: str,
     assert page.locator(".js-plotly-plot").count() == 2
     assert page.locator(".dp-tile").count() == 5
     assert "1 folder cannot be read" in page.locator('[data-testid="stExpander"]').first.inner_text()
-    before = page.evaluate("document.querySelector('.js-plotly-plot')._fullLayout.xaxis.range")
-    low, high = zoomed(page, 0)
+    before = range_of(page)
+    drawn_over(page, 0.3, 0.6)
+    low, high = range_of(page)
     assert before[0] < low < high < before[1]
 
     assert saved(page, "latency.png").startswith(b"\x89PNG")
@@ -91,3 +95,25 @@ def test_a_link_leads_to_the_same_view(page: Any, address: str) -> None:
     boxes = page.locator('[data-testid="stSelectbox"]')
     assert [boxes.nth(i).locator("input").input_value() for i in (0, 1)] == ["model (sim)", "gpu (real)"]
     assert "TPOT, simulated (ms)" in page.locator(".dp-table").first.inner_text()
+
+
+def test_the_timeline_is_zoomed_with_the_mouse_and_follows_a_request(page: Any, address: str, runs: Path) -> None:
+    opened(page, f"{address}/?a=gpu&b=model&by=e2e_ms")
+    page.locator(".dp-table a").first.click()
+    page.wait_for_url("**/timeline?a=gpu&b=model&request=*")
+    page.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=60_000)
+    settled(page)
+    pairs = request_pairs(per_request(read_run(runs / "gpu")), per_request(read_run(runs / "model")), "e2e_ms")
+    assert in_url(page)["request"] == str(pairs["request_id"][0])
+    drawn_over(page, 0.4, 0.6)
+    page.wait_for_url("**to=*", timeout=30_000)
+    settled(page)
+    whole = read_run(runs / "gpu").steps["end_ns"].max() / 1e9
+    assert 0.3 * whole < float(in_url(page)["from"]) < float(in_url(page)["to"]) < 0.7 * whole
+    assert saved(page, "timeline.svg").find(b"<svg") >= 0
+    page.get_by_role("button", name="Whole run").click()
+    page.wait_for_function("!location.search.includes('from=')")
+    settled(page)
+    page.get_by_role("link", name="Compare").click()
+    page.locator(".dp-tile").first.wait_for()
+    assert in_url(page)["b"] == "model"
