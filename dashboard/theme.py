@@ -55,7 +55,7 @@ h2 { font-size: 1.15rem !important; font-weight: 600 !important; padding: 1.1rem
 .dp-table th { font-weight: 600; opacity: .75; text-align: right; padding: .3rem .6rem;
   border-bottom: 1px solid rgba(128,134,146,.45); }
 .dp-table td { text-align: right; padding: .28rem .6rem; border-bottom: 1px solid rgba(128,134,146,.18); }
-.dp-table th:first-child, .dp-table td:first-child { text-align: left; }
+.dp-table th:first-child, .dp-table td:first-child { text-align: left; white-space: nowrap; }
 .dp-table a { color: inherit; text-decoration: underline; text-underline-offset: 2px; }
 </style>
 """

@@ -117,3 +117,18 @@ def test_the_timeline_is_zoomed_with_the_mouse_and_follows_a_request(page: Any, 
     page.get_by_role("link", name="Compare").click()
     page.locator(".dp-tile").first.wait_for()
     assert in_url(page)["b"] == "model"
+
+
+def test_policies_are_ranked_and_a_run_leads_to_its_timeline(page: Any, address: str) -> None:
+    opened(page, f"{address}/policies?objective=p99_e2el_ms")
+    assert in_url(page)["objective"] == "p99_e2el_ms"
+    pick(page, 1, "output tokens (tok/s)")
+    page.wait_for_url("**objective=output_throughput**")
+    settled(page)
+    first = page.locator(".dp-table").last.locator("a").first
+    assert first.inner_text() == "model"
+    assert saved(page, "pareto.png").startswith(b"\x89PNG")
+    assert saved(page, "runs.csv").startswith(b"run,kind,policy")
+    first.click()
+    page.wait_for_url("**/timeline?a=model**")
+    settled(page)
