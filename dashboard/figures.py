@@ -26,10 +26,16 @@ POINTS = 2400
 
 
 def latency_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
-    """Distribution functions of TTFT, TPOT and E2E (label -> `per_request` frame), and below them how far each
-    percentile of the second run is from the first one's."""
+    """Distribution functions of TTFT, TPOT and E2E (label -> `per_request` frame); of two runs, also how far each
+    percentile of the second one is from the first one's."""
+    two = len(frames) > 1
     figure = make_subplots(
-        rows=2, cols=3, shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=0.17, row_heights=[0.66, 0.34]
+        rows=1 + two,
+        cols=3,
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        vertical_spacing=0.17,
+        row_heights=[0.66, 0.34] if two else [1.0],
     )
     furthest = 0.5
     for at, (column, title) in enumerate(LATENCY_COLUMNS.items(), start=1):
@@ -39,17 +45,21 @@ def latency_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
             hover = f"%{{y:.1%}} of requests within %{{x:,.4g}} ms<extra>{title}</extra>"
             figure.add_trace(line(label, place, x, y, at == 1, hover), row=1, col=at)
         figure.update_xaxes(title_text=f"{title} (ms)", **latency_axis(*values.values()), row=1, col=at)
-        percentiles, difference = quantile_differences(*list(values.values())[:2])
-        furthest = max([furthest, *(100 * np.abs(difference))])
-        hover = f"{title} p%{{x:.0f}}: %{{y:+.2f}} %<extra></extra>"
-        figure.add_trace(line("difference", 1, percentiles, 100 * difference, False, hover, "linear"), row=2, col=at)
-        figure.update_xaxes(title_text=f"percentile of {title}", range=[0, 100], row=2, col=at)
+        if two:
+            percentiles, difference = quantile_differences(*list(values.values())[:2])
+            furthest = max([furthest, *(100 * np.abs(difference))])
+            hover = f"{title} p%{{x:.0f}}: %{{y:+.2f}} %<extra></extra>"
+            figure.add_trace(
+                line("difference", 1, percentiles, 100 * difference, False, hover, "linear"), row=2, col=at
+            )
+            figure.update_xaxes(title_text=f"percentile of {title}", range=[0, 100], row=2, col=at)
     figure.update_yaxes(range=[0, 1.02], row=1)
     figure.update_yaxes(title_text="share of requests", row=1, col=1)
-    figure.update_yaxes(title_text="difference (%)", row=2, col=1)
-    figure.update_yaxes(range=[-1.08 * furthest, 1.08 * furthest], row=2)
-    figure.update_yaxes(zeroline=True, zerolinecolor=theme.ink(), zerolinewidth=1, row=2)
-    return laid_out(figure, 520)
+    if two:
+        figure.update_yaxes(title_text="difference (%)", row=2, col=1)
+        figure.update_yaxes(range=[-1.08 * furthest, 1.08 * furthest], row=2)
+        figure.update_yaxes(zeroline=True, zerolinecolor=theme.ink(), zerolinewidth=1, row=2)
+    return laid_out(figure, 520 if two else 340)
 
 
 def scatter_figure(a: pd.DataFrame, b: pd.DataFrame, label_a: str, label_b: str) -> go.Figure:

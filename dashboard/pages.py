@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
-from dashboard import compare_page, policies_page, theme, timeline_page
+from dashboard import compare_page, policies_page, theme, timeline_page, try_page
 from dashboard.ui import swatch
 
 SELECTION = ("a", "b")
@@ -18,6 +18,7 @@ _SHOW: dict[str, tuple[str, Callable[[Path], None]]] = {
     "compare": ("Compare", compare_page.show),
     "timeline": ("Timeline", timeline_page.show),
     "policies": ("Policies", policies_page.show),
+    "try": ("Try", try_page.show),
 }
 
 

@@ -33,7 +33,7 @@ CSS = """
 [data-testid="stHeader"] div { pointer-events: none; }
 [data-testid="stHeader"] button { pointer-events: auto; }
 [data-testid="stMainBlockContainer"] { padding: 1.1rem 2.2rem 3rem; max-width: 1720px; margin: 0 auto; }
-[data-testid="stHeaderActionElements"] { display: none; }
+[data-testid="stStatusWidget"], [data-testid="stHeaderActionElements"] { display: none; }
 h2 { font-size: 1.15rem !important; font-weight: 600 !important; padding: 1.1rem 0 0 !important; }
 .dp-brand { font-size: 1.35rem; font-weight: 700; letter-spacing: -.02em; white-space: nowrap; line-height: 2.4rem; }
 .dp-brand i { display: inline-block; width: .62rem; height: 1.15rem; border-radius: 2px; vertical-align: -.12rem; }

@@ -156,3 +156,41 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], links: Sequenc
             cells[0] = f'<a href="{html.escape(links[at])}" target="_self">{cells[0]}</a>'
         body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     st.html(f'<table class="dp-table"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>')
+
+
+def number(label: str, key: str, default: float, low: float, high: float, step: float) -> float:
+    """A number within limits, kept in the URL; whole where `step` is a whole number."""
+    whole = isinstance(step, int)
+    in_url, written = st.query_params.get(key), st.session_state.get(f"url:{key}")
+    if key not in st.session_state:
+        st.session_state[key] = default
+    if in_url is not None and in_url != written:
+        try:
+            wanted = int(in_url) if whole else float(in_url)
+        except ValueError:
+            wanted = default
+        st.session_state[key] = wanted if low <= wanted <= high else default
+    value = st.number_input(label, min_value=low, max_value=high, step=step, key=key)
+    remember(key, f"{value:g}" if not whole else str(value))
+    return value
+
+
+def open_select(label: str, key: str, options: Sequence[str], default: str, hint: str) -> str:
+    """A selectbox that also takes what is typed, kept in the URL."""
+    in_url, written = st.query_params.get(key), st.session_state.get(f"url:{key}")
+    if in_url is not None and in_url != written:
+        st.session_state[key] = in_url
+    current = st.session_state.setdefault(key, default)
+    known = list(options) if current in options else [*options, current]
+    value = str(st.selectbox(label, known, key=key, accept_new_options=True, help=hint) or default)
+    remember(key, value)
+    return value
+
+
+def value_tile(name: str, value: str, below: str) -> str:
+    """A headline figure of one run, as HTML."""
+    return (
+        f'<div class="dp-tile"><div class="name">{html.escape(name)}</div>'
+        f'<div class="change">{html.escape(value)}</div>'
+        f'<div class="noise">{html.escape(below)}</div></div>'
+    )

@@ -132,3 +132,25 @@ def test_policies_are_ranked_and_a_run_leads_to_its_timeline(page: Any, address:
     first.click()
     page.wait_for_url("**/timeline?a=model**")
     settled(page)
+
+
+def test_a_simulation_is_started_cancelled_started_again_and_saved(page: Any, address: str, runs: Path) -> None:
+    page.goto(f"{address}/try?n=20000&rate=20&seed=1")
+    page.get_by_role("button", name="Simulate").click()
+    page.get_by_text("requests have ended").wait_for(timeout=60_000)
+    page.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=60_000)  # partial curves
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("Cancelled:").wait_for(timeout=60_000)
+    settled(page)
+
+    page.goto(f"{address}/try?n=30&rate=5&seed=1")
+    page.get_by_role("button", name="Simulate").click()
+    page.get_by_role("button", name="Save").wait_for(timeout=60_000)
+    settled(page)
+    assert page.locator(".dp-tile").count() == 5
+    page.get_by_label("Save as").fill("tried")
+    page.get_by_label("Save as").press("Enter")
+    settled(page)
+    page.get_by_role("button", name="Save").click()
+    page.get_by_text("Saved as tried").wait_for(timeout=60_000)
+    assert len(read_run(runs / "tried").requests) == 30
