@@ -104,7 +104,7 @@ class ReplicaState:
 
     @property
     def num_decoding(self) -> int:
-        return len(self.group) + len(self.loose)
+        return len(self.group.members) + len(self.loose)
 
     @property
     def num_waiting(self) -> int:
@@ -129,9 +129,10 @@ class ReplicaState:
         return (r for r in self.running.values() if r._group is not None or r.id in loose)
 
     def decodes_that_need_a_block(self) -> list[Request]:
-        size = self.limits.block_size
-        needy = [r for r in self.group.on_block_boundary() if r.num_computed_tokens >= len(r._blocks) * size]
-        needy += [r for r in self.loose.values() if r._computed >= len(r._blocks) * size]
+        size, clock = self.limits.block_size, self.group.clock
+        needy = [r for r in self.group.on_block_boundary() if r._computed + clock >= len(r._blocks) * size]
+        if self.loose:
+            needy += [r for r in self.loose.values() if r._computed >= len(r._blocks) * size]
         return needy
 
     def probe(self, request: Request) -> Hit:
