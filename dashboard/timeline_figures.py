@@ -79,7 +79,7 @@ def timeline_figure(
     figure.update_xaxes(range=[begin_s, end_s], tickformat=",~g")
     figure.update_xaxes(title_text="time since the run began (s)", row=rows, col=1)
     laid_out(figure, 200 + 66 * strips + 118 * len(STATES))
-    figure.update_yaxes(title_standoff=8, title_font_size=11)
+    figure.update_yaxes(title_standoff=16, title_font_size=11)
     return figure.update_layout(
         dragmode="select",
         selectdirection="h",
