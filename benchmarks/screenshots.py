@@ -1,6 +1,6 @@
 """Pictures of the dashboard's pages for the documentation: `python -m benchmarks.screenshots FOLDER`.
 
-FOLDER holds run folders, as `diptych demo` leaves them. Needs Playwright and a Chromium (see tests/dashboard/browser.py).
+FOLDER holds run folders, as `diptych demo` leaves them. Needs Playwright and a Chromium, as tests/dashboard does.
 """
 
 from __future__ import annotations
