@@ -100,3 +100,20 @@ def test_the_form_is_in_the_url_and_as_a_command(tmp_path: Path) -> None:
         assert pair.split() == command[command.index(pair.split()[0]) :][:2]
     assert app.query_params["queue"] == "fcfs"
     assert page(tmp_path, n="lots").number_input(key="n").value == 500
+
+
+def test_a_simulation_is_run_and_kept_from_the_page(tmp_path: Path) -> None:
+    app = page(tmp_path, n="30", rate="5")
+    button(app, "Simulate").click().run()  # type: ignore[attr-defined]
+    ended(app.session_state["job"])
+    app.run()
+    assert not app.exception
+    assert len(app.get("plotly_chart")) == 2
+    (tmp_path / "taken").mkdir()
+    app.text_input(key="save-as").set_value("taken").run()
+    button(app, "Save").click().run()  # type: ignore[attr-defined]
+    assert "there already" in app.error[0].value
+    app.text_input(key="save-as").set_value("kept").run()
+    button(app, "Save").click().run()  # type: ignore[attr-defined]
+    assert "Saved as kept" in app.success[0].value
+    assert len(read_run(tmp_path / "kept").requests) == 30
