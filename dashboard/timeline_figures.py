@@ -47,7 +47,9 @@ def timeline_figure(
                 col=1,
             )
         colour = theme.colours()[row - 1]
-        figure.update_yaxes(title_text="steps", range=[0, 1], showticklabels=False, showgrid=False, row=row, col=1)
+        figure.update_yaxes(
+            title_text="steps (share<br>of time)", range=[0, 1], showticklabels=False, showgrid=False, row=row, col=1
+        )
         top = figure.layout["yaxis" if row == 1 else f"yaxis{row}"].domain[1]
         figure.add_annotation(
             {
