@@ -73,10 +73,11 @@ def scatter_figure(a: pd.DataFrame, b: pd.DataFrame, label_a: str, label_b: str)
         figure.add_trace(
             go.Scatter(x=ends, y=ends, mode="lines", line=diagonal, hoverinfo="skip", showlegend=False), row=1, col=at
         )
+        drawn = go.Scattergl if len(shown) > 800 else go.Scatter  # few points are quicker without WebGL
         opacity = float(np.clip(12 / np.sqrt(max(len(shown), 1)), 0.25, 0.75))
         hover = f"request %{{customdata}}<br>{title} %{{x:,.4g}} ms, then %{{y:,.4g}} ms<extra></extra>"
         figure.add_trace(
-            go.Scattergl(
+            drawn(
                 x=shown["a"],
                 y=shown["b"],
                 mode="markers",

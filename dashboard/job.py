@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ class Job:
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
+        self._cancelled = False
         self._home = Path(tempfile.mkdtemp(prefix="diptych-try-"))
         self.folder = self._home / "run"
         about = self._home / "spec.yaml"
@@ -44,8 +44,8 @@ class Job:
 
     @property
     def cancelled(self) -> bool:
-        """Whether it was interrupted."""
-        return self._process.returncode in (130, -signal.SIGINT)
+        """Whether `cancel` ended it."""
+        return self._cancelled
 
     @property
     def error(self) -> str:
@@ -63,14 +63,11 @@ class Job:
         return (int(words[0]), int(words[1])) if len(words) == 2 else (0, 0)
 
     def cancel(self) -> None:
-        """Interrupt it; what was recorded until then stays readable."""
+        """End it at once. What it had put on disk stays readable, and goes together: parts are written whole."""
         if self.running:
-            self._process.send_signal(signal.SIGINT)
-            try:
-                self._process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            self._cancelled = True
+            self._process.kill()
+            self._process.wait()
 
     def discard(self) -> None:
         """End it and forget its records."""

@@ -13,6 +13,8 @@ THEME = {
     "theme.dark.primaryColor": "#56B4E9",
     "theme.light.backgroundColor": "#ffffff",
     "theme.dark.backgroundColor": "#101418",
+    "theme.light.secondaryBackgroundColor": "#f3f5f8",
+    "theme.dark.secondaryBackgroundColor": "#1b2129",
     "theme.light.textColor": "#1d2430",
     "theme.dark.textColor": "#e6e9ee",
 }

@@ -47,7 +47,9 @@ def timeline_figure(
                 col=1,
             )
         colour = theme.colours()[row - 1]
-        figure.update_yaxes(title_text="steps", range=[0, 1], showticklabels=False, showgrid=False, row=row, col=1)
+        figure.update_yaxes(
+            title_text="steps (share<br>of time)", range=[0, 1], showticklabels=False, showgrid=False, row=row, col=1
+        )
         top = figure.layout["yaxis" if row == 1 else f"yaxis{row}"].domain[1]
         figure.add_annotation(
             {
@@ -79,7 +81,7 @@ def timeline_figure(
     figure.update_xaxes(range=[begin_s, end_s], tickformat=",~g")
     figure.update_xaxes(title_text="time since the run began (s)", row=rows, col=1)
     laid_out(figure, 200 + 66 * strips + 118 * len(STATES))
-    figure.update_yaxes(title_standoff=8, title_font_size=11)
+    figure.update_yaxes(title_standoff=16, title_font_size=11)
     return figure.update_layout(
         dragmode="select",
         selectdirection="h",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import pandas as pd
 import streamlit as st
@@ -50,8 +51,18 @@ def _opened(root: str, name: str, fingerprints: object) -> Run:
     return open_run(Path(root), name)
 
 
-@st.cache_resource(max_entries=8, show_spinner=False, hash_funcs={Run: id})
+_STATES: WeakKeyDictionary[Run, pd.DataFrame] = WeakKeyDictionary()
+_LIVES: WeakKeyDictionary[Run, dict[int, Life]] = WeakKeyDictionary()
+"""What was worked out of the runs that `_opened` keeps, for as long as it does."""
+
+
 def _states(run: Run) -> pd.DataFrame:
+    if run not in _STATES:
+        _STATES[run] = _compute_states(run)
+    return _STATES[run]
+
+
+def _compute_states(run: Run) -> pd.DataFrame:
     frame = timeline(run)
     blocks = int(run.limits["num_blocks"]) * max(1, run.steps["replica"].nunique())
     return frame.assign(kv_share=100.0 * frame["kv_blocks"] / blocks)
@@ -199,9 +210,11 @@ def _draw_life(runs: dict[str, Run]) -> None:
                 note(sentence + "." * (not sentence.endswith(".")))
 
 
-@st.cache_resource(max_entries=64, show_spinner=False, hash_funcs={Run: id})
 def _life(run: Run, request: int) -> Life:
-    return request_life(run, request)
+    known = _LIVES.setdefault(run, {})
+    if request not in known:
+        known[request] = request_life(run, request)
+    return known[request]
 
 
 def _draw_exports(runs: dict[str, Run]) -> None:

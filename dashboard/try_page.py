@@ -127,7 +127,7 @@ def _checked(content: dict[str, Any]) -> tuple[RunSpec | None, str]:
     return spec, ""
 
 
-@st.fragment(run_every=1.0)
+@st.fragment(run_every=2.0)
 def _watch() -> None:
     """Progress and what is recorded so far, until it ends."""
     job: Job | None = st.session_state.get("job")

@@ -1,7 +1,7 @@
 """`python -m dashboard.worker SPEC FOLDER`: simulate in a process of its own, so that the pages stay quick.
 
-Says how far it is, as lines `ENDED TOTAL` on stdout; ends where its input is closed, as then the dashboard is gone; an
-interrupt leaves a readable, incomplete record. An error is one line on stderr.
+Says how far it is, as lines `ENDED TOTAL` on stdout; ends where its input is closed, as then the dashboard is gone.
+Killed, it leaves a readable, incomplete record. An error is one line on stderr.
 """
 
 from __future__ import annotations

@@ -28,7 +28,12 @@ def simulate_command(spec: RunSpec, folder: str | None = None) -> list[str]:
     """The words of the `diptych simulate` that gives this specification: what is as by default is left out."""
     words = ["diptych", "simulate"]
     given = spec.model_dump(mode="json", exclude={"target", "model"}, exclude_defaults=True)
+    seeds = (spec.workload.seed, spec.seed)
+    if seeds[0] == seeds[1] != 0:
+        words += ["--seed", str(seeds[0])]
     for field, value in _leaves(given):
+        if field in ("seed", "workload.seed") and seeds[0] == seeds[1]:
+            continue
         flag = _FLAGS.get(field)
         if flag is not None:
             words += [flag, str(value)]

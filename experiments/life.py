@@ -33,11 +33,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """A part of its waiting: until when, and why, in words."""
+    """A part of its waiting, and why, in words. `behind`: the request that it stood behind, if that is why."""
 
     begin_ns: int
     end_ns: int
     why: str
+    behind: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,29 @@ class Life:
         return sum(span.end_ns - span.begin_ns for span in self.spans if span.phase == phase)
 
     def sentences(self) -> list[str]:
-        """Why it waited and for how long, longest first; waits for one reason are added up."""
+        """Why it waited and for how long, longest first; waits for one reason are added up, whoever it stood behind."""
         total: dict[str, int] = {}
+        others: dict[str, dict[int, int]] = {}
         for wait in self.waits:
-            total[wait.why] = total.get(wait.why, 0) + wait.end_ns - wait.begin_ns
+            lasted = wait.end_ns - wait.begin_ns
+            total[wait.why] = total.get(wait.why, 0) + lasted
+            if wait.behind is not None:
+                behind = others.setdefault(wait.why, {})
+                behind[wait.behind] = behind.get(wait.behind, 0) + lasted
         order = sorted(total, key=lambda why: -total[why])
-        return [f"{total[why] / 1e6:,.1f} ms: {why}" for why in order if total[why] > 0]
+        return [f"{total[why] / 1e6:,.1f} ms: {_in_words(why, others.get(why, {}))}" for why in order]
+
+
+def _in_words(why: str, behind: dict[int, int]) -> str:
+    if not behind:
+        return why
+    if len(behind) == 1:
+        return f"it stood behind request {next(iter(behind))}, which was passed over, as {why}"
+    longest = max(behind, key=lambda other: behind[other])
+    return (
+        f"it stood behind {len(behind)} others, one after the other, which were passed over, as {why} "
+        f"(longest behind request {longest}: {behind[longest] / 1e6:,.1f} ms)"
+    )
 
 
 def request_life(run: Run, request_id: int) -> Life:
@@ -80,7 +98,7 @@ def request_life(run: Run, request_id: int) -> Life:
         raise RunError(f"{run.name} has no request {request_id}")
     row = found.iloc[0]
     replica = int(row["replica"])
-    steps = run.steps[run.steps["replica"] == replica].set_index("step")
+    steps = run.steps.loc[run.steps["replica"] == replica, ["step", "plan_ns", "end_ns"]].set_index("step")
     finish = None if pd.isna(row["finish_ns"]) else int(row["finish_ns"])
     end = finish if finish is not None else int(run.steps["end_ns"].max()) if len(run.steps) else int(row["arrival_ns"])
     arrival = int(row["arrival_ns"])
@@ -112,7 +130,8 @@ def request_life(run: Run, request_id: int) -> Life:
 def _spans(decisions: pd.DataFrame, steps: pd.DataFrame, arrival: int, first_token: int, end: int) -> Iterator[Span]:
     """From what was decided about it: it waits until it is admitted, computes its prompt, then decodes."""
     phase, since, last_chunk = WAITING, arrival, -1
-    plan_ns, end_ns = steps["plan_ns"].to_dict(), steps["end_ns"].to_dict()
+    touched = steps[steps.index.isin(decisions["step"])]
+    plan_ns, end_ns = touched["plan_ns"].to_dict(), touched["end_ns"].to_dict()
     for step, kind, reason in zip(*(decisions[c].tolist() for c in ("step", "kind", "reason")), strict=True):
         planned = plan_ns.get(step, end)
         following: str | None = None
@@ -154,7 +173,8 @@ class _Blocked:
         self._steps = rows["step"].to_numpy()
         self._requests, self._reasons = rows["request_id"].to_numpy(), rows["reason"].tolist()
         started = decisions[decisions["kind"].isin(["admit", "resume", "drop"])]
-        self._started = started.groupby("request_id")["step"].apply(lambda s: np.sort(s.to_numpy())).to_dict()
+        self._started = started["request_id"].to_numpy(), started["step"].to_numpy()
+        self._starts: dict[int, np.ndarray] = {}
         self._index, self._plan_ns = steps.index.to_numpy(), steps["plan_ns"].to_numpy()
 
     def explain(self, request_id: int, span: Span, before_step: int | None) -> list[Wait]:
@@ -176,29 +196,34 @@ class _Blocked:
             until_step = cuts[at + 1] if at + 1 < len(cuts) else None
             until = span.end_ns if until_step is None else self._time(until_step)
             until = min(max(until, since), span.end_ns)
-            if waits and waits[-1].why == (why := self._why(request_id, step)):
-                waits[-1] = Wait(waits[-1].begin_ns, until, why)
-            else:
-                waits.append(Wait(since, until, self._why(request_id, step)))
+            why, behind = self._why(request_id, step)
+            if waits and (waits[-1].why, waits[-1].behind) == (why, behind):
+                since = waits.pop().begin_ns
+            waits.append(Wait(since, until, why, behind))
             since = until
         return waits
 
     def _time(self, step: int) -> int:
         return int(self._plan_ns[np.searchsorted(self._index, step)])
 
-    def _why(self, request_id: int, step: int) -> str:
+    def _starts_of(self, request_id: int) -> np.ndarray:
+        """The steps in which it was let in, resumed or dropped: from then on it stood before nobody."""
+        if request_id not in self._starts:
+            requests, steps = self._started
+            self._starts[request_id] = steps[requests == request_id]
+        return self._starts[request_id]
+
+    def _why(self, request_id: int, step: int) -> tuple[str, int | None]:
         end = int(np.searchsorted(self._steps, step, side="right"))
         behind: tuple[int, str] | None = None
         for at in range(end - 1, max(-1, end - 33), -1):
             other, reason = int(self._requests[at]), self._reasons[at]
-            started = self._started.get(other)
-            gone = started is not None and bool(np.any((started > self._steps[at]) & (started <= step)))
-            if gone:
+            started = self._starts_of(other)
+            if np.any((started > self._steps[at]) & (started <= step)):
                 continue
             if other == request_id:
-                return f"it was looked at and passed over, as {_WORDS.get(reason, reason)}"
+                return f"it was looked at and passed over, as {_WORDS.get(reason, reason)}", None
             behind = behind or (other, reason)
         if behind is None:
-            return "the policy did not look at it: others went before it"
-        reason = _WORDS.get(behind[1], behind[1]).replace("for it", "for that one")
-        return f"it stood behind request {behind[0]}, which was passed over, as {reason}"
+            return "the policy did not look at it: others went before it", None
+        return _WORDS.get(behind[1], behind[1]).replace("for it", "for that one"), behind[0]

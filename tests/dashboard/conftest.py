@@ -1,4 +1,7 @@
-"""One browser for all tests that need one, and one dashboard over runs of a model whose steps take a fixed time."""
+"""One browser for the tests of a file, and one dashboard over runs of a model whose steps take a fixed time.
+
+Not for the whole session: Playwright keeps an event loop in the thread, which tests of asyncio must not find there.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from tests.dashboard.browser import chromium, served
 from tests.experiments.fake_run import constant, fake_run, random_requests
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     started = chromium()
     try:
@@ -23,7 +26,7 @@ def browser() -> Iterator[Any]:
     started.__exit__(None, None, None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run, its simulation, and one that cannot be read."""
     root = tmp_path_factory.mktemp("served")
@@ -35,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address(runs: Path, browser: Any) -> Iterator[str]:
     """Of a dashboard over them; asked for after the browser, so that nothing starts where there is none."""
     with served(runs) as url:

@@ -10,6 +10,7 @@ from streamlit.testing.v1 import AppTest
 
 from dashboard.job import Job
 from experiments.compare import compare
+from experiments.metrics import summarize
 from experiments.records import read_run
 from experiments.simulated import run_simulated
 from experiments.spec import check_spec
@@ -69,14 +70,14 @@ def test_what_is_simulated_is_what_the_command_line_simulates(tmp_path: Path) ->
 def test_a_cancelled_simulation_leaves_what_it_had(tmp_path: Path) -> None:
     job = Job(check_spec({"target": "sim", "workload": {"name": "chat", "n": 50_000, "rate": 20.0}}))
     deadline = time.monotonic() + 60
-    while job.progress[0] < 250:
+    while not len(list(job.folder.glob("parts/requests-*.parquet"))) > 1:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     job.cancel()
     assert (job.running, job.cancelled, job.error) == (False, True, "")
     run = read_run(job.folder)
     assert not run.complete
-    assert len(run.requests) >= 250
+    assert 0 < summarize(run)["completed"] < job.progress[0] + 250  # which joins requests and steps: they go together
 
 
 def test_a_failure_is_said_in_one_line() -> None:
@@ -100,3 +101,20 @@ def test_the_form_is_in_the_url_and_as_a_command(tmp_path: Path) -> None:
         assert pair.split() == command[command.index(pair.split()[0]) :][:2]
     assert app.query_params["queue"] == "fcfs"
     assert page(tmp_path, n="lots").number_input(key="n").value == 500
+
+
+def test_a_simulation_is_run_and_kept_from_the_page(tmp_path: Path) -> None:
+    app = page(tmp_path, n="30", rate="5")
+    button(app, "Simulate").click().run()  # type: ignore[attr-defined]
+    ended(app.session_state["job"])
+    app.run()
+    assert not app.exception
+    assert len(app.get("plotly_chart")) == 2
+    (tmp_path / "taken").mkdir()
+    app.text_input(key="save-as").set_value("taken").run()
+    button(app, "Save").click().run()  # type: ignore[attr-defined]
+    assert "there already" in app.error[0].value
+    app.text_input(key="save-as").set_value("kept").run()
+    button(app, "Save").click().run()  # type: ignore[attr-defined]
+    assert "Saved as kept" in app.success[0].value
+    assert len(read_run(tmp_path / "kept").requests) == 30

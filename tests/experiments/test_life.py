@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.life import DECODE, PREFILL, WAITING, Wait, request_life
+from experiments.life import DECODE, PREFILL, WAITING, Life, Wait, request_life
 from experiments.records import Run, RunError
 from tests.experiments.fake_run import FakeRequest, fake_run, random_requests
 
@@ -51,16 +51,30 @@ def test_why_it_waited_is_said_in_words(tmp_path: Path) -> None:
     due = Wait(2, 10_032_000, "the next plan was not due: a step was running")
     assert request_life(run, 2).waits == (
         due,
-        Wait(10_032_000, 20_064_000, f"it stood behind request 1, which was passed over, {budget}"),
+        Wait(10_032_000, 20_064_000, budget.removeprefix("as "), behind=1),
         Wait(20_064_000, 40_128_000, f"it was looked at and passed over, {budget}"),
     )
     assert request_life(run, 1).sentences() == [
         f"10.0 ms: it was looked at and passed over, {budget}",
         f"10.0 ms: {due.why}",
     ]
+    assert f"10.0 ms: it stood behind request 1, which was passed over, {budget}" in request_life(run, 2).sentences()
     alone = request_life(fake_run(tmp_path / "alone", [first]), 0)
     assert alone.sentences() == []
     assert [span.phase for span in alone.spans] == [PREFILL, DECODE]
+
+
+def test_waits_for_one_reason_are_added_up_whoever_it_stood_behind() -> None:
+    waits = (
+        Wait(0, 5_000_000, "no room", 7),
+        Wait(5_000_000, 6_000_000, "late"),
+        Wait(6_000_000, 9_000_000, "no room", 8),
+    )
+    assert Life(1, 0, None, None, "stop", 1, 1, (), waits).sentences() == [
+        "8.0 ms: it stood behind 2 others, one after the other, which were passed over, as no room "
+        "(longest behind request 7: 5.0 ms)",
+        "1.0 ms: late",
+    ]
 
 
 def test_a_request_that_is_not_there_is_named(run: Run) -> None:
