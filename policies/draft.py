@@ -6,6 +6,8 @@ counts. What it promises, the control plane can enact, because it counts blocks 
 
 from __future__ import annotations
 
+from copy import copy
+
 from policies.contract import Admission, Preemption, View
 from policies.plan import FOREVER, Mode, Plan
 from policies.request import Request, State
@@ -34,6 +36,14 @@ class Draft:
         self._given: dict[int, tuple[int, int]] = {}  # running request -> (tokens, blocks) planned for it
         self._released: dict[int, int] = {}  # cached block -> references that this plan gives up, less those it takes
 
+    def copy(self) -> Draft:
+        """A draft to try something in: what is done to it leaves this one as it is."""
+        other = copy(self)
+        other.plan = self.plan.copy()
+        other.admitted, other.preempted = self.admitted[:], self.preempted.copy()
+        other._given, other._released = self._given.copy(), self._released.copy()
+        return other
+
     # Running requests
 
     def run_everyone(self, max_chunk: int | None = None) -> bool:
@@ -56,6 +66,9 @@ class Draft:
     def run_decodes(self, now: int) -> None:
         """Give each decode its token, in order of admission as far as tokens go; preempt where blocks are missing."""
         decodes, needy = self.view.num_decoding, self.view.decodes_that_need_a_block()
+        if self.preempted:
+            decodes -= self._num_decodes_stopped()
+            needy = [request for request in needy if request.id not in self.preempted]
         if decodes <= self.tokens_left and len(needy) <= self.blocks_left:
             self.plan.decode_all = decodes > 0
             self._spend(decodes, len(needy))
@@ -102,9 +115,14 @@ class Draft:
             self.plan.chunks.append((request, num_tokens))
 
     def preempt(self, request: Request, mode: Mode) -> None:
-        """Stop a running request (or take a paused one's blocks); what this plan had given it goes back."""
+        """Stop a running request (or take a paused one's blocks); what this plan had given it goes back.
+
+        Of one that this plan stops already and lets keep its blocks, the blocks are taken too.
+        """
+        if request.id in self.preempted:
+            self.plan.preempt = [(r, m) for r, m in self.plan.preempt if r is not request]
         self.plan.preempt.append((request, mode))
-        if request.state is State.RUNNING:
+        if request.state is State.RUNNING and request.id not in self.preempted:
             self.preempted[request.id] = request
             self.seqs_left += 1
         if mode is not Mode.KEEP:
@@ -208,10 +226,12 @@ class Draft:
         plan, view = self.plan, self.view
         if steady and plan.decode_all and not (plan.chunks or view.num_waiting or view.paused or view.prefilling):
             plan.repeats = FOREVER
-        if plan.decodes and not plan.resume:
-            stopped = (r for r in self.preempted.values() if r.num_output_tokens < r.max_tokens)
-            gone = sum(r.num_pending_tokens == 1 for r in stopped)
-            if len(plan.decodes) == self.view.num_decoding - gone:
-                plan.decodes = []
-                plan.decode_all = True
+        rest = view.num_decoding - self._num_decodes_stopped()
+        if plan.decodes and not plan.resume and len(plan.decodes) == rest:
+            plan.decodes = []
+            plan.decode_all = True
         return plan
+
+    def _num_decodes_stopped(self) -> int:
+        stopped = self.preempted.values()
+        return sum(r.num_pending_tokens == 1 and r.num_output_tokens < r.max_tokens for r in stopped)

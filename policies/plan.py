@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from typing import NamedTuple
 
@@ -56,6 +57,16 @@ class Plan:
     simulator takes the others without asking. Only of a plan that runs every decode and does nothing else."""
     blocked: list[tuple[Request, str]] = field(default_factory=list)
     """(request, reason): waiting requests that were looked at and passed over. For the record only."""
+
+    def copy(self) -> Plan:
+        """A plan that can be changed without changing this one."""
+        other = copy(self)
+        for name in _CONTAINERS:
+            setattr(other, name, getattr(self, name).copy())
+        return other
+
+
+_CONTAINERS = tuple(each.name for each in fields(Plan) if each.default_factory is not MISSING)
 
 
 class Chunk(NamedTuple):

@@ -28,6 +28,8 @@ MORE: dict[str, list[StackSpec]] = {
         StackSpec(queue="drr,quantum=5"),
         StackSpec(queue="dlpm,quantum=9,window=4"),
         StackSpec(queue="rpm,limit=2,window_s=0.00002"),
+        StackSpec("preemptive", "las,quantum_ms=0"),
+        StackSpec("preemptive,mode=keep", "mlfq,quantum_ms=0.002,alpha_ms=0.01"),
         StackSpec("preemptive", "plas,quantum_ms=0.003,beta=2"),
         StackSpec("preemptive,mode=keep", "atlas,quantum_ms=0.003,beta=2"),
         StackSpec("static,max_batch_size=3", "multi_bin,edges=10;25,batch=3,max_wait_ms=0.01"),
