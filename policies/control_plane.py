@@ -70,7 +70,7 @@ class ControlPlane:
 
     @property
     def num_live(self) -> int:
-        """Requests waiting, running or paused."""
+        """Requests waiting, running, paused or swapped."""
         return len(self._state.requests)
 
     @property
@@ -312,7 +312,8 @@ class ControlPlane:
     ) -> None:
         state = self._state
         waited = request.state is State.WAITING
-        queued = waited or request.state is State.PAUSED
+        swapped = request.state is State.SWAPPED
+        queued = waited or swapped or request.state is State.PAUSED
         request.state = end
         request.finish_ns = now
         # A plan that drops a request has taken it off the queue; what ends while it runs is in the report.
@@ -320,6 +321,10 @@ class ControlPlane:
             self.stack.scheduler.remove(request, now)
         if waited:
             state.waiting_tokens -= request.num_pending_tokens
+            state.pins.pop(request.id, None)
+        elif swapped:
+            state.stop(request)
+            state.forget_swapped(request)
             state.pins.pop(request.id, None)
         else:
             state.stop(request)

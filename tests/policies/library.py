@@ -29,6 +29,7 @@ MORE: dict[str, list[StackSpec]] = {
         StackSpec("preemptive", "plas,quantum_ms=0.003,beta=2"),
         StackSpec("preemptive,mode=keep", "atlas,quantum_ms=0.003,beta=2"),
     ],
+    "preemption": [StackSpec(preemption="last_admitted,mode=swap"), StackSpec(preemption="longest,mode=swap")],
     "eviction": [StackSpec(eviction="gdsf,crossover=20")],
     "admission": [
         StackSpec(admission="reserve_pow2,predictor=declared"),
