@@ -54,6 +54,10 @@ class HostMemory:
                 f"{num_blocks} blocks of host memory need {num_blocks * block_bytes / GIB:,.1f} GiB, which cannot be "
                 f"had ({str(error).strip().partition(chr(10))[0]}); lower limits.num_host_blocks or --host-memory"
             ) from error
+        if self._pinned:  # compiled now, and not in somebody's first swap; the cache holds nothing yet
+            ids = torch.zeros(1, dtype=torch.int32, device=self._device)
+            self._move(ids, self._packed[:1], gather=True)
+            self._move(ids, self._packed[:1], gather=False)
 
     def close(self) -> None:
         """Give the memory back. Nothing may be on its way."""
