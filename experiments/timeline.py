@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from experiments.records import Run, RunError
+from policies.records import ALIVE
 
 Int64 = NDArray[np.int64]
 
@@ -134,7 +135,7 @@ def check_books(run: Run) -> None:
 def _held_by_steps(rows: pd.DataFrame, lag: int, end: int) -> int:
     """Request-nanoseconds in the system, from one replica's steps in order."""
     step, plan_ns = rows["step"].to_numpy(), rows["plan_ns"].to_numpy()
-    present = rows[["num_running", "num_waiting", "num_paused"]].sum(axis=1).to_numpy(np.int64)
+    present = rows[list(ALIVE)].sum(axis=1).to_numpy(np.int64)
     held = int(np.dot(present, np.append(plan_ns[1:], end) - plan_ns))
     # Who ended with a report was counted on to the plan that follows it: the next one, or with lag=1 the one after.
     following = _plan_time(step, plan_ns, step + 1 + lag, end)

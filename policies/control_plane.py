@@ -72,7 +72,7 @@ class ControlPlane:
 
     @property
     def num_live(self) -> int:
-        """Requests waiting, running or paused."""
+        """Requests waiting, running, paused or swapped."""
         return len(self._state.requests)
 
     @property
@@ -349,7 +349,8 @@ class ControlPlane:
             self._repeats = 0
         state = self._state
         waited = request.state is State.WAITING
-        queued = waited or request.state is State.PAUSED
+        swapped = request.state is State.SWAPPED
+        queued = waited or swapped or request.state is State.PAUSED
         request.state = end
         request.finish_ns = now
         # A plan that drops a request has taken it off the queue; what ends while it runs is in the report.
@@ -357,6 +358,10 @@ class ControlPlane:
             self.stack.scheduler.remove(request, now)
         if waited:
             state.waiting_tokens -= request.num_pending_tokens
+            state.pins.pop(request.id, None)
+        elif swapped:
+            state.stop(request)
+            state.forget_swapped(request)
             state.pins.pop(request.id, None)
         else:
             state.stop(request)
@@ -403,5 +408,5 @@ _DECODES = Plan(decode_all=True)
 
 def _only_decodes(step: Step) -> bool:
     """Whether the step ran the decode group and did nothing else that a repetition of it would not do."""
-    changes = step.chunks or step.preempted or step.resumed or step.dropped or step.refused
+    changes = step.chunks or step.copies or step.preempted or step.resumed or step.dropped or step.refused
     return step.decode_all and not changes and step.wake_at is None

@@ -18,7 +18,7 @@ class Mode(Enum):
     """How memory is taken from a running request."""
 
     RECOMPUTE = "recompute"  # its blocks are freed; prompt and output so far are computed again
-    SWAP = "swap"  # its blocks move to host memory
+    SWAP = "swap"  # its blocks move to host memory, and back when it resumes
     KEEP = "keep"  # it stops running and keeps its blocks
 
 
@@ -39,9 +39,9 @@ class Plan:
     hold: dict[int, int] = field(default_factory=dict)
     """Request id -> tokens to have blocks for after this step, where that is more than the chunk needs."""
     preempt: list[tuple[Request, Mode]] = field(default_factory=list)
-    """Running requests; a paused one too, to take back the memory it keeps."""
+    """Running requests; a paused one too, to take back the memory it keeps, and a swapped one, that of the host."""
     resume: list[Request] = field(default_factory=list)
-    """Paused requests that run again from this step on."""
+    """Paused and swapped requests that run again from this step on."""
     drop: list[tuple[Request, str]] = field(default_factory=list)
     """(request, reason): requests that end here without (further) service."""
     pin: list[tuple[Request, int]] = field(default_factory=list)
@@ -78,6 +78,16 @@ class Chunk(NamedTuple):
     samples: bool
 
 
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """KV blocks of a request on their way: out from the device's to the host's, or in from the host's, one to one."""
+
+    request: Request
+    out: bool
+    device: tuple[int, ...]
+    host: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class Step:
     """A plan as enacted: what a panel has to run. Counts and shapes are those after the plan's preemptions."""
@@ -101,6 +111,9 @@ class Step:
     resumed: list[Request] = field(default_factory=list)
     grown: list[Request] = field(default_factory=list)
     """Requests whose block table got longer (or is new) with this step."""
+    copies: list[BlockCopy] = field(default_factory=list)
+    """To be made in this order, after what earlier steps compute and before what this one does. A step that runs
+    nothing leaves its copies to the next one that does."""
     preempted: list[tuple[Request, Mode]] = field(default_factory=list)
     dropped: list[tuple[Request, str]] = field(default_factory=list)
     refused: list[tuple[Request, str]] = field(default_factory=list)

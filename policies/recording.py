@@ -116,6 +116,8 @@ class Recording:
             state.num_waiting,
             len(state.paused),
             step.wake_at,
+            len(state.swapped),
+            state.num_free_host_blocks,
         )
         if not step.runs:
             row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0)
@@ -147,7 +149,7 @@ class Recording:
     def _step_row(
         self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int
     ) -> tuple[object, ...]:
-        admitted, preempted, free, idle, running, waiting, paused, wake = self._plan_rows.pop(step.index)
+        admitted, preempted, free, idle, running, waiting, paused, wake, *host = self._plan_rows.pop(step.index)
         s = step.shape
         return (
             self._replica,
@@ -177,4 +179,7 @@ class Recording:
             waiting,
             paused,
             wake,
+            s.swapped_out,
+            s.swapped_in,
+            *host,
         )  # fmt: skip

@@ -68,11 +68,23 @@ STEPS: dict[str, str] = {
     "num_waiting": "int32",
     "num_paused": "int32",  # preempted, with their blocks kept
     "wake_ns": "int64?",
+    "swapped_out": "int32",  # KV copied to host memory before the step, in tokens: whole blocks
+    "swapped_in": "int32",  # the same, from host memory
+    "num_swapped": "int32",  # preempted, with their blocks in host memory
+    "free_host_blocks": "int32",
 }
 """steps.parquet, one row a call of plan(), steps counted from 0 on each replica.
 
 Sizes are as in `policies.shapes.StepShape`; blocks and queues as they are after the plan.
 """
+
+ALIVE = ("num_running", "num_waiting", "num_paused", "num_swapped")
+"""The columns of steps.parquet that together count the requests alive."""
+
+ADDED: dict[str, dict[str, int]] = {
+    "steps": {"swapped_out": 0, "swapped_in": 0, "num_swapped": 0, "free_host_blocks": 0},
+}
+"""Table -> columns that runs of earlier versions lack, and what those would have had there."""
 
 DECISIONS: dict[str, str] = {
     "replica": "int32",
@@ -85,9 +97,10 @@ DECISIONS: dict[str, str] = {
 """decisions.parquet, one row a decision.
 
 Kinds: `admit` (tokens: prefix hit), `chunk`, `decode` (one request, or the group with the number of its members),
-`join` and `leave` (the group), `capped` (its last token with the group), `preempt`, `resume`, `drop`, `refused`, and
-`blocked` (a waiting request was looked at and passed over; written when the reason changes; whoever waits and has no
-row of its own is behind the blocked one). Together they say for each step which request ran with how many tokens.
+`join` and `leave` (the group), `capped` (its last token with the group), `preempt` (reason: the mode; `swap` moves its
+blocks to host memory), `resume` (from a pause, or from host memory), `drop`, `refused`, and `blocked` (a waiting
+request was looked at and passed over; written when the reason changes; whoever waits and has no row of its own is
+behind the blocked one). Together they say for each step which request ran with how many tokens.
 
 What an operator did before a step stands first among its decisions, with request -1: `swap` (reason: roles and their
 new policies), `hold` (plans run nothing from here on), `release`, and `flush` (tokens: cached blocks forgotten).

@@ -25,6 +25,8 @@ class StepShape(NamedTuple):
     num_samples: int = 0  # rows that go through the LM head
     padded_tokens: int = 0
     graph: bool = False  # run from a captured graph
+    swapped_out: int = 0  # KV copied to host memory before it, in tokens: whole blocks
+    swapped_in: int = 0  # the same, from host memory
 
     @property
     def num_tokens(self) -> int:

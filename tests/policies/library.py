@@ -34,6 +34,7 @@ MORE: dict[str, list[StackSpec]] = {
         StackSpec("preemptive,mode=keep", "atlas,quantum_ms=0.003,beta=2"),
         StackSpec("static,max_batch_size=3", "multi_bin,edges=10;25,batch=3,max_wait_ms=0.01"),
     ],
+    "preemption": [StackSpec(preemption="last_admitted,mode=swap"), StackSpec(preemption="longest,mode=swap")],
     "eviction": [StackSpec(eviction="gdsf,crossover=20")],
     "admission": [
         StackSpec(admission="reserve_pow2,predictor=declared"),
