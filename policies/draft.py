@@ -238,8 +238,10 @@ class Draft:
         `steady`: the scheduler says that, with everybody decoding and nobody else there, it only ever runs them all.
         """
         plan, view = self.plan, self.view
-        if steady and plan.decode_all and not (
-            plan.chunks or view.num_waiting or view.paused or view.swapped or view.prefilling
+        if (
+            steady
+            and plan.decode_all
+            and not (plan.chunks or view.num_waiting or view.paused or view.swapped or view.prefilling)
         ):
             plan.repeats = FOREVER
         rest = view.num_decoding - self._num_decodes_stopped()
