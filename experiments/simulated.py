@@ -54,11 +54,13 @@ def run_simulated(
     overwrite: bool = False,
     check: bool = False,
     on_end: Callable[[Request], None] | None = None,
+    flush_seconds: float = 5.0,
 ) -> int:
     """Simulate a specification and write its run folder. Returns the simulated nanoseconds.
 
     `workload`, `costs` and `limits` may be given where they are at hand already; they must be what `spec` describes.
-    Interrupted, it leaves a readable, incomplete record. `check`: invariants after every step, Little's law at the end.
+    Interrupted, it leaves a readable, incomplete record; while it runs, one that is `flush_seconds` old at most.
+    `check`: invariants after every step, Little's law at the end.
     """
     workload = workload or make_workload(spec.workload)
     costs = costs or make_costs(spec.cost or CostSpec())
@@ -80,7 +82,7 @@ def run_simulated(
         workload=workload.provenance,
         cost=costs.describe(),
     )
-    with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer:
+    with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions, flush_seconds=flush_seconds) as writer:
         routing = router if spec.replicas > 1 else None  # the real panel, which has one, routes nothing either
         simulation = Simulation(limits, stacks, costs, routing, recorder=writer, on_end=on_end, check=check)
         simulated_ns = simulation.run(arrivals_of(workload, limits))

@@ -47,6 +47,22 @@ def timeline(run: Run) -> pd.DataFrame:
     return pd.DataFrame({"t_ns": np.append(times[last], end), **frame})
 
 
+def window(frame: pd.DataFrame, begin_ns: int, end_ns: int) -> pd.DataFrame:
+    """A part of a timeline: what holds at `begin_ns`, every change up to `end_ns`, and a last row there.
+
+    A timeline that ends before `end_ns` ends where it ends; one that does not reach into the part has no rows.
+    """
+    t_ns = frame["t_ns"].to_numpy()
+    if not len(t_ns) or begin_ns >= t_ns[-1] or end_ns <= t_ns[0]:
+        return frame.iloc[:0]
+    begin, end = max(begin_ns, int(t_ns[0])), min(end_ns, int(t_ns[-1]))
+    first = int(np.searchsorted(t_ns, begin, side="right")) - 1
+    last = int(np.searchsorted(t_ns, end, side="left"))
+    part = frame.iloc[first:last]
+    times = np.concatenate([[begin], part["t_ns"].to_numpy()[1:], [end]])
+    return pd.concat([part, part.iloc[[-1]]], ignore_index=True).assign(t_ns=times)
+
+
 def time_average(frame: pd.DataFrame, column: str) -> float:
     """The mean of a timeline's column over time; nan for a timeline that lasts no time."""
     held = np.diff(frame["t_ns"].to_numpy())

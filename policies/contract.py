@@ -116,6 +116,11 @@ class View(Protocol):
         """The prefix hit a waiting (or swapped) request would have now. No side effect on recency."""
         ...
 
+    def prefix_keys(self, request: Request) -> Sequence[bytes]:
+        """The names of its prompt's full blocks, in order: who has the same name has the same tokens up to there.
+        None where prefixes are not cached."""
+        ...
+
     def settled(self, request: Request) -> bool:
         """False while a step in flight still computes for a preempted request; it cannot be planned until then."""
         ...

@@ -7,7 +7,7 @@ counts. What it promises, the control plane can enact, because it counts blocks 
 from __future__ import annotations
 
 from policies.contract import Admission, Preemption, View
-from policies.plan import Mode, Plan
+from policies.plan import FOREVER, Mode, Plan
 from policies.request import Request, State
 
 NO_BLOCKS = "no blocks"
@@ -216,9 +216,18 @@ class Draft:
             self.plan.hold[request.id] = hold
         return None
 
-    def finish(self) -> Plan:
-        """The plan. Single decodes that turn out to be everybody's are said in one word."""
-        plan = self.plan
+    def finish(self, *, steady: bool = False) -> Plan:
+        """The plan. Single decodes that turn out to be everybody's are said in one word.
+
+        `steady`: the scheduler says that, with everybody decoding and nobody else there, it only ever runs them all.
+        """
+        plan, view = self.plan, self.view
+        if (
+            steady
+            and plan.decode_all
+            and not (plan.chunks or view.num_waiting or view.paused or view.swapped or view.prefilling)
+        ):
+            plan.repeats = FOREVER
         if plan.decodes and not plan.resume:
             stopped = (r for r in self.preempted.values() if r.num_output_tokens < r.max_tokens)
             gone = sum(r.num_pending_tokens == 1 for r in stopped)

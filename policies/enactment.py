@@ -46,6 +46,14 @@ class Enactment:
         for request, num_tokens in chunks:
             self._chunk(request, num_tokens)
         self._register()
+        return self._finish()
+
+    def run_decodes(self) -> Step:
+        """Enact a plan that is known to say `decode_all` and nothing else."""
+        self._decode_group()
+        return self._finish()
+
+    def _finish(self) -> Step:
         self._measure()
         if self.step.runs:
             # A step that runs nothing is not reported: who left before it is named by the next that does.
@@ -286,10 +294,11 @@ class Enactment:
             if request._group is not None:
                 state.leave_group(request)
             state.loose.pop(request.id, None)  # it stands aside while the others advance
-        for request in state.loose.values():
-            group.join(request)
-            step.joined.append(request)
-        state.loose.clear()
+        if state.loose:
+            for request in state.loose.values():
+                group.join(request)
+                step.joined.append(request)
+            state.loose.clear()
         step.num_decodes = len(group)
         self._tokens_left -= len(group)
         if group.members:
@@ -377,27 +386,41 @@ class Enactment:
                 self.state.register_full_blocks(request, self.now)
 
     def _measure(self) -> None:
-        step, group, limits = self.step, self.state.group, self.state.limits
-        in_group = step.decode_all
-        step.num_decodes = step.num_decodes if in_group else len(step.decodes)
-        if step.runs:  # else they wait for the next one that does
+        step, group, limits, chunks = self.step, self.state.group, self.state.limits, self.step.chunks
+        context, longest = sum(self._contexts), max(self._contexts, default=0)
+        if step.decode_all:
+            context, longest = context + group.context, max(longest, group.longest)
+        else:
+            step.num_decodes = len(step.decodes)
+        out = back = 0
+        if step.runs and self.state.copies:  # else they wait for the next one that does
             step.copies, self.state.copies = self.state.copies, []
-        ends = [chunk.start + chunk.num_tokens for chunk in step.chunks]
-        chunk_tokens = sum(chunk.num_tokens for chunk in step.chunks)
+            out = limits.block_size * sum(len(copy.device) for copy in step.copies if copy.out)
+            back = limits.block_size * sum(len(copy.device) for copy in step.copies if not copy.out)
+        if not chunks:
+            padded, graph = padded_batch(step.num_decodes, 0, 0, limits.capture_sizes)
+            step.shape = StepShape(
+                step.num_decodes, context, longest, 0, 0, 0, 0, 0, step.num_decodes, padded, graph, out, back
+            )  # fmt: skip
+            return
+        ends = [chunk.start + chunk.num_tokens for chunk in chunks]
+        tokens = sum(chunk.num_tokens for chunk in chunks)
         padded, graph = padded_batch(
-            step.num_decodes, len(step.chunks), chunk_tokens, limits.capture_sizes, limits.mixed_capture_sizes
+            step.num_decodes, len(chunks), tokens, limits.capture_sizes, limits.mixed_capture_sizes
         )
+        squares = sum(chunk.num_tokens * chunk.num_tokens for chunk in chunks)
         step.shape = StepShape(
             num_decodes=step.num_decodes,
-            decode_context=sum(self._contexts) + (group.context if in_group else 0),
-            max_context=max([0, *self._contexts, *ends, *([group.longest] if in_group else [])]),
-            num_chunks=len(step.chunks),
-            chunk_tokens=chunk_tokens,
-            chunk_pairs=sum(c.num_tokens * c.start + c.num_tokens * (c.num_tokens + 1) // 2 for c in step.chunks),
+            decode_context=context,
+            max_context=max(longest, *ends),
+            num_chunks=len(chunks),
+            chunk_tokens=tokens,
+            chunk_pairs=sum(c.num_tokens * c.start for c in chunks) + (squares + tokens) // 2,
             chunk_context=sum(ends),
-            num_samples=step.num_decodes + sum(chunk.samples for chunk in step.chunks),
+            chunk_squares=squares,
+            num_samples=step.num_decodes + sum(chunk.samples for chunk in chunks),
             padded_tokens=padded,
             graph=graph,
-            swapped_out=limits.block_size * sum(len(copy.device) for copy in step.copies if copy.out),
-            swapped_in=limits.block_size * sum(len(copy.device) for copy in step.copies if not copy.out),
+            swapped_out=out,
+            swapped_in=back,
         )

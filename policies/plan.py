@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from policies.request import Request, State
 from policies.shapes import StepShape
@@ -50,12 +51,14 @@ class Plan:
     """Groups of request ids inside `chunks` of which all run or none."""
     wake_at: int | None = None
     """Ask again at this time even if nothing happens; without effect once no request is alive."""
+    repeats: int = 1
+    """Steps in which this would be the plan, this one included, as long as nothing arrives, ends or runs out: the
+    simulator takes the others without asking. Only of a plan that runs every decode and does nothing else."""
     blocked: list[tuple[Request, str]] = field(default_factory=list)
     """(request, reason): waiting requests that were looked at and passed over. For the record only."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """`num_tokens` tokens of a request from position `start` on; `samples` where they reach its last token."""
 
     request: Request

@@ -54,6 +54,7 @@ STEPS: dict[str, str] = {
     "chunk_tokens": "int32",
     "chunk_pairs": "int64",
     "chunk_context": "int64",
+    "chunk_squares": "int64",
     "num_samples": "int32",
     "padded_tokens": "int32",
     "graph": "bool",

@@ -10,7 +10,7 @@ A running request is in exactly one of four places:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from policies.block_pool import BlockPool
@@ -121,7 +121,7 @@ class ReplicaState:
 
     @property
     def num_decoding(self) -> int:
-        return len(self.group) + len(self.loose)
+        return len(self.group.members) + len(self.loose)
 
     @property
     def num_waiting(self) -> int:
@@ -146,9 +146,10 @@ class ReplicaState:
         return (r for r in self.running.values() if r._group is not None or r.id in loose)
 
     def decodes_that_need_a_block(self) -> list[Request]:
-        size = self.limits.block_size
-        needy = [r for r in self.group.on_block_boundary() if r.num_computed_tokens >= len(r._blocks) * size]
-        needy += [r for r in self.loose.values() if r._computed >= len(r._blocks) * size]
+        size, clock = self.limits.block_size, self.group.clock
+        needy = [r for r in self.group.on_block_boundary() if r._computed + clock >= len(r._blocks) * size]
+        if self.loose:
+            needy += [r for r in self.loose.values() if r._computed >= len(r._blocks) * size]
         return needy
 
     def probe(self, request: Request) -> Hit:
@@ -161,6 +162,9 @@ class ReplicaState:
         # The last token is always computed, since its logits are what the step is for.
         blocks = self.pool.lookup(request._keys[: (request.num_tokens - 1) // size])
         return Hit(len(blocks) * size, tuple(blocks))
+
+    def prefix_keys(self, request: Request) -> Sequence[bytes]:
+        return request._keys[: request.num_prompt_tokens // self.limits.block_size]
 
     def settled(self, request: Request) -> bool:
         return request._busy_until <= self.last_reported

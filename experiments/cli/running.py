@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -117,7 +116,7 @@ def share_outside(costs: CostModel, run: Run) -> float:
     if not isinstance(costs, FittedCost):
         return 0.0
     ran = run.steps[(run.steps["num_decodes"] > 0) | (run.steps["num_chunks"] > 0)]
-    names = [field.name for field in fields(StepShape)]
+    names = list(StepShape._fields)
     shapes = (StepShape(*row) for row in ran[names].itertuples(index=False, name=None))
     return sum(not costs.inside(shape) for shape in shapes) / len(ran) if len(ran) else 0.0
 

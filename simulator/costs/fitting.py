@@ -8,7 +8,7 @@ weights, those of many for arithmetic). The other terms are what the work is phy
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
@@ -82,7 +82,7 @@ def _swap_fit(model: FittedCost, points: Sequence[_Point]) -> SwapFit | None:
         ]
         for shape in (point.shape for point in points)
     ]
-    plain = [model.cost(replace(point.shape, swapped_out=0, swapped_in=0)).device_ns for point in points]
+    plain = [model.cost(point.shape._replace(swapped_out=0, swapped_in=0)).device_ns for point in points]
     beyond = [max(0.0, point.device_ns - base) for point, base in zip(points, plain, strict=True)]
     copies, out, back = _robust_nnls(np.array(columns), beyond, _counts(points))
     count = sum(len(point.samples) for point in points)

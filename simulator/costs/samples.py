@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from policies.records import ADDED
 from policies.shapes import StepShape
 
-_SIZES = tuple(field.name for field in fields(StepShape))
+_SIZES = StepShape._fields
 _COLUMNS = ("plan_ns", "launch_ns", "end_ns", "device_ns", *_SIZES)
 
 
