@@ -392,12 +392,15 @@ class Enactment:
             context, longest = context + group.context, max(longest, group.longest)
         else:
             step.num_decodes = len(step.decodes)
-        if step.runs:  # else they wait for the next one that does
+        out = back = 0
+        if step.runs and self.state.copies:  # else they wait for the next one that does
             step.copies, self.state.copies = self.state.copies, []
-        if not chunks and not step.copies:
+            out = limits.block_size * sum(len(copy.device) for copy in step.copies if copy.out)
+            back = limits.block_size * sum(len(copy.device) for copy in step.copies if not copy.out)
+        if not chunks:
             padded, graph = padded_batch(step.num_decodes, 0, 0, limits.capture_sizes)
             step.shape = StepShape(
-                step.num_decodes, context, longest, 0, 0, 0, 0, 0, step.num_decodes, padded, graph
+                step.num_decodes, context, longest, 0, 0, 0, 0, 0, step.num_decodes, padded, graph, out, back
             )  # fmt: skip
             return
         ends = [chunk.start + chunk.num_tokens for chunk in chunks]
@@ -418,6 +421,6 @@ class Enactment:
             num_samples=step.num_decodes + sum(chunk.samples for chunk in chunks),
             padded_tokens=padded,
             graph=graph,
-            swapped_out=limits.block_size * sum(len(copy.device) for copy in step.copies if copy.out),
-            swapped_in=limits.block_size * sum(len(copy.device) for copy in step.copies if not copy.out),
+            swapped_out=out,
+            swapped_in=back,
         )

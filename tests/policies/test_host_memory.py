@@ -140,6 +140,19 @@ def test_a_paused_request_can_be_swapped_out_to_take_its_memory() -> None:
     assert (first.state, first.num_host_blocks, desk.plane.num_free_blocks) == (State.SWAPPED, 3, 10)
 
 
+def test_no_plan_repeats_itself_while_somebody_is_swapped_out_and_may_come_back() -> None:
+    desk = Desk(LIMITS)
+    first, other = decoding(desk, 9, 5)
+    desk.run(Plan(preempt=[(first, Mode.SWAP)], decodes=[other]))
+    repeats = []
+    for _ in range(2):
+        draft = desk.plane.view.draft()
+        assert draft.run_everyone()
+        repeats.append(draft.finish(steady=True).repeats)
+        desk.run(Plan(resume=[first], decode_all=True))
+    assert repeats[0] == 1 < repeats[1]
+
+
 def test_the_copies_of_a_step_that_runs_nothing_are_in_the_next_that_runs_in_their_order() -> None:
     desk = Desk(LIMITS)
     first, other = decoding(desk, 9, 5)
