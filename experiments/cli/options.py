@@ -49,6 +49,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "rate": ("workload.rate",),
     "seed": ("workload.seed", "seed"),
     "replicas": ("replicas",),
+    "link": ("link.bandwidth",),
     **{role: (f"policies.{role}",) for role in registry.ROLES},
 }
 """Flag -> the fields of the specification that it sets, where that is the same for all commands."""

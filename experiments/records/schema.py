@@ -79,12 +79,21 @@ def to_table(table: str, rows: Sequence[tuple[object, ...]]) -> pa.Table:
 def check_columns(what: str, table: str, found: pa.Schema) -> None:
     """Raise RunError unless a file has the columns it should have, with their types."""
     expected = SCHEMAS[table]
-    missing = [name for name in expected.names if name not in found.names]
+    missing = [name for name in expected.names if name not in (*found.names, *records.LATER_COLUMNS)]
     if missing:
         raise RunError(f"{what} lacks the column {missing[0]}; it is no {table} file of this version")
     extra = [name for name in found.names if name not in expected.names]
     if extra:
         raise RunError(f"{what} has an unknown column {extra[0]}; it is no {table} file of this version")
     for field in expected:
-        if found.field(field.name).type != field.type:
+        if field.name in found.names and found.field(field.name).type != field.type:
             raise RunError(f"{what}: column {field.name} is {found.field(field.name).type}, not {field.type}")
+
+
+def with_later_columns(table: str, read: pa.Table) -> pa.Table:
+    """What a file of this or an earlier version holds, in the order of the schema: lists that it lacks are empty."""
+    for name in records.LATER_COLUMNS:
+        if name in SCHEMAS[table].names and name not in read.column_names:
+            field = SCHEMAS[table].field(name)
+            read = read.append_column(field, pa.array([[]] * len(read), field.type))
+    return read.select(SCHEMAS[table].names)
