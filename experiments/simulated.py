@@ -56,11 +56,13 @@ def run_simulated(
     overwrite: bool = False,
     check: bool = False,
     on_end: Callable[[Request], None] | None = None,
+    flush_seconds: float = 5.0,
 ) -> int:
     """Simulate a specification and write its run folder. Returns the simulated nanoseconds.
 
     `workload`, `costs` and `limits` may be given where they are at hand already; they must be what `spec` describes.
-    Interrupted, it leaves a readable, incomplete record. `check`: invariants after every step, Little's law at the end.
+    Interrupted, it leaves a readable, incomplete record; while it runs, one that is `flush_seconds` old at most.
+    `check`: invariants after every step, Little's law at the end.
     """
     workload = workload or make_workload(spec.workload)
     costs = costs or make_costs(spec.cost or CostSpec())
@@ -85,7 +87,7 @@ def run_simulated(
         workload=workload.provenance,
         cost=costs.describe(),
     )
-    with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer:
+    with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions, flush_seconds=flush_seconds) as writer:
         routing = router if spec.replicas > 1 else None  # the real panel, which has one, routes nothing either
         simulation = Simulation(limits, stacks, costs, routing, link=link, recorder=writer, on_end=on_end, check=check)
         simulated_ns = simulation.run(arrivals_of(workload, limits))
@@ -140,7 +142,7 @@ def make_costs(spec: CostSpec) -> CostModel:
         return FittedCost.load(Path(spec.calibration))
     if spec.kind == "constant":
         assert spec.step_ms is not None
-        return ConstantCost(round(spec.step_ms * 1e6))
+        return ConstantCost(round(spec.step_ms * 1e6), spec.swap_ns_per_token or 0)
     return RooflineCost(ModelShape.preset(spec.model).in_dtype(spec.dtype), load_device(spec.device))
 
 
@@ -177,11 +179,34 @@ def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
         fields["max_model_len"] = SIMULATED_MODEL_LEN
     if fields["num_blocks"] is None:
         fields["num_blocks"] = _blocks_that_fit(spec, costs)
+    fields["num_host_blocks"] = _host_blocks(spec, costs, measured)
     for name, otherwise in (("capture_sizes", ()), ("mixed_capture_sizes", ()), ("plan_lead_ns", None)):
         fields[name] = getattr(given, name)
         if fields[name] is None:
             fields[name] = getattr(measured, name) if measured is not None else otherwise
-    return Limits(**fields)
+    limits = Limits(**fields)
+    check_swaps(limits, costs)
+    return limits
+
+
+def check_swaps(limits: Limits, costs: CostModel | None) -> None:
+    """Raises SpecError where requests may be swapped out and a measured cost model does not know what that takes."""
+    if limits.num_host_blocks and isinstance(costs, FittedCost) and not costs.prices_swaps:
+        raise SpecError(
+            "limits.num_host_blocks: the calibration has not measured swapping; profile anew with --host-memory"
+        )
+
+
+def _host_blocks(spec: RunSpec, costs: CostModel, measured: Limits | None) -> int:
+    """As given, in blocks or in memory; else as the calibration's runtime had them."""
+    given = spec.limits
+    if given.num_host_blocks is not None:
+        return given.num_host_blocks
+    if given.host_memory_gib is None:
+        return 0 if measured is None else measured.num_host_blocks
+    if not isinstance(costs, RooflineCost):
+        raise SpecError("limits.host_memory_gib: give limits.num_host_blocks; only a roofline knows a block's bytes")
+    return int(given.host_memory_gib * GIB // (costs.model.kv_bytes_per_token * given.block_size))
 
 
 def _measured_limits(costs: CostModel) -> Limits | None:

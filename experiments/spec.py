@@ -45,6 +45,9 @@ class LimitsSpec(_Part):
         num_blocks: KV blocks; None: as many as `kv_cache_gib` holds.
         kv_cache_gib: memory for the KV cache; None: 1 GiB on a CPU, what is free on a GPU, and for a simulated device
             what its memory leaves beside the weights.
+        num_host_blocks: KV blocks in host memory, for requests that are preempted with `mode=swap`; None: as many as
+            `host_memory_gib` holds.
+        host_memory_gib: host memory for them; None: none, and nobody is swapped out.
         memory_share: of the device's memory, the share that weights, the largest step and the KV cache may take
             together; None: 0.95 of a GPU, 0.9 of a simulated device.
         max_model_len: longest sequence, prompt and output; None: the model's limit, 8192 at most (simulated: 32768).
@@ -59,6 +62,8 @@ class LimitsSpec(_Part):
 
     num_blocks: Annotated[int, Field(strict=True, ge=1, le=2**24)] | None = None
     kv_cache_gib: Positive | None = None
+    num_host_blocks: Annotated[int, Field(strict=True, ge=0, le=2**24)] | None = None
+    host_memory_gib: Positive | None = None
     memory_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     block_size: Annotated[int, Field(strict=True, ge=1, le=1024)] = _LIMITS.block_size
     max_num_seqs: Annotated[int, Field(strict=True, ge=1, le=65_536)] = _LIMITS.max_num_seqs
@@ -79,6 +84,8 @@ class LimitsSpec(_Part):
     def _one_size(self) -> LimitsSpec:
         if self.num_blocks is not None and self.kv_cache_gib is not None:
             raise ValueError("give num_blocks or kv_cache_gib, not both")
+        if self.num_host_blocks is not None and self.host_memory_gib is not None:
+            raise ValueError("give num_host_blocks or host_memory_gib, not both")
         return self
 
     @model_validator(mode="after")
@@ -121,7 +128,7 @@ class ModelSpec(_Part):
 _FIELDS_OF_COST = {
     "fitted": ("calibration",),
     "roofline": ("model", "device", "dtype"),
-    "constant": ("step_ms",),
+    "constant": ("step_ms", "swap_ns_per_token"),
 }
 
 
@@ -136,6 +143,7 @@ class CostSpec(_Part):
             name, `cpu` for this one's, or a file of one.
         dtype: of weights and KV cache, for `roofline`.
         step_ms: for `constant`.
+        swap_ns_per_token: for `constant`: what each token of KV adds that is copied to or from host memory; 0.
     """
 
     kind: Literal["fitted", "roofline", "constant"] = "roofline"
@@ -144,6 +152,7 @@ class CostSpec(_Part):
     device: str = "h100-sxm"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     step_ms: Positive | None = None
+    swap_ns_per_token: Annotated[int, Field(strict=True, ge=0, le=10**9)] | None = None
 
     @field_validator("model")
     @classmethod

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from experiments.records import Run, RunError
 from experiments.token_times import MOVE
+from policies.records import ALIVE
 
 Int64 = NDArray[np.int64]
 
@@ -45,6 +46,22 @@ def timeline(run: Run) -> pd.DataFrame:
     end = max(int(steps["end_ns"].max()), int(times[-1]))
     frame = {c: np.append(levels[i][last], levels[i][-1]) for i, c in enumerate(columns)}
     return pd.DataFrame({"t_ns": np.append(times[last], end), **frame})
+
+
+def window(frame: pd.DataFrame, begin_ns: int, end_ns: int) -> pd.DataFrame:
+    """A part of a timeline: what holds at `begin_ns`, every change up to `end_ns`, and a last row there.
+
+    A timeline that ends before `end_ns` ends where it ends; one that does not reach into the part has no rows.
+    """
+    t_ns = frame["t_ns"].to_numpy()
+    if not len(t_ns) or begin_ns >= t_ns[-1] or end_ns <= t_ns[0]:
+        return frame.iloc[:0]
+    begin, end = max(begin_ns, int(t_ns[0])), min(end_ns, int(t_ns[-1]))
+    first = int(np.searchsorted(t_ns, begin, side="right")) - 1
+    last = int(np.searchsorted(t_ns, end, side="left"))
+    part = frame.iloc[first:last]
+    times = np.concatenate([[begin], part["t_ns"].to_numpy()[1:], [end]])
+    return pd.concat([part, part.iloc[[-1]]], ignore_index=True).assign(t_ns=times)
 
 
 def time_average(frame: pd.DataFrame, column: str) -> float:
@@ -121,7 +138,7 @@ def check_books(run: Run) -> None:
 def _held_by_steps(rows: pd.DataFrame, lag: int, end: int) -> int:
     """Request-nanoseconds in the system, from one replica's steps in order."""
     step, plan_ns = rows["step"].to_numpy(), rows["plan_ns"].to_numpy()
-    present = rows[["num_running", "num_waiting", "num_paused"]].sum(axis=1).to_numpy(np.int64)
+    present = rows[list(ALIVE)].sum(axis=1).to_numpy(np.int64)
     held = int(np.dot(present, np.append(plan_ns[1:], end) - plan_ns))
     # Who ended with a report was counted on to the plan that follows it: the next one, or with lag=1 the one after.
     following = _plan_time(step, plan_ns, step + 1 + lag, end)

@@ -39,7 +39,10 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """The part of a waiting request's tokens whose KV blocks are on the device already."""
+    """The part of a waiting request's tokens whose KV blocks are on the device already.
+
+    Of a swapped request, `num_tokens` is what it has computed, which comes back; `blocks` are those that need no copy.
+    """
 
     num_tokens: int = 0
     blocks: tuple[CachedBlock, ...] = ()
@@ -58,6 +61,13 @@ class View(Protocol):
         ...
 
     @property
+    def num_host_blocks(self) -> int:
+        """Blocks of host memory that preempted requests can be swapped to; 0 where there is no such tier."""
+        ...
+
+    @property
+    def num_free_host_blocks(self) -> int: ...
+    @property
     def max_num_seqs(self) -> int: ...
     @property
     def max_num_batched_tokens(self) -> int: ...
@@ -74,6 +84,11 @@ class View(Protocol):
     @property
     def paused(self) -> Mapping[int, Request]:
         """Requests that were preempted with `Mode.KEEP`, by id: they hold their blocks."""
+        ...
+
+    @property
+    def swapped(self) -> Mapping[int, Request]:
+        """Requests that were preempted with `Mode.SWAP`, by id: their blocks are in host memory."""
         ...
 
     @property
@@ -98,7 +113,12 @@ class View(Protocol):
         ...
 
     def probe(self, request: Request) -> Hit:
-        """The prefix hit a waiting request would have now. No side effect on recency."""
+        """The prefix hit a waiting (or swapped) request would have now. No side effect on recency."""
+        ...
+
+    def prefix_keys(self, request: Request) -> Sequence[bytes]:
+        """The names of its prompt's full blocks, in order: who has the same name has the same tokens up to there.
+        None where prefixes are not cached."""
         ...
 
     def settled(self, request: Request) -> bool:
@@ -178,11 +198,12 @@ class Admission(Protocol):
         ...
 
     def on_admit(self, request: Request) -> None:
-        """It runs now: commit what was promised."""
+        """It runs now, for the first time or again after its memory was taken: commit what was promised."""
         ...
 
     def on_release(self, request: Request) -> None:
-        """It gave its memory back: it was preempted, or has ended (`request.state` says how, with its tokens)."""
+        """It gave its memory back: it was preempted (recomputed or swapped), or has ended (`request.state` says how,
+        with its tokens)."""
         ...
 
     def on_report(self, report: Report) -> None:

@@ -62,6 +62,8 @@ class ControlPlane:
         self._empty_plans = 0
         self._held = False
         self._last_ns = 0
+        self._num_repeated = 0
+        self._repeats = 0  # times the last plan may be taken again without asking
 
     # What a panel may look at
 
@@ -72,7 +74,7 @@ class ControlPlane:
 
     @property
     def num_live(self) -> int:
-        """Requests waiting, running or paused."""
+        """Requests waiting, running, paused or swapped."""
         return len(self._state.requests)
 
     @property
@@ -106,6 +108,11 @@ class ControlPlane:
         return self._next_index
 
     @property
+    def num_asked(self) -> int:
+        """How often the policy was asked for a plan; the other steps repeated one."""
+        return self._next_index - self._num_repeated
+
+    @property
     def held(self) -> bool:
         """Whether `hold` is in force: plans run nothing."""
         return self._held
@@ -136,6 +143,7 @@ class ControlPlane:
         and waits to be taken away (`policies.transfers`).
         """
         self._advance(now)
+        self._repeats = 0
         if self.limits.prefix_caching:
             request._keys = list(keys)
         reason = self._refusal(request)
@@ -219,13 +227,36 @@ class ControlPlane:
             self.stack.scheduler.add(request, now)
         if not state.requests:
             step.wake_at = None  # there is nobody to be woken for
-        times = [until for until in state.pins.values() if until != FOREVER]
-        if times:
-            step.wake_at = min([*times, *([] if step.wake_at is None else [step.wake_at])])
+        if state.pins:
+            times = [until for until in state.pins.values() if until != FOREVER]
+            if times:
+                step.wake_at = min([*times, *([] if step.wake_at is None else [step.wake_at])])
         if self._recording is not None:
             self._recording.planned(plan, step)
         self._verify()
         self._watch(step)
+        self._repeats = plan.repeats - 1 if _only_decodes(step) else 0
+        return step
+
+    def repeat(self, now: int) -> Step | None:
+        """The last plan once more, as if the policy had been asked again; None where it has to be.
+
+        It answers as long as the policy has said that it would (`Plan.repeats`), nothing has come in from outside, and
+        there are blocks for everybody. The same calls of `report` go with it as with `plan`.
+        """
+        state = self._state
+        if not self._repeats or not (decodes := state.num_decoding):
+            return None
+        if decodes > (free := state.pool.num_free) and len(state.decodes_that_need_a_block()) > free:
+            return None
+        self._advance(now)
+        step = Enactment(state, _DECODES, self._next_index, now).run_decodes()
+        self._next_index += 1
+        self._num_repeated += 1
+        self._repeats -= 1
+        if self._recording is not None:
+            self._recording.planned(_DECODES, step)
+        self._verify()
         return step
 
     def _ask(self, now: int) -> Plan:
@@ -246,23 +277,28 @@ class ControlPlane:
         self._advance(report.end_ns)
         state, step = self._state, report.step
         state.last_reported = step.index
-        firsts = [chunk.request for chunk in step.chunks if chunk.samples]
-        for request in (*firsts, *step.joined, *step.decodes):
-            if request.first_token_ns is None and not request.state.ended:
-                request.first_token_ns = report.end_ns
-            if request.hands_off and request.state is State.WAITING:  # preempted meanwhile: computed here again
-                request.max_tokens, request._tokens_elsewhere = request.max_tokens + 1, request._tokens_elsewhere - 1
+        if step.chunks or step.joined or step.decodes:
+            firsts = [chunk.request for chunk in step.chunks if chunk.samples]
+            for request in (*firsts, *step.joined, *step.decodes):
+                if request.first_token_ns is None and not request.state.ended:
+                    request.first_token_ns = report.end_ns
+                if request.hands_off and request.state in (State.WAITING, State.SWAPPED):  # preempted meanwhile
+                    request.max_tokens += 1  # so it gets one more here
+                    request._tokens_elsewhere -= 1
         for request, depth, block in step.filled:
             held = request._blocks
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
                 state.register(request, depth, report.end_ns)
         # Without those that were cancelled while the step was in flight; and in order of arrival, whatever order a
         # panel found them in, since it decides which blocks are idle longest.
-        alive = [ended for ended in report.finished if ended[0].id in state.requests or ended[0].id in state.leaving]
-        report.finished[:] = sorted(alive, key=lambda finished: finished[0].key)
-        num_finished = sum(request.state is not State.MOVING for request, _, _ in report.finished)
-        for request, end, num_output_tokens in report.finished:
-            self._end(request, end, num_output_tokens, report.end_ns)
+        num_finished = 0
+        if report.finished:
+            live, leaving = state.requests, state.leaving
+            alive = [finished for finished in report.finished if finished[0].id in live or finished[0].id in leaving]
+            report.finished[:] = sorted(alive, key=lambda finished: finished[0].key)
+            num_finished = sum(request.state is not State.MOVING for request, _, _ in report.finished)
+            for request, end, num_output_tokens in report.finished:
+                self._end(request, end, num_output_tokens, report.end_ns)
         self.stack.scheduler.on_report(report)
         self.stack.admission.on_report(report)
         if self._recording is not None:
@@ -278,6 +314,7 @@ class ControlPlane:
         `names`: role (a scheduler's queue too) -> the policy as text, for the record.
         """
         self._advance(now)
+        self._repeats = 0
         swapping.swap(self._state, policies, now)
         self._record_event("swap", 0, "; ".join(f"{role}: {name}" for role, name in names.items()))
         self._empty_plans = 0
@@ -286,6 +323,7 @@ class ControlPlane:
     def hold(self, now: int) -> None:
         """From the next plan on run nothing, until `release`. Requests keep their places and their memory."""
         self._advance(now)
+        self._repeats = 0
         self._held = True
         self._record_event("hold", 0, "")
 
@@ -328,9 +366,12 @@ class ControlPlane:
         error: str = "",
         from_outside: bool = False,
     ) -> None:
+        if from_outside:
+            self._repeats = 0
         state = self._state
         waited, moving = request.state is State.WAITING, request.state is State.MOVING
-        queued = waited or request.state is State.PAUSED
+        swapped = request.state is State.SWAPPED
+        queued = waited or swapped or request.state is State.PAUSED
         request.state = end
         request.finish_ns = now
         # A plan that drops a request has taken it off the queue; what ends while it runs is in the report.
@@ -338,6 +379,10 @@ class ControlPlane:
             self.stack.scheduler.remove(request, now)
         if waited:
             state.waiting_tokens -= request.num_pending_tokens
+            state.pins.pop(request.id, None)
+        elif swapped:
+            state.stop(request)
+            state.forget_swapped(request)
             state.pins.pop(request.id, None)
         else:
             state.stop(request)
@@ -379,3 +424,12 @@ class ControlPlane:
     def _verify(self) -> None:
         if self._check:
             self._state.check()
+
+
+_DECODES = Plan(decode_all=True)
+
+
+def _only_decodes(step: Step) -> bool:
+    """Whether the step ran the decode group and did nothing else that a repetition of it would not do."""
+    changes = step.chunks or step.copies or step.preempted or step.resumed or step.dropped or step.refused
+    return step.decode_all and not changes and step.wake_at is None

@@ -17,6 +17,7 @@ class State(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     PAUSED = "paused"  # preempted with its KV cache kept on the device
+    SWAPPED = "swapped"  # preempted with its KV cache moved to host memory
     MOVING = "moving"  # stopped, for its KV cache to go to another replica
     STOPPED = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the model's limit
@@ -26,7 +27,8 @@ class State(Enum):
 
     @property
     def ended(self) -> bool:
-        return self not in (State.WAITING, State.RUNNING, State.PAUSED, State.MOVING)
+        alive = (State.WAITING, State.RUNNING, State.PAUSED, State.SWAPPED, State.MOVING)
+        return self not in alive
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Request:
     _tokens: int = 0
     _group: DecodeGroup | None = None
     _blocks: list[int] = field(default_factory=list)
+    _host_blocks: list[int] = field(default_factory=list)
     _keys: list[bytes] = field(default_factory=list)
     _num_registered: int = 0  # leading blocks that stand in the prefix index under this request's keys
     _busy_until: int = -1  # last step that may still be writing for it
@@ -114,6 +117,11 @@ class Request:
     def num_blocks(self) -> int:
         """KV blocks held on the device."""
         return len(self._blocks)
+
+    @property
+    def num_host_blocks(self) -> int:
+        """Blocks held in host memory: those of a swapped request."""
+        return len(self._host_blocks)
 
     @property
     def gone(self) -> bool:

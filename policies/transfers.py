@@ -70,7 +70,7 @@ class Transfers:
         done = request.num_output_tokens >= request.max_tokens and not request.hands_off
         if not held or done or request.num_pending_tokens != 1:
             return False
-        self._plane._advance(now)
+        self._touch(now)
         # Who may decode with the group does not know its last step; the others do.
         knows = request.state is State.PAUSED or request.id in state.drained
         last_step = request._busy_until if knows else state.last_launched
@@ -91,7 +91,7 @@ class Transfers:
 
     def hand_over(self, request: Request, now: int) -> None:
         """Its KV is on the other replica: free its blocks here."""
-        self._plane._advance(now)
+        self._touch(now)
         state = self._state
         del state.leaving[request.id]
         state.free(request, now)
@@ -101,7 +101,7 @@ class Transfers:
 
     def take_back(self, request: Request, now: int) -> None:
         """It goes on here after all."""
-        self._plane._advance(now)
+        self._touch(now)
         self._record("take_back", request.id, request.num_computed_tokens)
         self._land(request, now)
 
@@ -112,7 +112,7 @@ class Transfers:
         in the prefix cache. None if there is no room now, or admission says no (not asked where nobody holds memory).
         """
         state, size = self._state, self._state.block_size
-        self._plane._advance(now)
+        self._touch(now)
         full = request.num_computed_tokens // size
         hits = state.pool.lookup(request._keys[:full]) if state.limits.prefix_caching else []
         blocks = -(-request.num_tokens // size) - len(hits)
@@ -134,7 +134,7 @@ class Transfers:
 
     def reserve_more(self, request: Request, now: int) -> bool:
         """Blocks for what it has generated since. False, with nothing changed, if there is no room."""
-        self._plane._advance(now)
+        self._touch(now)
         state = self._state
         held = state.reserved[request.id]
         missing = max(0, -(-request.num_tokens // state.block_size) - len(held))
@@ -146,7 +146,7 @@ class Transfers:
 
     def unreserve(self, request: Request, now: int) -> None:
         """It does not come: free its blocks."""
-        self._plane._advance(now)
+        self._touch(now)
         state = self._state
         del state.coming[request.id]
         state.pool.release(state.reserved.pop(request.id), now)
@@ -156,7 +156,7 @@ class Transfers:
 
     def take_in(self, request: Request, now: int) -> None:
         """Its KV has arrived, and no other replica has it any more: it runs here from the next plan on."""
-        self._plane._advance(now)
+        self._touch(now)
         state = self._state
         del state.coming[request.id]
         request._blocks = state.reserved.pop(request.id)
@@ -190,7 +190,7 @@ class Transfers:
 
     def lend(self, request: Request, keys: Sequence[bytes], now: int) -> int:
         """Hold the leading blocks of a chain that are cached here, for another replica. Answers how many those are."""
-        self._plane._advance(now)
+        self._touch(now)
         pool = self._state.pool
         blocks = pool.lookup(keys)
         if blocks:
@@ -203,7 +203,7 @@ class Transfers:
     def borrow(self, request: Request, keys: Sequence[bytes], now: int) -> int:
         """Blocks for a whole chain. Answers how many of them are to be moved: those that are not cached here; 0 and
         nothing held if that is none, or there is no room."""
-        self._plane._advance(now)
+        self._touch(now)
         pool = self._state.pool
         hits = pool.lookup(keys)
         missing = len(keys) - len(hits)
@@ -217,13 +217,18 @@ class Transfers:
 
     def end_loan(self, request: Request, now: int, keys: Sequence[bytes] = ()) -> None:
         """Give up what `lend` or `borrow` holds. `keys`: of the chain that has arrived here."""
-        self._plane._advance(now)
+        self._touch(now)
         pool = self._state.pool
         held = self._state.reserved.pop(request.id)
         for depth, key in enumerate(keys):
             pool.register(held[depth], key, depth, now, keys[depth - 1] if depth else None, request)
         pool.release(held, now)
         self._plane._verify()
+
+    def _touch(self, now: int) -> None:
+        """Something comes in from outside."""
+        self._plane._advance(now)
+        self._plane._repeats = 0
 
     def _record(self, kind: str, request_id: int, tokens: int = 0) -> None:
         self._plane._record_event(kind, tokens, "", request_id)

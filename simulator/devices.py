@@ -45,6 +45,8 @@ class Device:
     """Of prefill attention; decode attention is bound by memory."""
     bandwidth_efficiency: float = 0.93
     host_link_efficiency: float = 0.82
+    host_link_latency_ns: int = 20_000
+    """Of a step's copies in one direction, before the first byte: an order of magnitude, not a measurement."""
     source: str = ""
     """Where the peaks are from."""
     peer_link_bandwidth: float = 0.0
@@ -58,7 +60,7 @@ class Device:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise DeviceError(f"device {self.name!r}: {name} must be a number, not {value!r}")
-            if not value and name not in ("launch_ns_per_layer", "peer_link_bandwidth"):
+            if not value and name not in ("launch_ns_per_layer", "host_link_latency_ns", "peer_link_bandwidth"):
                 raise DeviceError(f"device {self.name!r}: {name} must be above 0")
             if name.endswith("_efficiency") and value > 1:
                 raise DeviceError(f"device {self.name!r}: {name} is a fraction of the peak, at most 1, not {value!r}")

@@ -14,7 +14,7 @@ from policies.plan import Report, Step
 from policies.request import Request, State
 from simulator.arrivals import Arrival
 from simulator.endings import Endings
-from simulator.pace import Pace
+from simulator.pace import Pace, Timing
 
 if TYPE_CHECKING:
     from simulator.movements import Movements
@@ -27,7 +27,9 @@ class SimulatedReplica:
     """Carries out what the control plane says, in simulated time.
 
     `on_end(request)` is called for every request that ends here. As a router sees it (`policies.contract.Replica`), a
-    replica's figures include what waits at its door for the next plan, or for KV that is fetched for it.
+    replica's figures include what waits at its door for the next plan, or for KV that is fetched for it. `together`:
+    take decode steps that the policy would plan alike in one event; only where nobody looks at the replica between its
+    steps.
     """
 
     movements: Movements | None = None
@@ -35,17 +37,25 @@ class SimulatedReplica:
     failed = False
 
     def __init__(
-        self, env: simpy.Environment, plane: ControlPlane, pace: Pace, on_end: Callable[[Request], None]
+        self,
+        env: simpy.Environment,
+        plane: ControlPlane,
+        pace: Pace,
+        on_end: Callable[[Request], None],
+        *,
+        together: bool = False,
     ) -> None:
         self.plane = plane
         plane.on_end = self._ended
         self._env = env
         self._pace = pace
         self._on_end = on_end
+        self._together = together
         self._arrivals: list[Arrival] = []
         self._cancellations: list[int] = []
         self._endings = Endings()
         self._ends_of_step: dict[int, Ended] = {}
+        self._in_flight: Step | None = None
         self._asleep: simpy.Event | None = None
         self._expected: dict[int, Arrival] = {}  # those whose KV is being fetched
         self._cancelled: set[int] = set()  # of those
@@ -205,32 +215,61 @@ class SimulatedReplica:
         while action is not None:
             answer: Answer = None
             if isinstance(action, Deliver):
-                plan_at = pace.plan_at(self.plane.next_step, int(env.now))
+                answer = self._take_together() if self._together else None
+                plan_at = None if answer is not None else pace.plan_at(self.plane.next_step, int(env.now))
                 if plan_at is not None:
                     if plan_at > env.now:
                         yield env.timeout(plan_at - env.now)
                     answer = int(env.now)
                     self._deliver(answer)
             elif isinstance(action, Launch):
-                self._launch(action.step)
+                self._launch(action.step, int(env.now))
             elif isinstance(action, Collect):
                 timing = pace.end_of(action.step)
                 if timing.end_ns > env.now:
                     yield env.timeout(timing.end_ns - env.now)
-                ended = self._ends_of_step.pop(action.step.index)
-                answer = Report(action.step, timing.launch_ns, int(env.now), timing.device_ns, ended)
-                pace.reported(action.step, int(env.now))
+                answer = self._report(action.step, timing, int(env.now))
             elif isinstance(action, Idle) and pace.waits_when_idle():
                 yield from self._sleep(action.wake_at)
             action = send(loop, answer)
             if isinstance(answer, Report):
                 self._after_report(answer.step)
 
-    def _launch(self, step: Step) -> None:
+    def _launch(self, step: Step, now: int) -> None:
         ended = self._endings.of(step)
         if step.runs:
-            self._pace.launch(step, int(self._env.now))
+            self._pace.launch(step, now)
             self._ends_of_step[step.index] = ended
+            self._in_flight = step
+
+    def _take_together(self) -> Step | None:
+        """Take the steps that the policy would plan like the last one, in this one event: those that are planned before
+        anything else happens in the simulation. Each is enacted, timed and recorded as if it had been asked for.
+        Returns the last one if it is still in flight (`lag=1`)."""
+        plane, pace, now = self.plane, self._pace, int(self._env.now)
+        if self._arrivals or self._cancellations:
+            return None
+        horizon, lag = self._env.peek(), plane.limits.lag
+        before = self._in_flight
+        while True:
+            plan_at = pace.plan_at(plane.next_step, now)
+            if plan_at is None or plan_at >= horizon or (step := plane.repeat(plan_at)) is None:
+                break
+            previous = self._in_flight
+            self._launch(step, plan_at)
+            due = previous if lag else step
+            if due is not None:
+                timing = pace.end_of(due)
+                now = max(plan_at, timing.end_ns)
+                plane.report(self._report(due, timing, now))
+        return None if self._in_flight is before else self._in_flight
+
+    def _report(self, step: Step, timing: Timing, now: int) -> Report:
+        """Its result is known to the host."""
+        if self._in_flight is step:
+            self._in_flight = None
+        self._pace.reported(step, now)
+        return Report(step, timing.launch_ns, now, timing.device_ns, self._ends_of_step.pop(step.index))
 
     def _sleep(self, wake_at: int | None) -> Generator[simpy.Event, Any, None]:
         if self._arrivals or self._cancellations:

@@ -33,6 +33,8 @@ class Simulation:
         recorder: takes the rows of the run; None records nothing.
         on_end: called with every request that ends.
         check: verify the invariants after every step (slow).
+        together: with one replica, take decode steps that its policy would plan alike in one event; the records are the
+            same without, bit for bit.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Simulation:
         recorder: Recorder | None = None,
         on_end: Callable[[Request], None] | None = None,
         check: bool = False,
+        together: bool = True,
     ) -> None:
         if not stacks:
             raise ValueError("a simulation needs at least one replica")
@@ -63,6 +66,7 @@ class Simulation:
                 ControlPlane(limits, stack, replica=i, cost=costs, recorder=recorder, check=check),
                 ComputedPace(costs, limits.plan_lead_ns),
                 self._on_end,
+                together=together and len(stacks) == 1,
             )
             for i, stack in enumerate(stacks)
         ]

@@ -1,4 +1,4 @@
-"""`diptych compare`, `replay`, `policies` and `dashboard`."""
+"""`diptych compare`, `replay`, `trace-export`, `policies` and `dashboard`."""
 
 from __future__ import annotations
 
@@ -76,6 +76,26 @@ def replay(
         console.print(Text.assemble(("The decisions differ.", "red"), f" {steps}. {divergence}"))
         raise typer.Exit(1)
     console.print(Text.assemble(("Zero divergences.", "green"), f" {steps}. Records: {folder}"))
+
+
+@app.command()
+def trace_export(
+    run: Annotated[Path, typer.Argument(help="The run folder of a real, simulated or replayed run.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file (RUN.trace.json.gz).")] = None,
+) -> None:
+    """Write a run as a trace: steps, queues, memory and requests, for ui.perfetto.dev or chrome://tracing.
+
+    Example: diptych trace-export runs/chat-mixed-sim
+    """
+    from experiments.trace_export import write_trace
+
+    recorded = read_run(run)
+    file = out or Path(f"{recorded.name}.trace.json.gz")
+    make_parent(file)
+    written = write_trace(recorded)
+    file.write_bytes(written)
+    console.print(f"{len(recorded.steps):,} steps, {len(recorded.requests):,} requests, {len(written):,} bytes: {file}")
+    console.print("Open it in ui.perfetto.dev or chrome://tracing")
 
 
 @app.command()

@@ -79,7 +79,8 @@ def to_table(table: str, rows: Sequence[tuple[object, ...]]) -> pa.Table:
 def check_columns(what: str, table: str, found: pa.Schema) -> None:
     """Raise RunError unless a file has the columns it should have, with their types."""
     expected = SCHEMAS[table]
-    missing = [name for name in expected.names if name not in (*found.names, *records.LATER_COLUMNS)]
+    added = records.ADDED.get(table, {})
+    missing = [name for name in expected.names if name not in found.names and name not in added]
     if missing:
         raise RunError(f"{what} lacks the column {missing[0]}; it is no {table} file of this version")
     extra = [name for name in found.names if name not in expected.names]
@@ -90,10 +91,10 @@ def check_columns(what: str, table: str, found: pa.Schema) -> None:
             raise RunError(f"{what}: column {field.name} is {found.field(field.name).type}, not {field.type}")
 
 
-def with_later_columns(table: str, read: pa.Table) -> pa.Table:
-    """What a file of this or an earlier version holds, in the order of the schema: lists that it lacks are empty."""
-    for name in records.LATER_COLUMNS:
-        if name in SCHEMAS[table].names and name not in read.column_names:
+def filled(table: str, found: pa.Table) -> pa.Table:
+    """A table with the columns that its run, of an earlier version, did not have."""
+    for name, value in records.ADDED.get(table, {}).items():
+        if name not in found.column_names:
             field = SCHEMAS[table].field(name)
-            read = read.append_column(field, pa.array([[]] * len(read), field.type))
-    return read.select(SCHEMAS[table].names)
+            found = found.append_column(field, pa.array([value] * len(found), field.type))
+    return found
