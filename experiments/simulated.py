@@ -16,6 +16,7 @@ from experiments.workloads import Workload, make_workload
 from experiments.workloads.block_keys import block_keys
 from policies import registry
 from policies.model_shape import ModelShape
+from policies.registry import PolicySpec
 from policies.replica_state import Limits
 from policies.request import Request, Slo
 from simulator.arrivals import Arrival
@@ -25,6 +26,7 @@ from simulator.costs.constant import ConstantCost
 from simulator.costs.fitted import FittedCost
 from simulator.costs.roofline import HostTimes, RooflineCost
 from simulator.devices import Device, load_device
+from simulator.links import LinkSpeed
 from simulator.simulation import Simulation
 
 GIB = 2**30
@@ -71,7 +73,10 @@ def run_simulated(
     stacks = [
         build(block_size=limits.block_size, seed=spec.seed, oracle=oracle, future=future) for _ in range(spec.replicas)
     ]
-    router = registry.make("router", spec.policies.router, seed=spec.seed, block_size=limits.block_size)
+    link = link_of(spec, costs, limits) if registry.moves_kv(router_class(spec)) else None
+    router = registry.make(
+        "router", spec.policies.router, seed=spec.seed, block_size=limits.block_size, cost=costs, transfer=link
+    )
     info = run_info(
         "sim",
         spec=spec.model_dump(mode="json"),
@@ -84,11 +89,27 @@ def run_simulated(
     )
     with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions, flush_seconds=flush_seconds) as writer:
         routing = router if spec.replicas > 1 else None  # the real panel, which has one, routes nothing either
-        simulation = Simulation(limits, stacks, costs, routing, recorder=writer, on_end=on_end, check=check)
+        simulation = Simulation(limits, stacks, costs, routing, link=link, recorder=writer, on_end=on_end, check=check)
         simulated_ns = simulation.run(arrivals_of(workload, limits))
     if check:
         check_books(read_run(folder))
     return simulated_ns
+
+
+def router_class(spec: RunSpec) -> type:
+    """The class of a specification's router."""
+    return registry.find("router", PolicySpec.parse(spec.policies.router).name)
+
+
+def link_of(spec: RunSpec, costs: CostModel, limits: Limits) -> LinkSpeed:
+    """How fast KV moves between the replicas. Raises SpecError where nobody knows."""
+    model, device = getattr(costs, "model", None), getattr(costs, "device", None)
+    if not isinstance(model, ModelShape) or not isinstance(device, Device):
+        raise SpecError(
+            f"router {spec.policies.router} moves KV cache, and only a roofline (--model, --device) knows its bytes"
+        )
+    bandwidth = spec.link.bandwidth or device.reached_peer_link
+    return LinkSpeed(bandwidth, model.kv_bytes_per_token * limits.block_size, round(1e3 * spec.link.latency_us))
 
 
 def _future(spec: RunSpec, workload: Workload, limits: Limits) -> dict[int, list[bytes]] | None:

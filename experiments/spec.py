@@ -177,6 +177,45 @@ class CostSpec(_Part):
         return {name: value for name, value in handler(self).items() if name in ("kind", *_FIELDS_OF_COST[self.kind])}
 
 
+_UNITS = {"B/s": 1.0, "KB/s": 1e3, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "Gbit/s": 1e9 / 8}
+
+
+class LinkSpec(_Part):
+    """How a replica of a simulation sends KV cache to another one.
+
+    Attributes:
+        bandwidth: bytes a second in one direction, as 50e9, `50GB/s` or `400Gbit/s`; `inf`: no time at all. None: the
+            roofline's device's to another one of its machine (NVLink, else its host link).
+        latency_us: from the last byte's leaving to the KV's being usable.
+    """
+
+    bandwidth: float | None = None
+    latency_us: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 10.0
+
+    @field_validator("bandwidth", mode="before")
+    @classmethod
+    def _as_bytes(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        unit = next((u for u in sorted(_UNITS, key=len, reverse=True) if value.strip().endswith(u)), "")
+        try:
+            return float(value.strip().removesuffix(unit)) * _UNITS.get(unit, 1.0)
+        except ValueError:
+            raise ValueError(f"write a bandwidth as 50GB/s or 400Gbit/s; units: {', '.join(_UNITS)}") from None
+
+    @field_validator("bandwidth")
+    @classmethod
+    def _above_zero(cls, value: float | None) -> float | None:
+        if value is not None and not value > 0:
+            raise ValueError("a bandwidth must be above 0")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _infinity_as_text(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = handler(self)
+        return {**fields, "bandwidth": "inf"} if self.bandwidth == float("inf") else dict(fields)
+
+
 class PoliciesSpec(_Part):
     """The policy stack, each role as `name,knob=value,...` or as a mapping with a name."""
 
@@ -212,6 +251,7 @@ class RunSpec(_Part):
         replicas: of the simulated panel and of `diptych serve`; a real run has one.
         cost: how the simulated panel turns steps into time (a roofline of an 8B model on an H100 where nobody says);
             policies of either panel that plan by predicted cost use it too.
+        link: between the simulated panel's replicas, for routers that move KV cache.
         forced_lengths: the real panel ends each request after its recorded output tokens, whatever they are.
         decisions: record every decision; off makes long simulations smaller.
     """
@@ -223,6 +263,7 @@ class RunSpec(_Part):
     model: ModelSpec = ModelSpec()
     cost: CostSpec | None = None
     replicas: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 1
+    link: LinkSpec = LinkSpec()
     seed: Seed = 0
     forced_lengths: bool = True
     decisions: bool = True
@@ -271,6 +312,7 @@ _GROUPS: dict[str, type[BaseModel]] = {
     "limits": LimitsSpec,
     "model": ModelSpec,
     "cost": CostSpec,
+    "link": LinkSpec,
 }
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from experiments.records import Run, RunError
+from experiments.token_times import MOVE
 from policies.records import ALIVE
 
 Int64 = NDArray[np.int64]
@@ -112,10 +113,12 @@ def littles_law(run: Run) -> LittlesLaw:
     end = int(max(steps["end_ns"].max(), steps["plan_ns"].max(), run.requests["finish_ns"].fillna(0).max()))
     entered = run.requests[run.requests["status"] != "refused"]
     held_by_steps = held_by_requests = 0
+    moves = np.concatenate([np.zeros(0, np.int64), *entered["moves"]]).astype(np.int64).reshape(-1, MOVE)
     for replica, rows in steps.groupby("replica", sort=True):
         rows = rows.sort_values("step")
         held_by_steps += _held_by_steps(rows, lag, end)
         held_by_requests += _held_by_requests(entered[entered["replica"] == replica], rows, end)
+        held_by_requests += _held_before_moves(moves[moves[:, 0] == replica], rows, end)
     span_s, count = (end - begin) / 1e9, len(entered)
     if not span_s or not count:
         return LittlesLaw(0.0, 0.0, 0.0)
@@ -151,6 +154,12 @@ def _held_by_requests(requests: pd.DataFrame, rows: pd.DataFrame, end: int) -> i
     cancelled = requests["end_before_step"].notna().to_numpy()
     cancel = _plan_time(step, plan_ns, requests["end_before_step"].to_numpy(np.int64, na_value=0), end)
     return int(np.sum(np.where(cancelled, cancel, finish) - entry))
+
+
+def _held_before_moves(moves: Int64, rows: pd.DataFrame, end: int) -> int:
+    """Request-nanoseconds on one replica of those that left it for another, which they did before a plan."""
+    step, plan_ns = rows["step"].to_numpy(), rows["plan_ns"].to_numpy()
+    return int(np.sum(_plan_time(step, plan_ns, moves[:, 2], end) - _plan_time(step, plan_ns, moves[:, 1], end)))
 
 
 def _plan_time(step: Int64, plan_ns: Int64, wanted: Int64, end: int) -> Int64:

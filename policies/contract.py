@@ -252,11 +252,26 @@ class Eviction(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes: its replica, and where they differ the one that decodes and the one with its KV."""
+    """Where a request goes: its replica, and where they differ the one that decodes, and the one from whose prefix
+    cache the blocks are fetched that its own lacks. Only simulations move KV so far; a router that does says
+    `moves_kv = True`."""
 
     replica: int
     decode_replica: int | None = None
     kv_from: int | None = None
+
+
+LATER = -1
+"""As `Route.decode_replica`: the router says it once the prefill is done (`PullingRouter`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A live migration: this request, which decodes on one replica, goes on on another, with its KV."""
+
+    request: Request
+    source: int
+    target: int
 
 
 class Replica(Protocol):
@@ -303,6 +318,50 @@ class Router(Protocol):
     def on_end(self, request: Request, replica: int, now: int) -> None:
         """A request has ended, or left the replica: once for each route, which a router before this one may have
         given, also for a replica that is gone."""
+        ...
+
+
+class ClusterReplica(Replica, Protocol):
+    """A replica between which and others KV can move, as `pull` and `rebalance` see it."""
+
+    @property
+    def num_incoming_blocks(self) -> int:
+        """Blocks of requests whose KV is on its way here, or has come and has not run yet; `num_free_blocks` is
+        without them."""
+        ...
+
+    def decoding(self) -> Iterator[Request]:
+        """The requests that decode here and are not moving. Costs as many steps as there are running ones."""
+        ...
+
+
+@runtime_checkable
+class PullingRouter(Router, Protocol):
+    """A router that says where a request decodes only once its prefill is done (`LATER`)."""
+
+    def pull(self, request: Request, replicas: Sequence[ClusterReplica], now: int) -> int | None:
+        """The replica that takes it now, or None: it waits, with its blocks, where it is. Asked about whoever waits
+        longest whenever a replica's memory may have changed. Changes nothing: the replica may have no room."""
+        ...
+
+
+@runtime_checkable
+class RebalancingRouter(Router, Protocol):
+    """A router that moves requests while they decode."""
+
+    rebalance_ns: int
+    """How often it is asked, while any request is alive."""
+
+    def rebalance(self, replicas: Sequence[ClusterReplica], now: int) -> Sequence[Move]:
+        """Who is to go where. A move that cannot be done is not, and its request goes on where it is."""
+        ...
+
+
+class TransferCost(Protocol):
+    """What it takes to move KV, for routers whose constructors ask for `transfer`."""
+
+    def transfer_ns(self, num_blocks: int) -> int:
+        """So many KV blocks from one replica to another over an idle link, in nanoseconds."""
         ...
 
 

@@ -16,6 +16,7 @@ from policies.recording import Recording
 from policies.replica_state import Limits, ReplicaState
 from policies.request import Request, State
 from policies.stack import PolicyStack
+from policies.transfers import Transfers
 
 
 class RequestRefused(ValueError):
@@ -53,6 +54,7 @@ class ControlPlane:
         self.stack = stack
         self.replica = replica
         self._state = ReplicaState(limits, stack, cost)
+        self.transfers = Transfers(self, self._state)
         self.on_end = on_end
         self._recording = None if recorder is None else Recording(recorder, replica, self._state)
         self._check = check
@@ -74,6 +76,11 @@ class ControlPlane:
     def num_live(self) -> int:
         """Requests waiting, running, paused or swapped."""
         return len(self._state.requests)
+
+    @property
+    def live_ids(self) -> list[int]:
+        """Their ids, and those of requests that are leaving for another replica, in order."""
+        return sorted([*self._state.requests, *self._state.leaving])
 
     @property
     def num_running(self) -> int:
@@ -128,11 +135,12 @@ class ControlPlane:
 
     # The four calls
 
-    def submit(self, request: Request, now: int, keys: Sequence[bytes] = ()) -> None:
+    def submit(self, request: Request, now: int, keys: Sequence[bytes] = (), *, hands_off: bool = False) -> None:
         """A request arrives. `keys`: the hash chain of its prompt's full blocks (longer where the future is known).
 
         Raises RequestRefused, with the refusal recorded, if it could never be served; the others are not affected.
-        Its `max_tokens` is cut to what the model's limit leaves.
+        Its `max_tokens` is cut to what the model's limit leaves. `hands_off`: after its first token it is done here,
+        and waits to be taken away (`policies.transfers`).
         """
         self._advance(now)
         self._repeats = 0
@@ -145,6 +153,8 @@ class ControlPlane:
         if self._recording is not None:
             self._recording.submitted(request, self._next_index)
         request.max_tokens = min(request.max_tokens, self.limits.max_model_len - request.num_prompt_tokens)
+        if hands_off:
+            request.max_tokens, request._tokens_elsewhere = 1, request.max_tokens - 1
         self._state.requests[request.id] = request
         self._state.waiting_tokens += request.num_pending_tokens
         self.stack.scheduler.add(request, now)
@@ -180,18 +190,23 @@ class ControlPlane:
         return None
 
     def cancel(
-        self, request_id: int, now: int, num_output_tokens: int | None = None, end: State = State.CANCELLED
+        self,
+        request_id: int,
+        now: int,
+        num_output_tokens: int | None = None,
+        end: State = State.CANCELLED,
+        error: str = "",
     ) -> bool:
         """End a request in whatever state it is; its blocks are free at once. False if it had ended.
 
         `end`: `State.STOPPED` where its text has come to a stop string, which only those see who make text of tokens.
         """
         self._advance(now)
-        request = self._state.requests.get(request_id)
+        request = self._state.requests.get(request_id) or self._state.leaving.get(request_id)
         if request is None:
             return False
         count = request.num_output_tokens if num_output_tokens is None else num_output_tokens
-        self._end(request, end, count, now, from_outside=True)
+        self._end(request, end, count, now, error=error, from_outside=True)
         self._verify()
         return True
 
@@ -267,21 +282,27 @@ class ControlPlane:
             for request in (*firsts, *step.joined, *step.decodes):
                 if request.first_token_ns is None and not request.state.ended:
                     request.first_token_ns = report.end_ns
+                if request.hands_off and request.state in (State.WAITING, State.SWAPPED):  # preempted meanwhile
+                    request.max_tokens += 1  # so it gets one more here
+                    request._tokens_elsewhere -= 1
         for request, depth, block in step.filled:
             held = request._blocks
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
                 state.register(request, depth, report.end_ns)
         # Without those that were cancelled while the step was in flight; and in order of arrival, whatever order a
         # panel found them in, since it decides which blocks are idle longest.
+        num_finished = 0
         if report.finished:
-            alive = [finished for finished in report.finished if finished[0].id in state.requests]
+            live, leaving = state.requests, state.leaving
+            alive = [finished for finished in report.finished if finished[0].id in live or finished[0].id in leaving]
             report.finished[:] = sorted(alive, key=lambda finished: finished[0].key)
+            num_finished = sum(request.state is not State.MOVING for request, _, _ in report.finished)
             for request, end, num_output_tokens in report.finished:
                 self._end(request, end, num_output_tokens, report.end_ns)
         self.stack.scheduler.on_report(report)
         self.stack.admission.on_report(report)
         if self._recording is not None:
-            self._recording.reported(report)
+            self._recording.reported(report, num_finished)
         self._verify()
 
     # What an operator does to a replica that is running. All of it comes after the submissions and cancellations that
@@ -320,13 +341,13 @@ class ControlPlane:
         self._verify()
         return count
 
-    def _record_event(self, kind: str, tokens: int, reason: str) -> None:
+    def _record_event(self, kind: str, tokens: int, reason: str, request_id: int = -1) -> None:
         if self._recording is not None:
-            self._recording.event(kind, tokens, reason, self._next_index)
+            self._recording.event(kind, tokens, reason, self._next_index, request_id)
 
     def close(self) -> None:
         """Record the requests that have not ended. Nothing can be submitted afterwards."""
-        for request in list(self._state.requests.values()):
+        for request in [*self._state.requests.values(), *self._state.leaving.values()]:
             self._record_end(request, request.num_output_tokens)
 
     # Inside
@@ -348,13 +369,13 @@ class ControlPlane:
         if from_outside:
             self._repeats = 0
         state = self._state
-        waited = request.state is State.WAITING
+        waited, moving = request.state is State.WAITING, request.state is State.MOVING
         swapped = request.state is State.SWAPPED
         queued = waited or swapped or request.state is State.PAUSED
         request.state = end
         request.finish_ns = now
         # A plan that drops a request has taken it off the queue; what ends while it runs is in the report.
-        if from_outside or (queued and end is not State.DROPPED):
+        if (from_outside and not moving) or (queued and end is not State.DROPPED):
             self.stack.scheduler.remove(request, now)
         if waited:
             state.waiting_tokens -= request.num_pending_tokens
@@ -370,7 +391,8 @@ class ControlPlane:
                 state.pinned[request.id] = request
             else:
                 state.free(request, now)
-        del state.requests[request.id]
+        del (state.leaving if moving else state.requests)[request.id]
+        state.landed.pop(request.id, None)
         self._record_end(request, num_output_tokens, error, from_outside)
         if self.on_end is not None:
             self.on_end(request)
@@ -386,7 +408,8 @@ class ControlPlane:
         state = self._state
         waits_for_a_time = step.wake_at is not None and step.wake_at > step.plan_ns
         idle = not step.runs and state.last_launched == state.last_reported and not waits_for_a_time
-        if not idle or not state.requests or step.preempted or step.dropped or self._held:
+        moves = step.preempted or step.dropped or self.transfers.underway
+        if not idle or not state.requests or moves or self._held:
             self._empty_plans = 0
             return
         self._empty_plans += 1

@@ -28,17 +28,25 @@ class Recording:
         """It came before the plan with this index."""
         self._before_step[request.id] = next_step
 
-    def event(self, kind: str, tokens: int, reason: str, next_step: int) -> None:
-        """Somebody has acted on the replica itself, before the plan with this index."""
-        self._recorder.decision((self._replica, next_step, -1, kind, tokens, reason))
+    def event(self, kind: str, tokens: int, reason: str, next_step: int, request_id: int = -1) -> None:
+        """Somebody has acted on the replica itself, or KV has moved, before the plan with this index."""
+        self._recorder.decision((self._replica, next_step, request_id, kind, tokens, reason))
+
+    def left(self, request: Request) -> int:
+        """It leaves for another replica. Answers the plan before which it came."""
+        return self._before_step.pop(request.id)
 
     def ended(
         self, request: Request, num_output_tokens: int, next_step: int, error: str = "", from_outside: bool = False
     ) -> None:
         """It has ended, or the run has; `next_step`: before the plan with this index. `from_outside`: not by what was
         sampled, but because its client went away or found a stop string in the text."""
-        before = next_step
-        if request.state is not State.REFUSED:  # else the id may be that of another request, a live one
+        before, left, moves = next_step, next_step if from_outside else None, request._moves
+        if request.state is State.REFUSED:
+            pass  # the id may be that of another request, a live one
+        elif request.id not in self._before_step and moves and moves[-5] == self._replica:  # on its way from here
+            before, left, moves = moves[-4], moves[-3], moves[:-5]
+        else:
             before = self._before_step.pop(request.id, before)
         status = request.state.value if request.state.ended else "unfinished"
         runs = request._decode_runs
@@ -62,19 +70,20 @@ class Recording:
             slo.droppable,
             list(request.hints.items()),
             request.num_prompt_tokens,
-            request.max_tokens,
+            request.max_tokens_in_all,
             num_output_tokens,
             request.num_cached_tokens,
             request.num_preemptions,
             request.first_scheduled_ns,
             request.first_token_ns,
             request.finish_ns,
-            next_step if from_outside else None,
+            left,
             status,
             error,
             request._token_steps,
             runs,
             request._keys,
+            moves,
         ))  # fmt: skip
 
     def planned(self, plan: Plan, step: Step) -> None:
@@ -132,9 +141,9 @@ class Recording:
                 self._recorder.decision((self._replica, index, request_id, "blocked", 0, reason))
         self._blocked = blocked
 
-    def reported(self, report: Report) -> None:
-        """The step's result is known."""
-        row = self._step_row(report.step, report.launch_ns, report.end_ns, report.device_ns, len(report.finished))
+    def reported(self, report: Report, num_finished: int) -> None:
+        """The step's result is known. `num_finished`: of those that had not left before."""
+        row = self._step_row(report.step, report.launch_ns, report.end_ns, report.device_ns, num_finished)
         if self._empty_rows and self._empty_rows[0][1] < report.step.index:  # type: ignore[operator]
             self._flush_empty_rows()
         self._recorder.step(row)

@@ -84,6 +84,10 @@ class ReplicaState:
         self.group = DecodeGroup(limits.block_size)
         self.pins: dict[int, int] = {}  # request id -> until when its blocks outlive it
         self.pinned: dict[int, Request] = {}  # ended requests that still hold blocks
+        self.leaving: dict[int, Request] = {}  # stopped, with blocks here: for another replica, or landed
+        self.landed: dict[int, Request] = {}  # of those: to run here as soon as there is a slot
+        self.coming: dict[int, Request] = {}  # of other replicas, with blocks reserved here
+        self.reserved: dict[int, list[int]] = {}  # request id -> blocks that KV is on its way into, or out of
         self.left_group: list[Request] = []
         self.waiting_tokens = 0  # summed over the waiting requests
         self.last_launched = -1
@@ -261,7 +265,12 @@ class ReplicaState:
 
     def check(self) -> None:
         """Raise AssertionError where blocks, requests or places are not conserved."""
-        self.pool.check([r._blocks for r in [*self.requests.values(), *self.pinned.values()] if r._blocks])
+        holders = [*self.requests.values(), *self.pinned.values(), *self.leaving.values()]
+        self.pool.check([*(r._blocks for r in holders if r._blocks), *self.reserved.values()])
+        assert not self.requests.keys() & self.leaving.keys(), "a request lives here and leaves"
+        assert all(r.state is State.MOVING for r in self.leaving.values()), "a request leaves that does not move"
+        assert self.landed.keys() <= self.leaving.keys(), "a request has landed that holds nothing"
+        assert self.coming.keys() <= self.reserved.keys(), "a request comes for which nothing is reserved"
         self.host.check([r._host_blocks for r in self.requests.values()])
         places: list[Mapping[int, Request]] = [self.prefilling, self.loose, self.group.members, self.drained]
         assert sum(map(len, places)) == len(self.running), "a running request is in no place, or in two"

@@ -124,7 +124,10 @@ def policies(
 
 
 def _summary(role: str, name: str) -> str:
-    return (inspect.getdoc(registry.find(role, name)) or "").split("\n", 1)[0]
+    policy = registry.find(role, name)
+    return (inspect.getdoc(policy) or "").split("\n", 1)[0] + (
+        " Simulations only." if registry.moves_kv(policy) else ""
+    )
 
 
 def _markdown(role: str) -> str:

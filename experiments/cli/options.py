@@ -56,6 +56,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "rate": ("workload.rate",),
     "seed": ("workload.seed", "seed"),
     "replicas": ("replicas",),
+    "link": ("link.bandwidth",),
     "host_memory": ("limits.host_memory_gib",),
     **{role: (f"policies.{role}",) for role in registry.ROLES},
 }

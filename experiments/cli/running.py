@@ -77,6 +77,7 @@ def simulate(
     device: Annotated[str | None, typer.Option(help="h100-sxm, h200, a100-80gb, l4, cpu, or a file of one.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="A file that `diptych profile` wrote.")] = None,
     replicas: Annotated[int | None, typer.Option(help="How many, behind --router.")] = None,
+    link: Annotated[str | None, typer.Option(help="Between replicas, for routers that move KV: 50GB/s.")] = None,
     scheduler: options.Scheduler = None,
     queue: options.Queue = None,
     admission: options.Admission = None,
