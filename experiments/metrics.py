@@ -24,6 +24,7 @@ from experiments.fairness import jain_index, service_difference, service_receive
 from experiments.records import Run
 from experiments.timeline import LittlesLaw, littles_law, time_average, timeline
 from experiments.token_times import COMPLETED, TokenTimes, token_times
+from policies.records import ALIVE
 
 __all__ = [
     "COMPLETED",
@@ -101,8 +102,8 @@ def summarize(
         percentiles: which pNN_*_ms to give.
 
     `largest_service_gap` is that of `experiments.backlog`, in weighted tokens, None where no two tenants ever waited at
-    once. `slo_attainment` and `slo_goodput` go by the objectives that requests came with. `duration` (seconds) runs from the
-    first arrival to the last end. What there is nothing to compute from is None.
+    once. `slo_attainment` and `slo_goodput` go by the objectives that requests came with. `duration` (seconds) runs
+    from the first arrival to the last end. What there is nothing to compute from is None.
     Raises ValueError for an unknown objective, RunError for records that contradict themselves.
     """
     requests, frame = run.requests, per_request(run)
@@ -183,7 +184,7 @@ def _statuses(run: Run) -> dict[str, int]:
         lag = int(run.limits.get("lag", 0))
         for _, rows in run.steps.groupby("replica"):
             last = rows.sort_values("step").tail(1 + lag)
-            alive = int(last[["num_running", "num_waiting", "num_paused"]].iloc[-1].sum())
+            alive = int(last[list(ALIVE)].iloc[-1].sum())
             counts["unfinished"] += max(0, alive - int(last["num_finished"].sum()))
     return counts
 
@@ -236,12 +237,16 @@ def _peaks(run: Run) -> dict[str, float]:
 
 def _memory(run: Run) -> dict[str, float | int | None]:
     if not run.has_steps:
-        return dict.fromkeys(("mean_kv_blocks", "max_kv_blocks", "steps"))
+        return dict.fromkeys(("mean_kv_blocks", "max_kv_blocks", "swapped_blocks_out", "swapped_blocks_in", "steps"))
     frame = timeline(run)
     mean = time_average(frame, "kv_blocks")
     return {
         "mean_kv_blocks": None if np.isnan(mean) else mean,
         "max_kv_blocks": int(frame["kv_blocks"].max()) if len(frame) else None,
+        **{
+            f"swapped_blocks_{way}": int(run.steps[f"swapped_{way}"].sum()) // int(run.limits.get("block_size", 1))
+            for way in ("out", "in")
+        },
         "steps": int((run.steps["padded_tokens"] > 0).sum()),
     }
 

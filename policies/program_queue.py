@@ -54,7 +54,6 @@ class ProgramQueue(KeyQueue):
 
     A request of no program is a program of one call. As nothing says that a program is over, the `remember` programs
     heard of last are kept; of one that is forgotten, a call that lives still knows what it came with.
-    Nobody is stopped before it has got a token, as two that are computed again could stop each other for ever.
     """
 
     def __init__(
@@ -99,9 +98,6 @@ class ProgramQueue(KeyQueue):
         call = self._call(request)
         return (call.level, call.entered)
 
-    def preemptible(self, request: Request) -> bool:
-        return request.num_output_tokens > self._call(request).outputs
-
     def _call(self, request: Request) -> Call:
         call = self._calls.get(request.id)
         if call is None:
@@ -138,10 +134,11 @@ class ProgramQueue(KeyQueue):
 
     def remove(self, request: Request) -> None:
         super().remove(request)
-        if request.state.ended:
+        if request.gone:
             self._end(request)
 
     def begin(self, draft: Draft, now: int) -> None:
+        self._service.begin(draft.view)
         if not self._begun:  # who ran before this queue did
             self._begun = True
             for request in draft.view.running.values():
@@ -185,9 +182,6 @@ class ProgramQueue(KeyQueue):
             self._sink(request, report.end_ns)
         for request, _, _ in report.finished:
             self._end(request)
-        for request in (*step.left, *step.capped, *step.decodes, *(chunk.request for chunk in step.chunks)):
-            if request.state.ended:  # cancelled while the step ran
-                self._service.forget(request)
 
     def _watch_quantum(self, request: Request, call: Call) -> None:
         if self._demote and call.level < len(self._quanta):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from policies.draft import Draft
-from policies.plan import Report
+from policies.plan import Mode, Report
 from policies.request import Request
 
 
@@ -11,7 +11,8 @@ class Reservation:
     """Let a request in only if what is promised to everybody admitted, it included, fits the KV memory.
 
     A rule says how many tokens `most` a request may come to; the ledger keeps them in blocks from admission to release,
-    whether they are filled or not. A paused request keeps its promise. Shared prefixes are not counted on. O(1).
+    whether they are filled or not. A paused request keeps its promise; one that the draft preempts does not. Shared
+    prefixes are not counted on. O(preempted).
 
     `reserved_blocks` is what contiguous allocation would have set aside by now. The share of it that holds real tokens
     is the sum of `num_computed_tokens` of those that hold a promise, over `reserved_blocks * block_size`. Blocks are
@@ -44,7 +45,8 @@ class Reservation:
             if other.id not in self._promised:
                 self._planned += self._blocks(other)
         self._num_counted = len(draft.admitted)
-        return self._total + self._planned + self._blocks(request) <= draft.view.num_blocks
+        given_back = sum(self._promised.get(r.id, 0) for r, mode in draft.plan.preempt if mode is not Mode.KEEP)
+        return self._total - given_back + self._planned + self._blocks(request) <= draft.view.num_blocks
 
     def on_admit(self, request: Request) -> None:
         if request.id not in self._promised:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from policies.contract import View
 from policies.plan import Report
 from policies.request import Request
 
@@ -11,6 +12,7 @@ class ServiceTime:
 
     A step lasts from its launch, or from the end of the step before it where that is later, to its end. A request that
     decodes with the group is not touched by a step: its time is read off the group's. O(what changed) a report.
+    A request that has ended and was forgotten is not charged for steps that were in flight then.
     """
 
     def __init__(self) -> None:
@@ -18,6 +20,13 @@ class ServiceTime:
         self._group_ns = 0  # summed over the steps of the decode group
         self._joined_at: dict[int, int] = {}  # member of the group -> `_group_ns` when it joined
         self._last_end = 0
+        self._begun = False
+
+    def begin(self, view: View) -> None:
+        """Before each plan: who decoded before this object was put in counts from now on."""
+        if not self._begun:
+            self._begun = True
+            self._joined_at.update((request.id, self._group_ns) for request in view.decoding())
 
     def of(self, request: Request) -> int:
         """Nanoseconds of service so far, as reported."""
@@ -30,18 +39,19 @@ class ServiceTime:
         step = report.step
         duration = max(0, report.end_ns - max(report.launch_ns, self._last_end))
         self._last_end = max(self._last_end, report.end_ns)
+        ending = {request.id for request, _, _ in report.finished}
         for request in step.left:
             self._settle(request)
         if step.decode_all:
             for request in step.joined:
-                self._joined_at[request.id] = self._group_ns
+                if request.id in ending or not request.state.ended:
+                    self._joined_at[request.id] = self._group_ns
             self._group_ns += duration
             for request in step.capped:
                 self._settle(request)
-        for request in step.decodes:
-            self._own[request.id] = self._own.get(request.id, 0) + duration
-        for chunk in step.chunks:
-            self._own[chunk.request.id] = self._own.get(chunk.request.id, 0) + duration
+        for request in (*step.decodes, *(chunk.request for chunk in step.chunks)):
+            if request.id in ending or not request.state.ended:
+                self._own[request.id] = self._own.get(request.id, 0) + duration
         return duration
 
     def forget(self, request: Request) -> None:
@@ -49,11 +59,10 @@ class ServiceTime:
         self._own.pop(request.id, None)
         self._joined_at.pop(request.id, None)
 
-    def reset(self, request: Request) -> None:
-        """Its time starts anew from here."""
-        self._own.pop(request.id, None)
-        if request.id in self._joined_at:
-            self._joined_at[request.id] = self._group_ns
+    def take_off(self, request: Request, duration: int) -> None:
+        """So much of what it was charged for a chunk is not to count."""
+        if duration:
+            self._own[request.id] -= duration
 
     def _settle(self, request: Request) -> None:
         joined = self._joined_at.pop(request.id, None)

@@ -88,6 +88,7 @@ class Mlfq(KeyQueue):
         super().remove(request)
 
     def begin(self, draft: Draft, now: int) -> None:
+        self._service.begin(draft.view)
         if not self._begun:
             self._begun, self._cost = True, draft.view.cost
             unranked, self._unranked = self._unranked, {}

@@ -68,6 +68,7 @@ class Every:
                     self._inner.on_repeat()
                 return draft.finish()
         plan = self._inner.plan(view, now)
+        plan.repeats = 1  # the steps after a decision are counted
         self._undecided = int(plan.decode_all or bool(plan.decodes))
         self._decode = None if plan.decode_all else [*plan.decodes, *(request for request, _ in plan.chunks)]
         return plan

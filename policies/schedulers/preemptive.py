@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from operator import itemgetter
+from typing import Any
 
 from policies.contract import Queue, RankedQueue, View
-from policies.draft import ADMISSION, NO_BLOCKS, SLOTS, Draft
-from policies.plan import Mode, Plan
+from policies.draft import Draft
+from policies.plan import Mode, Plan, Report
 from policies.queued import QueuedScheduler
 from policies.registry import register
 from policies.request import Request, State
@@ -14,16 +16,24 @@ from policies.request import Request, State
 class Preemptive(QueuedScheduler):
     """Whoever is first in the queue's order runs, if need be in the place of those behind who run already.
 
-    The order is one over all requests, running or not: `srpt`, `mlfq`, `edf`, ... are queues for it. First every
-    running decode gets its token. Then prompt tokens are handed out in the queue's order, to partial prefills and to
-    waiting requests alike; where slots or memory are missing for a waiting one, running requests behind it are
-    preempted, the last first, as long as the queue lets them be. Nobody overtakes a waiting request that does not fit.
-    A step that lacks blocks for its decodes takes them from paused requests, the last first, then by the stack's rule,
-    and admits nobody.
+    The order is one over all requests, running or not: `srpt`, `las`, `mlfq`, `edf`, ... are queues for it. First every
+    running decode gets its token; then prompt tokens are handed out in the order, to partial prefills and to waiting
+    requests alike. Who lacks a slot or memory gets it from those behind, the last first; if all that may be stopped are
+    not enough, none is. Then a waiting request waits, and nobody overtakes it; one that runs is stopped itself, or
+    stands still if somebody was admitted before it in this plan. Once one that runs has stopped somebody, nobody is
+    admitted any more. The stack's rule for victims is not asked.
 
-    `mode`: `recompute` frees a preempted request's blocks; `keep` leaves them to it while only slots are wanted.
-    Cost: O(prefills + decodes that open a block) while nobody waits who is ahead of somebody running, else
-    O(running log running).
+    Who may be stopped: for a waiting request, those behind who are paused, and those whom the queue lets be stopped
+    (`preemptible`) and who have got a token since they were started last; for a decode, everybody behind; for a
+    prefill, as for a waiting request. One that has got no token since it was started may then stop those without one
+    that were admitted after it, the last first.
+    So all requests end, whatever the order is and however it changes: each stop for a waiting request is paid with a
+    token that the stopped one has got since, each one for a decode with the token that this gets now, and there are
+    only so many tokens. While there are none, those without one stop only those admitted after them: the one admitted
+    first is never stopped while others run, and alone it fits, so it gets to its token.
+
+    `mode`: `recompute` frees a stopped request's blocks; `keep` leaves them to it while only slots are wanted.
+    Cost: O(prefills + decodes that open a block) while nobody lacks anything, else O(running log running).
     """
 
     def __init__(self, queue: Queue, mode: str = "recompute", long_prefill_threshold: int = 0) -> None:
@@ -35,92 +45,178 @@ class Preemptive(QueuedScheduler):
         if long_prefill_threshold < 0:
             raise ValueError(f"long_prefill_threshold must be 0 or more, not {long_prefill_threshold}")
         self._order: RankedQueue = queue
-        self._keeps = mode == "keep"
+        self._for_slot = Mode.KEEP if mode == "keep" else Mode.RECOMPUTE
+        self._for_blocks = Mode.RECOMPUTE
         self._max_chunk = long_prefill_threshold or None
+        self._outputs: dict[int, int] = {}  # running request -> output tokens that it had when it was started last
+
+    def add(self, request: Request, now: int) -> None:
+        super().add(request, now)
+        self._outputs.pop(request.id, None)
+
+    def remove(self, request: Request, now: int) -> None:
+        super().remove(request, now)
+        self._outputs.pop(request.id, None)
+
+    def on_report(self, report: Report) -> None:
+        super().on_report(report)
+        for request, _, _ in report.finished:
+            self._outputs.pop(request.id, None)
 
     def plan(self, view: View, now: int) -> Plan:
-        draft = self.start(view, now)
-        self._reclaim(view, draft, len(view.decodes_that_need_a_block()))
-        draft.run_decodes(now)
-        self._prefill_in_order(view, draft, now, admits=not draft.preempted)
-        return draft.finish()
+        draft, line = self.start(view, now), Line(self._order, view)
+        draft = self._decode(line, draft, now)
+        return self._prefill(line, draft, now).finish(steady=type(self) is Preemptive)
 
-    def _reclaim(self, view: View, draft: Draft, blocks: int) -> None:
-        """Take blocks back from paused requests until so many are free."""
-        if blocks > draft.blocks_left and view.paused:
-            named = self._named(draft)
-            for request in reversed(self._in_order(r for r in view.paused.values() if r.id not in named)):
-                if blocks <= draft.blocks_left:
-                    return
-                self._take_back(draft, request)
+    # In the order
 
-    def _take_back(self, draft: Draft, request: Request) -> None:
-        self.queue.remove(request)
-        draft.preempt(request, Mode.RECOMPUTE)
+    def _decode(self, line: Line, draft: Draft, now: int) -> Draft:
+        """A token for every decode, in the order as far as tokens go."""
+        view, order = draft.view, self._order.order
+        decodes, opening = None, view.decodes_that_need_a_block()
+        if view.num_decoding > draft.tokens_left:
+            decodes = sorted(view.decoding(), key=order)[: draft.tokens_left]
+            opening = [request for request in opening if request in decodes]
+        if len(opening) > draft.blocks_left:
+            served: list[Request] = []
+            for request in sorted(opening, key=order):
+                if request.id not in draft.preempted:
+                    served.append(request)
+                    draft = self._make_room(line, draft, request, served)
+        if decodes is None:
+            draft.run_decodes(now)
+        else:
+            for request in decodes:
+                if request.id not in draft.preempted:
+                    draft.run(request, 1)
+        return draft
 
-    def _prefill_in_order(self, view: View, draft: Draft, now: int, *, admits: bool) -> None:
-        partial = self._in_order(r for r in view.prefilling.values() if r.id not in draft.preempted)[::-1]
+    def _make_room(self, line: Line, draft: Draft, request: Request, served: list[Request]) -> Draft:
+        """Stop others until each of those served, this request the last, can have a block; or it, if that is vain."""
+
+        def fits(trial: Draft) -> bool:
+            return trial.blocks_left >= sum(r.id not in trial.preempted for r in served)
+
+        enough = self._stop(draft, self._victims(line, draft, request), fits)
+        if enough is None:
+            draft.preempt(request, self._for_blocks)
+        return enough or draft
+
+    def _prefill(self, line: Line, draft: Draft, now: int) -> Draft:
+        """Prompt tokens for partial prefills and waiting requests."""
+        begun = sorted(draft.view.prefilling.values(), key=self._order.order, reverse=True)
+        admits = not draft.plan.preempt
         while draft.tokens_left > 0:
             head = self.queue.peek(now) if admits else None
-            if partial and (head is None or self._order.order(partial[-1]) < self._order.order(head)):
-                request = partial.pop()
+            if begun and (head is None or self._order.order(begun[-1]) < self._order.order(head)):
+                request, stopped = begun.pop(), len(draft.plan.preempt)
                 if request.id not in draft.preempted:
-                    self._continue(view, draft, request, now)
+                    draft = self._continue(line, draft, request)
+                    admits = admits and len(draft.plan.preempt) == stopped
             elif head is None:
-                return
-            elif self._admit(view, draft, head):
-                self.queue.pop(now)
+                return draft
             else:
-                admits = False  # nobody overtakes it; those that run go on
+                started = self._admit(line, draft, head)
+                admits = started is not None
+                if started is not None:
+                    draft = started
+                    self.queue.pop(now)
+                    self._outputs[head.id] = head.num_output_tokens
+        return draft
 
-    def _continue(self, view: View, draft: Draft, request: Request, now: int) -> None:
+    def _continue(self, line: Line, draft: Draft, request: Request) -> Draft:
+        """The next chunk of a prefill. If nobody can be stopped for it, it is stopped itself.
+
+        Not if somebody has been admitted before it: that one may have taken the blocks, and can be stopped next time.
+        """
         tokens = min(request.num_pending_tokens, draft.tokens_left, self._max_chunk or draft.tokens_left)
-        self._reclaim(view, draft, draft.blocks_needed(request, tokens))
-        draft.run_or_preempt(request, tokens, now)
+        blocks = draft.blocks_needed(request, tokens)
+        enough = self._stop(draft, self._victims(line, draft, request), lambda trial: trial.blocks_left >= blocks)
+        if enough is not None:
+            enough.run(request, tokens)
+        elif not draft.admitted:
+            draft.preempt(request, self._for_blocks)
+        return enough or draft
 
-    def _admit(self, view: View, draft: Draft, head: Request) -> bool:
-        """Start a waiting request, if need be in the place of others. False, and nobody stopped, if that is vain."""
+    def _admit(self, line: Line, draft: Draft, head: Request) -> Draft | None:
+        """Start a waiting request, with others stopped for it; None if that is vain."""
         if draft.admit(head, max_chunk=self._max_chunk):
-            return True
-        victims = self._behind(view, draft, head)
-        if not self._enough(view, draft, head, victims, draft.plan.blocked[-1][1]):
-            return False
-        while victims:
-            reason = draft.plan.blocked.pop()[1]
-            victim = victims.pop()
-            if victim.state is not State.PAUSED:
-                draft.preempt(victim, Mode.KEEP if self._keeps and reason == SLOTS else Mode.RECOMPUTE)
-            elif reason != SLOTS:  # of which it has none
-                self._take_back(draft, victim)
-            if draft.admit(head, max_chunk=self._max_chunk):
-                return True
-        return False
+            return draft
+        if not draft.view.settled(head):
+            return None
+        if draft.seqs_left < 1:
+            runs = (r for r in self._stoppable(line, draft, head) if r.state is State.RUNNING)
+            victim = next((r for r in runs if r.id not in draft.preempted), None)
+            if victim is None:
+                return None
+            draft = draft.copy()
+            draft.preempt(victim, self._for_slot)
+        victims = self._stoppable(line, draft, head)
+        started = self._stop(draft, victims, lambda trial: trial.admit(head, max_chunk=self._max_chunk))
+        if started is not None:
+            started.plan.blocked = [blocked for blocked in started.plan.blocked if blocked[0] is not head]
+        return started
 
-    def _behind(self, view: View, draft: Draft, head: Request) -> list[Request]:
-        """Who may be stopped for it, in the queue's order: running ones and paused ones behind it."""
-        place, order, named = self._order.order(head), self._order.order, self._named(draft)
-        behind = [r for r in (*view.running.values(), *view.paused.values()) if r is not head and order(r) > place]
-        return self._in_order(
-            request
-            for request in behind
-            if request.id not in named
-            and request.num_output_tokens < request.max_tokens  # else it only waits for its last report
-            and (request.state is State.PAUSED or self._order.preemptible(request))
-        )
+    # Who is stopped
 
-    def _named(self, draft: Draft) -> set[int]:
-        """Whom this plan stops, takes blocks back from, or resumes already: paused ones stay in the view meanwhile."""
-        return {r.id for r, _ in draft.plan.preempt} | {r.id for r in draft.plan.resume}
+    def _stop(self, draft: Draft, victims: Iterator[Request], fits: Callable[[Draft], bool]) -> Draft | None:
+        """The draft with as many stopped as it takes for something to fit; None if all are not enough."""
+        if fits(draft):
+            return draft
+        trial, stopped = draft.copy(), dict[int, Request]()
+        for victim in victims:
+            if victim.id not in stopped:
+                stopped[victim.id] = victim
+                trial.preempt(victim, self._for_blocks)
+                if fits(trial):
+                    break
+        else:
+            return None
+        for victim in stopped.values():
+            if victim.state is State.PAUSED:
+                self.queue.remove(victim)
+        return trial
 
-    def _enough(self, view: View, draft: Draft, head: Request, victims: list[Request], reason: str) -> bool:
-        """Whether stopping all of them could let it in."""
-        if reason == SLOTS:
-            return any(victim.state is not State.PAUSED for victim in victims)
-        if reason not in (NO_BLOCKS, ADMISSION):
-            return False
-        held = head.num_blocks or len(view.probe(head).blocks)
-        missing = -(-head.num_tokens // view.block_size) - held
-        return draft.blocks_left + sum(draft.blocks_freed_by(victim) for victim in victims) >= missing
+    def _stoppable(self, line: Line, draft: Draft, head: Request) -> Iterator[Request]:
+        """Whom a waiting request may stop, the first to go first."""
+        for request in line.behind(draft, head):
+            if request.state is State.PAUSED or (self._got_token(request) and self._order.preemptible(request)):
+                yield request
 
-    def _in_order(self, requests: Iterable[Request]) -> list[Request]:
-        return sorted(requests, key=self._order.order)
+    def _victims(self, line: Line, draft: Draft, request: Request) -> Iterator[Request]:
+        """Whom one that runs may stop, the first to go first; some may come twice."""
+        decodes = request.num_pending_tokens == 1
+        yield from line.behind(draft, request) if decodes else self._stoppable(line, draft, request)
+        if not self._got_token(request):
+            for other in reversed(list(draft.view.running.values())):
+                if other is request:
+                    return
+                if not self._got_token(other) and other.id not in draft.preempted:
+                    yield other
+
+    def _got_token(self, request: Request) -> bool:
+        """Since it was started last."""
+        return request.num_output_tokens > self._outputs.get(request.id, -1)
+
+
+class Line:
+    """Who runs or is paused, in the queue's order; put in order when first asked for."""
+
+    def __init__(self, queue: RankedQueue, view: View) -> None:
+        self._queue = queue
+        self._view = view
+        self._entries: list[tuple[tuple[Any, ...], Request]] | None = None
+
+    def behind(self, draft: Draft, request: Request) -> Iterator[Request]:
+        """Those behind a request whose memory the draft does not take yet, the last first."""
+        if self._entries is None:
+            held = (*self._view.running.values(), *self._view.paused.values())
+            alive = (r for r in held if r.num_output_tokens < r.max_tokens)  # others only wait for their last report
+            self._entries = sorted(((self._queue.order(r), r) for r in alive), key=itemgetter(0), reverse=True)
+        taken = {other.id for other, mode in draft.plan.preempt if mode is not Mode.KEEP}
+        place = self._queue.order(request)
+        for order, other in self._entries:
+            if order <= place:
+                return
+            if other.id not in taken:
+                yield other

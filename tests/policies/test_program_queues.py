@@ -341,6 +341,9 @@ class Desk:
     class View:
         running: dict[int, Request] = {}  # noqa: RUF012
 
+        def decoding(self) -> list[Request]:
+            return []
+
     view = View()
 
 
