@@ -146,7 +146,8 @@ def measure(folder: Path, quick: bool, console: Console) -> tuple[list[Row], dic
         keys = [
             json.dumps([quick, capacities[i], TRACES[i].n, TRACES[i].name, load, stack]) for i, load, stack in cells
         ]
-        rows = {} if quick else {n: Row(**noted) for n, key in enumerate(keys) if (noted := _noted().get(key))}
+        noted = _noted()
+        rows = {number: Row(**noted[key]) for number, key in enumerate(keys) if key in noted}
         task = bar.add_task("simulating", total=len(cells), completed=len(rows))
         futures = {
             pool.submit(simulate, paths[i], TRACES[i], load, load * capacities[i], stack, quick): number
