@@ -5,7 +5,9 @@ BIN    := $(VENV)/bin
 # A machine with a card may have PyTorch and no way to install anything: the GPU targets take what is there.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help demo test check lint gpu-test gpu-bench bench clean
+RUNS ?= demo
+
+.PHONY: help demo test check lint gpu-test gpu-bench bench screenshots clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -23,7 +25,7 @@ demo: $(VENV)/.base            ## serve and simulate one workload under two poli
 
 test: $(VENV)/.dev             ## every check and every test
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
 
 check: $(VENV)/.dev            ## the fast tier, under two minutes
 	$(MAKE) lint
@@ -45,6 +47,9 @@ bench: $(VENV)/.base           ## the benchmarks that need no GPU
 	$(BIN)/python -m benchmarks.plan_time
 	$(BIN)/python -m benchmarks.load_generator
 	$(BIN)/python -m benchmarks.eviction
+
+screenshots: $(VENV)/.dev      ## pictures of the dashboard for docs/, over the runs of RUNS=demo; needs a Chromium
+	$(BIN)/python -m benchmarks.screenshots $(RUNS)
 
 clean:           ## remove the environment and every generated file
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

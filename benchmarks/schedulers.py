@@ -9,25 +9,27 @@ Half of the requests, at random, are interactive (TTFT 0.5 s, TPOT 50 ms, priori
 all may be shed by a policy that does. Clients declare their output length with a lognormal error of 0.5. Where a trace
 has no tenants there are four, with 8, 4, 2 and 1 parts of the requests.
 
-Figures go into benchmarks/results/schedulers.json and, as tables, into docs/comparison.md.
+Each run is noted in build/schedulers.jsonl when it ends, so that what is stopped goes on where it was. In the end the
+figures go into benchmarks/results/schedulers.json and, as tables, into docs/comparison.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.saving import save
-from experiments.metrics import service_difference, summarize
+from experiments.metrics import summarize
 from experiments.records import Run, read_run
 from experiments.simulated import run_simulated
 from experiments.spec import RunSpec, check_spec
@@ -35,6 +37,7 @@ from policies import registry
 from policies.contract import RankedQueue
 
 ROOT = Path(__file__).parent
+NOTES = ROOT.parent / "build" / "schedulers.jsonl"
 LOADS = (0.7, 0.9, 1.1)
 SHARES = {"a": 8.0, "b": 4.0, "c": 2.0, "d": 1.0}
 CLASSES = [
@@ -73,17 +76,20 @@ class Row:
     queue: str
     clairvoyant: bool
     error: str
-    figures: dict[str, float]
+    figures: dict[str, float | None]
 
 
-def figures_of(run: Run) -> dict[str, float]:
-    """Means and 99th percentiles of TTFT, TPOT and E2E in milliseconds, and what else the tables have."""
+def figures_of(run: Run) -> dict[str, float | None]:
+    """Means and 99th percentiles of TTFT, TPOT and E2E in milliseconds, and what else the tables have.
+
+    None where there is nothing to take it of: nobody completed, or no two tenants ever waited at once.
+    """
     summary = summarize(run)
     latencies = {f"{kind}_{name}_ms": summary[f"{kind}_{name}_ms"] for name in LATENCIES for kind in ("mean", "p99")}
     return {
-        **{name: value or 0.0 for name, value in latencies.items()},
+        **latencies,
         "goodput": summary["slo_goodput"],
-        "service_difference": float(service_difference(run).max()),
+        "service_gap": summary["largest_service_gap"],
         "preemptions": summary["preemptions"],
         "completed": summary["completed"],
         "dropped": summary["statuses"]["dropped"],
@@ -132,20 +138,40 @@ def throughput(path: Path, trace: Trace, quick: bool) -> float:
 def measure(folder: Path, quick: bool, console: Console) -> tuple[list[Row], dict[str, float]]:
     """All rows, in the order of the tables, and each trace's capacity in requests a second."""
     paths = [_find(folder, trace.file) for trace in TRACES]
-    with ProcessPoolExecutor(os.cpu_count()) as pool, Progress(console=console, transient=True) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console, transient=True)
+    with ProcessPoolExecutor(os.cpu_count()) as pool, progress as bar:
         capacities = list(pool.map(throughput, paths, TRACES, [quick] * len(TRACES)))
         cells = [(i, load, stack) for i in range(len(TRACES)) for load in LOADS for stack in stacks()]
-        task = bar.add_task("simulating", total=len(cells))
+        keys = [
+            json.dumps([quick, capacities[i], TRACES[i].n, TRACES[i].name, load, stack]) for i, load, stack in cells
+        ]
+        noted = _noted()
+        rows = {number: Row(**noted[key]) for number, key in enumerate(keys) if key in noted}
+        task = bar.add_task("simulating", total=len(cells), completed=len(rows))
         futures = {
             pool.submit(simulate, paths[i], TRACES[i], load, load * capacities[i], stack, quick): number
             for number, (i, load, stack) in enumerate(cells)
+            if number not in rows
         }
-        rows: dict[int, Row] = {}
-        for future in as_completed(futures):
-            rows[futures[future]] = future.result()
-            bar.advance(task)
+        NOTES.parent.mkdir(exist_ok=True)
+        with NOTES.open("a") as notes:
+            for future in as_completed(futures):
+                number = futures[future]
+                rows[number] = future.result()
+                notes.write(json.dumps({"key": keys[number], "row": asdict(rows[number])}) + "\n")
+                notes.flush()
+                bar.advance(task)
     names = [trace.name for trace in TRACES]
     return [rows[i] for i in range(len(cells))], dict(zip(names, capacities, strict=True))
+
+
+def _noted() -> dict[str, Any]:
+    """The rows of a comparison that was stopped, by what they are of."""
+    if not NOTES.exists():
+        return {}
+    lines = (json.loads(line) for line in NOTES.read_text().splitlines() if line.endswith("}"))
+    return {line["key"]: line["row"] for line in lines}
 
 
 def _find(folder: Path, file: str) -> Path:
@@ -156,7 +182,7 @@ def _find(folder: Path, file: str) -> Path:
 
 
 TITLES = ["scheduler", "queue", "TTFT mean", "p99", "TPOT mean", "p99", "E2E mean", "p99"]
-TITLES += ["goodput", "service difference", "preemptions", "dropped"]
+TITLES += ["goodput", "service gap", "preemptions", "dropped"]
 
 
 def markdown(rows: list[Row], capacities: dict[str, float]) -> Iterator[str]:
@@ -177,11 +203,15 @@ def _line(row: Row) -> str:
     if row.error:
         return f"| {row.scheduler} | {queue} | {row.error} |" + " |" * (len(TITLES) - 3)
     figures = row.figures
-    cells = [f"{figures[f'{kind}_ttft_ms'] / 1e3:.2f}" for kind in ("mean", "p99")]
-    cells += [f"{figures[f'{kind}_tpot_ms']:.1f}" for kind in ("mean", "p99")]
-    cells += [f"{figures[f'{kind}_e2el_ms'] / 1e3:.2f}" for kind in ("mean", "p99")]
-    cells += [f"{figures['goodput']:.2f}"]
-    cells += [f"{figures[name]:,.0f}" for name in ("service_difference", "preemptions", "dropped")]
+
+    def cell(name: str, digits: int, scale: float = 1.0) -> str:
+        value = figures[name]
+        return "-" if value is None else f"{value / scale:,.{digits}f}"
+
+    cells = [cell(f"{kind}_ttft_ms", 2, 1e3) for kind in ("mean", "p99")]
+    cells += [cell(f"{kind}_tpot_ms", 1) for kind in ("mean", "p99")]
+    cells += [cell(f"{kind}_e2el_ms", 2, 1e3) for kind in ("mean", "p99")]
+    cells += [cell("goodput", 2), *(cell(name, 0) for name in ("service_gap", "preemptions", "dropped"))]
     return "| " + " | ".join([row.scheduler, queue, *cells]) + " |"
 
 
@@ -209,6 +239,7 @@ def main() -> None:
     page = ROOT.parent / "docs" / "comparison.md"
     head = page.read_text().split("<!-- tables -->", 1)[0]
     page.write_text(head + "<!-- tables -->\n" + "\n".join(lines) + "\n")
+    NOTES.unlink(missing_ok=True)
     console.print(f"saved to {ROOT / 'results' / 'schedulers.json'} and {page}")
 
 

@@ -1,4 +1,4 @@
-"""The dashboard's entry: `streamlit run app.py -- FOLDER`. It reads the runs in the folder and writes nothing.
+"""The dashboard's entry: `streamlit run app.py -- FOLDER`. It reads the runs in the folder.
 
 The folder is the argument, else what DIPTYCH_RUNS names, else `runs`.
 """
@@ -9,9 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-import streamlit as st
-
-from dashboard import compare_page
+from dashboard import pages
 
 
 def chosen_root() -> Path:
@@ -19,5 +17,4 @@ def chosen_root() -> Path:
     return Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("DIPTYCH_RUNS", "runs"))
 
 
-st.set_page_config(page_title="Diptych", layout="wide")
-compare_page.show(chosen_root())
+pages.show(chosen_root())

@@ -2,70 +2,57 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
 import pandas as pd
 import streamlit as st
 
-from dashboard.figures import latency_figure, timeline_figure
-from dashboard.store import Entry, fingerprint, list_runs, open_run
-from experiments.compare import Comparison, compare
+from dashboard.figures import POINTS, latency_figure, scatter_figure
+from dashboard.picking import pick_two, readable_runs
+from dashboard.store import Entry, fingerprint, open_run
+from dashboard.ui import downloads, figure, note, plain, segments, table, tile, tiles, verdict
+from experiments.compare import Comparison, compare, format_figure
 from experiments.metrics import per_request
 from experiments.records import RunError
 from experiments.render import difference_heading, headings
-from experiments.timeline import timeline
+from experiments.repeats import is_repeat, noise_floor
+from experiments.series import LATENCY_COLUMNS, matched, request_pairs, samples
 
-TILES = ("Output tokens", "TTFT p50", "TPOT p50", "E2E p50")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # slow to import
+
+TILES = ("Output tokens", "TTFT p50", "TPOT p50", "E2E p50", "Goodput")
 """Lines of the table that stand above it in large."""
+
+WORST = 12
+"""How many of the requests that differ most are listed."""
+
+REPEATS = 4
+"""Repeats that the noise floor is taken from at most."""
 
 
 def show(root: Path) -> None:
     """Draw the page for the runs under `root`."""
-    st.title("Compare")
-    if not root.is_dir():
-        st.error(plain(f"There is no folder {root}. Start the dashboard with the folder that holds your runs."))
+    readable = readable_runs(root)
+    if readable is None:
         return
-    entries = list_runs(root)
-    readable = [entry for entry in entries if not entry.error]
-    for entry in entries:
-        if entry.error:
-            st.sidebar.warning(plain(f"{entry.name}: {entry.error}"))
     if len(readable) < 2:
         found = "no run" if not readable else f"one run, {readable[0].name}"
         st.info(plain(f"There is {found} in {root} so far, and it takes two: `diptych run` and `diptych simulate`."))
         return
-    a, b = _choose(readable)
+    a, b = pick_two(readable)
     if a.name == b.name:
-        st.info("Choose two different runs in the sidebar.")
+        st.info("Choose two different runs.")
         return
     try:
         with st.spinner("Reading the records"):
             comparison = _compared(str(root), a.name, b.name, (fingerprint(root, a.name), fingerprint(root, b.name)))
-            _draw(comparison)
+            noise, repeats = _noise(root, a, readable)
+        _draw(comparison, noise, repeats, a.name, b.name)
     except RunError as error:
         st.error(plain(f"These runs cannot be compared: {error}"))
-
-
-def plain(text: str) -> str:
-    """Text as it is, for places that would read it as Markdown."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+.!|$~:-])", r"\\\1", text)
-
-
-def _choose(entries: list[Entry]) -> tuple[Entry, Entry]:
-    """The reference run and the one compared with it: where there are both, a real and a simulated one at first."""
-    first = next((i for i, entry in enumerate(entries) if entry.kind == "real"), 0)
-    others = [i for i in range(len(entries)) if i != first]
-    simulated = [i for i in others if entries[i].kind == "sim"]
-    # Of several simulations, the one whose name begins most like the reference's, letter by letter.
-    alike = {i: len(os.path.commonprefix([entries[i].name, entries[first].name])) for i in simulated}  # noqa: RUF071
-    second = max(alike, key=lambda i: alike[i]) if alike else others[0]
-    by_name = {entry.name: entry for entry in entries}
-    names = list(by_name)
-    a = st.sidebar.selectbox("Reference run", names, index=first, format_func=lambda name: by_name[name].label)
-    b = st.sidebar.selectbox("Compared with it", names, index=second, format_func=lambda name: by_name[name].label)
-    return by_name[a], by_name[b]
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
@@ -74,42 +61,50 @@ def _compared(root: str, a: str, b: str, fingerprints: object) -> Comparison:
     return compare(open_run(Path(root), a), open_run(Path(root), b))
 
 
-def _draw(comparison: Comparison) -> None:
-    name_a, name_b = headings(comparison)
-    st.caption(plain(f"{comparison.b.label} against {comparison.a.label}"))
-    rows = comparison.rows()
-    by_metric = {row.metric: row for row in rows}
-    for column, metric in zip(st.columns(len(TILES)), TILES, strict=True):
-        row = by_metric[metric]
-        column.metric(f"{metric} ({row.unit})", row.b, f"{row.error} against {row.a}", delta_color="off")
-    if comparison.decisions_compared and comparison.divergence is None:
-        st.success(plain(f"Policy: {comparison.decisions_line()}."))
-    else:
-        st.warning(plain(f"Policy: {comparison.decisions_line()}."))
-    _draw_divergence(comparison)
-    st.dataframe(
-        pd.DataFrame(
-            [(r.metric, r.unit, r.a, r.b, r.error) for r in rows],
-            columns=["metric", "unit", *_apart(name_a, name_b), difference_heading(comparison)],
-        ),
-        hide_index=True,
-        height=38 + 35 * len(rows),
+def _noise(root: Path, a: Entry, entries: list[Entry]) -> tuple[dict[str, float], int]:
+    """The noise floor of the reference run, and from how many repeats it is known."""
+    run = open_run(root, a.name)
+    found = [e.name for e in entries if e.kind == a.kind and is_repeat(run, open_run(root, e.name))][:REPEATS]
+    if not found:
+        return {}, 0
+    return _floor(str(root), a.name, tuple(found), tuple(fingerprint(root, name) for name in (a.name, *found))), len(
+        found
     )
-    st.caption(plain("\n\n".join(comparison.notes())))
-    labels = _apart(comparison.a.label, comparison.b.label)
-    runs = dict(zip(labels, (comparison.a, comparison.b), strict=True))
-    st.subheader("Latency")
-    st.plotly_chart(latency_figure({label: per_request(run) for label, run in runs.items()}), key="latency")
-    st.subheader("Queues and memory")
-    outside = sorted(run.name for run in runs.values() if not run.has_steps)
-    if outside:
-        st.info(plain(f"A client measured from outside, and saw neither queues nor memory: {', '.join(outside)}."))
-    inside = {label: timeline(run) for label, run in runs.items() if run.has_steps}
-    if inside:
-        st.plotly_chart(timeline_figure(inside), key="timeline")
 
 
-def _draw_divergence(comparison: Comparison) -> None:
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _floor(root: str, a: str, repeats: tuple[str, ...], fingerprints: object) -> dict[str, float]:
+    return noise_floor(open_run(Path(root), a), [open_run(Path(root), name) for name in repeats])
+
+
+def _draw(comparison: Comparison, noise: dict[str, float], repeats: int, a: str, b: str) -> None:
+    _draw_tiles(comparison, noise, repeats)
+    _draw_decisions(comparison)
+    frames = per_request(comparison.a), per_request(comparison.b)
+    both = matched(*frames)
+    _draw_latencies(comparison, both if len(both[0]) else frames)
+    if len(both[0]):
+        _draw_requests(comparison, both, a, b)
+    _draw_table(comparison, noise)
+
+
+def _draw_tiles(comparison: Comparison, noise: dict[str, float], repeats: int) -> None:
+    by_metric = {row.metric: row for row in comparison.rows()}
+    heading = difference_heading(comparison)
+    parts = []
+    for metric in TILES:
+        row = by_metric.get(metric)
+        if row is None:
+            parts.append(tile(metric, "–", ("–", "–"), "the requests came without objectives"))
+            continue
+        times = f"{repeats} repeat{'s' * (repeats > 1)}"
+        below = f"{heading}; noise floor {noise[metric]:.1%}, {times}" if metric in noise else f"{heading}; no repeats"
+        parts.append(tile(f"{metric} ({row.unit})", row.error, (row.a, row.b), below))
+    tiles(parts)
+
+
+def _draw_decisions(comparison: Comparison) -> None:
+    verdict(f"Policy: {comparison.decisions_line()}.", comparison.decisions_compared and comparison.divergence is None)
     divergence = comparison.divergence
     if divergence is None:
         return
@@ -118,6 +113,87 @@ def _draw_divergence(comparison: Comparison) -> None:
         pairs = ((comparison.a, divergence.decisions_a), (comparison.b, divergence.decisions_b))
         for column, (run, decisions) in zip(columns, pairs, strict=True):
             column.text("\n".join([run.label, *(decisions or ("nothing",))]))
+
+
+def _draw_latencies(comparison: Comparison, frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    st.header("Latency")
+    labels = _labels(comparison)
+    by_label = dict(zip(labels, frames, strict=True))
+
+    def data() -> pd.DataFrame:
+        kept = ["request_id", "prompt_tokens", "output_tokens", *LATENCY_COLUMNS]
+        return pd.concat([frame[kept].assign(run=label) for label, frame in by_label.items()])
+
+    def on_paper() -> Figure:
+        from experiments.plots import latency_figure as drawn  # matplotlib is slow to import
+
+        return drawn(by_label, difference=True)
+
+    alt = "Distribution functions of TTFT, TPOT and E2E of both runs, and the difference of their percentiles"
+    figure("latency", latency_figure(by_label), on_paper, data, alt)
+    if not all(len(samples(frame, "ttft_ms")) for frame in frames):
+        note("One of the runs has completed no request yet.")
+
+
+def _draw_requests(comparison: Comparison, frames: tuple[pd.DataFrame, pd.DataFrame], a: str, b: str) -> None:
+    st.header("Request by request")
+    labels = headings(comparison)
+
+    def on_paper() -> Figure:
+        from experiments.plots import scatter_figure as drawn
+
+        return drawn(*frames, *labels)
+
+    def data() -> pd.DataFrame:
+        each = (request_pairs(*frames, column).assign(latency=title) for column, title in LATENCY_COLUMNS.items())
+        return pd.concat(list(each))
+
+    alt = "Each request's latencies in the second run over those in the first; the dotted diagonal is no difference"
+    figure("requests", scatter_figure(*frames, *labels), on_paper, data, alt)
+    if len(frames[0]) > POINTS:
+        note(f"Of {len(frames[0]):,} requests {POINTS:,} are drawn: the {POINTS // 2:,} that differ most, and others.")
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="worst"):
+        st.header("Requests that differ most", width="content")
+        column = segments("Latency", "by", LATENCY_COLUMNS, "e2e_ms")
+    worst = request_pairs(*frames, column).head(WORST)
+    name_a, name_b = (f"{LATENCY_COLUMNS[column]}, {label} (ms)" for label in labels)
+    table(
+        ["request", "prompt tokens", "output tokens", name_a, name_b, "difference (ms)", "difference"],
+        [
+            (
+                f"request {request}",
+                f"{prompt:,}",
+                f"{output:,}",
+                format_figure(in_a),
+                format_figure(in_b),
+                f"{difference:+,.1f}",
+                f"{difference / in_a:+.1%}" if in_a else "–",
+            )
+            for request, prompt, output, in_a, in_b, difference in zip(
+                *(worst[name].tolist() for name in worst), strict=True
+            )
+        ],
+        [f"timeline?{urlencode({'a': a, 'b': b, 'request': i})}" for i in worst["request_id"]],
+    )
+    downloads("worst", None, lambda: request_pairs(*frames, column))
+
+
+def _draw_table(comparison: Comparison, noise: dict[str, float]) -> None:
+    st.header("All figures")
+    rows = comparison.rows()
+    columns = ["metric", "unit", *_apart(*headings(comparison)), difference_heading(comparison)]
+    cells = [(r.metric, r.unit, r.a, r.b, r.error) for r in rows]
+    if noise:
+        columns.append("noise floor")
+        cells = [(*row, f"{noise[row[0]]:.1%}" if row[0] in noise else "–") for row in cells]  # type: ignore[misc]
+    table(columns, cells)
+    downloads("figures", None, lambda: pd.DataFrame(cells, columns=columns))
+    for line in comparison.notes():
+        note(line[0].upper() + line[1:] + ".")
+
+
+def _labels(comparison: Comparison) -> tuple[str, str]:
+    return _apart(comparison.a.label, comparison.b.label)
 
 
 def _apart(a: str, b: str) -> tuple[str, str]:

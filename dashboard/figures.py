@@ -1,59 +1,134 @@
-"""Interactive figures, from the same series that `experiments.plots` draws."""
+"""Interactive figures of the page "Compare", from the same series that `experiments.plots` draws on paper."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from experiments.series import COLOURS, LATENCY_COLUMNS, STATE_COLUMNS, cdf, over_time, samples, wide
+from dashboard import theme
+from experiments.series import (
+    LATENCY_COLUMNS,
+    cdf,
+    quantile_differences,
+    request_pairs,
+    samples,
+    thinned,
+    wide,
+)
 
-_DASHES = ("solid", "dash", "dot", "dashdot")
+POINTS = 2400
+"""Requests that a scatter shows at most."""
 
 
 def latency_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
-    """Distribution functions of TTFT, TPOT and E2E (label -> `per_request` frame), runs overlaid."""
-    figure = make_subplots(rows=1, cols=3, shared_yaxes=True, horizontal_spacing=0.04)
+    """Distribution functions of TTFT, TPOT and E2E (label -> `per_request` frame); of two runs, also how far each
+    percentile of the second one is from the first one's."""
+    two = len(frames) > 1
+    figure = make_subplots(
+        rows=1 + two,
+        cols=3,
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        vertical_spacing=0.17,
+        row_heights=[0.66, 0.34] if two else [1.0],
+    )
+    furthest = 0.5
     for at, (column, title) in enumerate(LATENCY_COLUMNS.items(), start=1):
         values = {label: samples(frame, column) for label, frame in frames.items()}
         for place, (label, ascending) in enumerate(values.items()):
             x, y = cdf(ascending)
             hover = f"%{{y:.1%}} of requests within %{{x:,.4g}} ms<extra>{title}</extra>"
-            figure.add_trace(_line(label, place, x, y, at == 1, hover), row=1, col=at)
-        merged = np.sort(np.concatenate([*values.values(), np.zeros(0)]))
-        axis = {"type": "log", "dtick": 1} if wide(merged) else {"rangemode": "tozero"}
-        figure.update_xaxes(title_text=f"{title} (ms)", tickformat=",~g", **axis, row=1, col=at)
-    figure.update_yaxes(range=[0, 1.01])
+            figure.add_trace(line(label, place, x, y, at == 1, hover), row=1, col=at)
+        figure.update_xaxes(title_text=f"{title} (ms)", **latency_axis(*values.values()), row=1, col=at)
+        if two:
+            percentiles, difference = quantile_differences(*list(values.values())[:2])
+            furthest = max([furthest, *(100 * np.abs(difference))])
+            hover = f"{title} p%{{x:.0f}}: %{{y:+.2f}} %<extra></extra>"
+            figure.add_trace(
+                line("difference", 1, percentiles, 100 * difference, False, hover, "linear"), row=2, col=at
+            )
+            figure.update_xaxes(title_text=f"percentile of {title}", range=[0, 100], row=2, col=at)
+    figure.update_yaxes(range=[0, 1.02], row=1)
     figure.update_yaxes(title_text="share of requests", row=1, col=1)
-    return _laid_out(figure, 360)
+    if two:
+        figure.update_yaxes(title_text="difference (%)", row=2, col=1)
+        figure.update_yaxes(range=[-1.08 * furthest, 1.08 * furthest], row=2)
+        figure.update_yaxes(zeroline=True, zerolinecolor=theme.ink(), zerolinewidth=1, row=2)
+    return laid_out(figure, 520 if two else 340)
 
 
-def timeline_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
-    """Running and waiting requests and KV blocks in use over time (label -> `timeline` frame), runs overlaid."""
-    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.05)
-    for at, (column, title) in enumerate(STATE_COLUMNS.items(), start=1):
-        for place, (label, frame) in enumerate(frames.items()):
-            if len(frame):
-                spans = over_time(frame, column)
-                hover = f"%{{y:,.4g}} {title} at %{{x:,.4g}} s<extra></extra>"
-                figure.add_trace(_line(label, place, spans["t_s"], spans["mean"], at == 1, hover), row=at, col=1)
-        figure.update_yaxes(title_text=title, rangemode="tozero", row=at, col=1)
-    figure.update_xaxes(title_text="time since the run began (s)", row=3, col=1)
-    return _laid_out(figure, 620)
+def scatter_figure(a: pd.DataFrame, b: pd.DataFrame, label_a: str, label_b: str) -> go.Figure:
+    """Each request's TTFT, TPOT and E2E in run b over those in run a (`per_request` frames), with the diagonal."""
+    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.06)
+    for at, (column, title) in enumerate(LATENCY_COLUMNS.items(), start=1):
+        pairs = request_pairs(a, b, column)
+        shown = thinned(pairs, POINTS)
+        ends = [float(pairs[["a", "b"]].min().min()), float(pairs[["a", "b"]].max().max())] if len(pairs) else [0, 1]
+        diagonal = {"color": theme.ink(), "width": 1.5, "dash": "dot"}
+        figure.add_trace(
+            go.Scatter(x=ends, y=ends, mode="lines", line=diagonal, hoverinfo="skip", showlegend=False), row=1, col=at
+        )
+        drawn = go.Scattergl if len(shown) > 800 else go.Scatter  # few points are quicker without WebGL
+        opacity = float(np.clip(12 / np.sqrt(max(len(shown), 1)), 0.25, 0.75))
+        hover = f"request %{{customdata}}<br>{title} %{{x:,.4g}} ms, then %{{y:,.4g}} ms<extra></extra>"
+        figure.add_trace(
+            drawn(
+                x=shown["a"],
+                y=shown["b"],
+                mode="markers",
+                marker={"color": theme.colours()[0], "size": 5, "opacity": opacity},
+                customdata=shown["request_id"],
+                hovertemplate=hover,
+                showlegend=False,
+            ),
+            row=1,
+            col=at,
+        )
+        axis = latency_axis(np.sort(pairs[["a", "b"]].to_numpy().ravel()))
+        figure.update_xaxes(title_text=f"{title}, {label_a} (ms)", **axis, row=1, col=at)
+        figure.update_yaxes(title_text=f"{title}, {label_b} (ms)", **axis, row=1, col=at)
+    return laid_out(figure, 400)
 
 
-def _line(
-    label: str, place: int, x: np.ndarray | pd.Series, y: np.ndarray | pd.Series, in_legend: bool, hover: str
+def latency_axis(*values: np.ndarray) -> dict[str, Any]:
+    """An axis from zero, or logarithmic where the values span decades."""
+    merged = np.sort(np.concatenate([*values, np.zeros(0)]))
+    if not wide(merged):
+        return {"tickformat": ",~g", "nticks": 6, "rangemode": "tozero"}
+    decades = np.log10(merged[-1] / merged[0])
+    return {"tickformat": ",~g", "type": "log", "dtick": "D2" if decades < 2.5 else 1}
+
+
+def line(
+    label: str,
+    place: int,
+    x: np.ndarray | pd.Series,
+    y: np.ndarray | pd.Series,
+    in_legend: bool,
+    hover: str,
+    shape: str = "hv",
 ) -> go.Scatter:
-    style = {"color": COLOURS[place % len(COLOURS)], "dash": _DASHES[place % len(_DASHES)], "width": 2, "shape": "hv"}
+    """A run's line: colour and dashes tell runs apart, in black and white too."""
+    colours = theme.colours()
+    style = {"color": colours[place % len(colours)], "dash": theme.DASHES[place % len(theme.DASHES)]}
     return go.Scatter(
-        x=x, y=y, mode="lines", name=label, legendgroup=label, showlegend=in_legend, line=style, hovertemplate=hover
+        x=x,
+        y=y,
+        mode="lines",
+        name=label,
+        legendgroup=label,
+        showlegend=in_legend,
+        line={**style, "width": 2, "shape": shape},
+        hovertemplate=hover,
     )
 
 
-def _laid_out(figure: go.Figure, height: int) -> go.Figure:
-    legend = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0}
-    return figure.update_layout(height=height, margin={"l": 10, "r": 10, "t": 30, "b": 10}, legend=legend)
+def laid_out(figure: go.Figure, height: int) -> go.Figure:
+    """Margins and the legend above."""
+    legend = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "title": {"text": ""}}
+    return figure.update_layout(height=height, margin={"l": 8, "r": 8, "t": 36, "b": 8}, legend=legend)

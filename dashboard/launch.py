@@ -8,6 +8,18 @@ import sys
 import threading
 from pathlib import Path
 
+THEME = {
+    "theme.light.primaryColor": "#0072B2",
+    "theme.dark.primaryColor": "#56B4E9",
+    "theme.light.backgroundColor": "#ffffff",
+    "theme.dark.backgroundColor": "#101418",
+    "theme.light.secondaryBackgroundColor": "#f3f5f8",
+    "theme.dark.secondaryBackgroundColor": "#1b2129",
+    "theme.light.textColor": "#1d2430",
+    "theme.dark.textColor": "#e6e9ee",
+}
+"""What `dashboard.theme` cannot say from inside a page."""
+
 
 def command(root: Path, port: int, host: str = "127.0.0.1") -> list[str]:
     """The command line that serves the dashboard. Raises ValueError for a folder or port that cannot be."""
@@ -23,6 +35,7 @@ def command(root: Path, port: int, host: str = "127.0.0.1") -> list[str]:
         "server.fileWatcherType": "none",
         "browser.gatherUsageStats": "false",
         "client.toolbarMode": "viewer",
+        **THEME,
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "streamlit", "run", str(app), *flags, "--", str(root.resolve())]

@@ -24,6 +24,7 @@ THROUGHPUTS = {
     "request_throughput": ("Requests", "req/s"),
     "output_throughput": ("Output tokens", "tok/s"),
     "total_token_throughput": ("All tokens", "tok/s"),
+    "slo_goodput": ("Goodput", "req/s"),
 }
 STATISTICS = ("mean", "p50", "p90", "p99")
 _PER_REQUEST = {"ttft": "ttft_ms", "tpot": "tpot_ms", "e2el": "e2e_ms"}
@@ -100,14 +101,23 @@ class Comparison:
     decisions_compared: bool
     divergence: Divergence | None
 
-    def rows(self) -> list[Row]:
-        """The lines of the table: TTFT, TPOT and E2E at p50, p90 and p99, then throughput."""
-        rows = [
-            _row(f"{TITLES[name]} {statistic}", "ms", self.latencies[name][statistic])
+    def figures(self) -> list[tuple[str, str, Pair]]:
+        """(metric, unit, both figures): TTFT, TPOT and E2E at p50, p90 and p99, throughput, the largest service gap.
+
+        Goodput is there where requests of both runs came with objectives, the gap where tenants waited at once.
+        """
+        latencies = [
+            (f"{TITLES[name]} {statistic}", "ms", self.latencies[name][statistic])
             for name in ("ttft", "tpot", "e2el")
             for statistic in ("p50", "p90", "p99")
         ]
-        return rows + [_row(*THROUGHPUTS[key], self.throughputs[key]) for key in THROUGHPUTS]
+        figures = latencies + [(*THROUGHPUTS[key], self.throughputs[key]) for key in self.throughputs]
+        gap = Pair(self.summary_a["largest_service_gap"], self.summary_b["largest_service_gap"])
+        return figures if gap.a is None and gap.b is None else [*figures, ("Service gap", "weighted tok", gap)]
+
+    def rows(self) -> list[Row]:
+        """The lines of the table: `figures` as text."""
+        return [_row(*figure) for figure in self.figures()]
 
     def notes(self) -> list[str]:
         """What has to be said below the table."""
@@ -164,8 +174,11 @@ class Comparison:
         return json.dumps(self.as_dict(), indent=2, allow_nan=False)
 
 
-def compare(a: Run, b: Run) -> Comparison:
-    """Compare a run with a reference run `a`. Raises RunError for records that cannot be read or matched."""
+def compare(a: Run, b: Run, *, decisions: bool = True) -> Comparison:
+    """Compare a run with a reference run `a`. Raises RunError for records that cannot be read or matched.
+
+    `decisions=False` leaves their decisions out, which takes most of the time of long runs.
+    """
     frame_a, frame_b = (per_request(run)[lambda f: f["completed"]] for run in (a, b))
     for run, frame in ((a, frame_a), (b, frame_b)):
         if frame["request_id"].duplicated().any():
@@ -179,7 +192,7 @@ def compare(a: Run, b: Run) -> Comparison:
     }
     spreads["itl"] = Spread(None, None, None, ks_distance(samples_a["itl"], samples_b["itl"]))
     summary_a, summary_b = summarize(a), summarize(b)
-    with_decisions = a.has_decisions and b.has_decisions
+    with_decisions = decisions and a.has_decisions and b.has_decisions
     return Comparison(
         a=a,
         b=b,
@@ -189,7 +202,11 @@ def compare(a: Run, b: Run) -> Comparison:
         only_a=len(frame_a) - len(both),
         only_b=len(frame_b) - len(both),
         latencies={name: _pairs(samples_a[name], samples_b[name]) for name in LATENCIES},
-        throughputs={key: Pair(summary_a[key], summary_b[key]) for key in THROUGHPUTS},
+        throughputs={
+            key: Pair(summary_a[key], summary_b[key])
+            for key in THROUGHPUTS
+            if key != "slo_goodput" or None not in (summary_a[key], summary_b[key])
+        },
         spreads=spreads,
         steps=Pair(summary_a["steps"], summary_b["steps"]),
         decisions_compared=with_decisions,

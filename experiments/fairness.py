@@ -20,24 +20,27 @@ def service_received(run: Run, *, input_weight: float = 1.0, output_weight: floa
     and output_weight for each output token when it comes. What is computed again after a preemption is not counted.
     The measure of Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, section 3.
     """
+    given = services(run, input_weight, output_weight)
+    table = given.pivot_table(index="t_ns", columns="tenant", values="service", aggfunc="sum", fill_value=0.0)
+    return table.reindex(columns=sorted(set(run.requests["tenant"])), fill_value=0.0).cumsum()
+
+
+def services(run: Run, input_weight: float, output_weight: float) -> pd.DataFrame:
+    """Each single service, in no order: `t_ns`, `tenant`, `service` (weighted tokens), `is_input` (else one token)."""
     requests, times = run.requests, token_times(run)
     admitted = requests["first_scheduled_ns"].fillna(requests["first_token_ns"])
     ran = admitted.notna().to_numpy()
     tenant = requests["tenant"].to_numpy()
-    given = pd.DataFrame(
+    inputs = input_weight * requests["prompt_tokens"].to_numpy(np.float64)[ran]
+    outputs = np.full(len(times.times_ns), output_weight, np.float64)
+    return pd.DataFrame(
         {
             "t_ns": np.concatenate([admitted[ran].to_numpy(np.int64), times.times_ns]),
             "tenant": np.concatenate([tenant[ran], np.repeat(tenant, times.counts)]),
-            "service": np.concatenate(
-                [
-                    input_weight * requests["prompt_tokens"].to_numpy(np.float64)[ran],
-                    np.full(len(times.times_ns), output_weight, np.float64),
-                ]
-            ),
+            "service": np.concatenate([inputs, outputs]),
+            "is_input": np.concatenate([np.ones(len(inputs), bool), np.zeros(len(outputs), bool)]),
         }
     )
-    table = given.pivot_table(index="t_ns", columns="tenant", values="service", aggfunc="sum", fill_value=0.0)
-    return table.reindex(columns=sorted(set(tenant)), fill_value=0.0).cumsum()
 
 
 def service_difference(

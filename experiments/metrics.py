@@ -19,17 +19,21 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from experiments.backlog import ServiceGap, largest_gap
 from experiments.fairness import jain_index, service_difference, service_received
 from experiments.records import Run
 from experiments.timeline import LittlesLaw, littles_law, time_average, timeline
 from experiments.token_times import COMPLETED, TokenTimes, token_times
+from policies.records import ALIVE
 
 __all__ = [
     "COMPLETED",
     "LATENCIES",
     "LittlesLaw",
+    "ServiceGap",
     "TokenTimes",
     "jain_index",
+    "largest_gap",
     "latencies_ms",
     "littles_law",
     "per_request",
@@ -97,8 +101,9 @@ def summarize(
         slo: objectives in milliseconds, some of `ttft`, `tpot`, `e2el` (as `--goodput` takes them), for all requests.
         percentiles: which pNN_*_ms to give.
 
-    `slo_attainment` and `slo_goodput` go by the objectives that requests came with. `duration` (seconds) runs from the
-    first arrival to the last end. What there is nothing to compute from is None.
+    `largest_service_gap` is that of `experiments.backlog`, in weighted tokens, None where no two tenants ever waited at
+    once. `slo_attainment` and `slo_goodput` go by the objectives that requests came with. `duration` (seconds) runs
+    from the first arrival to the last end. What there is nothing to compute from is None.
     Raises ValueError for an unknown objective, RunError for records that contradict themselves.
     """
     requests, frame = run.requests, per_request(run)
@@ -136,6 +141,8 @@ def summarize(
     known = run.has_steps or cached > 0  # many a server does not say what it found in its prefix cache
     summary["cached_token_share"] = cached / prompt if prompt and known else None
     summary["preemptions"] = int(requests["preemptions"].sum()) if run.has_steps else None
+    gap = largest_gap(run)
+    summary["largest_service_gap"] = None if gap is None else gap.service
     return summary | _memory(run)
 
 
@@ -177,7 +184,7 @@ def _statuses(run: Run) -> dict[str, int]:
         lag = int(run.limits.get("lag", 0))
         for _, rows in run.steps.groupby("replica"):
             last = rows.sort_values("step").tail(1 + lag)
-            alive = int(last[["num_running", "num_waiting", "num_paused"]].iloc[-1].sum())
+            alive = int(last[list(ALIVE)].iloc[-1].sum())
             counts["unfinished"] += max(0, alive - int(last["num_finished"].sum()))
     return counts
 
@@ -230,12 +237,16 @@ def _peaks(run: Run) -> dict[str, float]:
 
 def _memory(run: Run) -> dict[str, float | int | None]:
     if not run.has_steps:
-        return dict.fromkeys(("mean_kv_blocks", "max_kv_blocks", "steps"))
+        return dict.fromkeys(("mean_kv_blocks", "max_kv_blocks", "swapped_blocks_out", "swapped_blocks_in", "steps"))
     frame = timeline(run)
     mean = time_average(frame, "kv_blocks")
     return {
         "mean_kv_blocks": None if np.isnan(mean) else mean,
         "max_kv_blocks": int(frame["kv_blocks"].max()) if len(frame) else None,
+        **{
+            f"swapped_blocks_{way}": int(run.steps[f"swapped_{way}"].sum()) // int(run.limits.get("block_size", 1))
+            for way in ("out", "in")
+        },
         "steps": int((run.steps["padded_tokens"] > 0).sum()),
     }
 

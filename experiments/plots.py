@@ -15,10 +15,20 @@ from matplotlib.figure import Figure
 
 from experiments.compare import Comparison
 from experiments.metrics import per_request
-from experiments.series import COLOURS, LATENCY_COLUMNS, STATE_COLUMNS, cdf, over_time, samples, wide
+from experiments.series import (
+    COLOURS,
+    LATENCY_COLUMNS,
+    STATE_COLUMNS,
+    cdf,
+    matched,
+    over_time,
+    quantile_differences,
+    samples,
+    wide,
+)
 from experiments.timeline import timeline
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -34,27 +44,45 @@ _STYLE: Any = {
 _DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1)), "dashdot")
 
 
-def latency_figure(frames: Mapping[str, pd.DataFrame]) -> Figure:
-    """Distribution functions of TTFT, TPOT and E2E (`per_request` frames), runs overlaid."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 3.2), layout="constrained")
-        axes = figure.subplots(1, 3, sharey=True)
-        for axis, (column, title) in zip(axes, LATENCY_COLUMNS.items(), strict=True):
-            values = {label: samples(frame, column) for label, frame in frames.items()}
+def latency_figure(frames: Mapping[str, pd.DataFrame], difference: bool = False) -> Figure:
+    """Distribution functions of TTFT, TPOT and E2E (`per_request` frames), runs overlaid.
+
+    `difference`: below them, how far each percentile of the second run is from the first one's.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 5.2 if difference else 3.2), layout="constrained")
+        rows = figure.subplots(
+            2 if difference else 1, 3, sharey="row", squeeze=False, height_ratios=[2, 1][: 1 + difference]
+        )
+        for at, (column, title) in enumerate(LATENCY_COLUMNS.items()):
+            axis, values = rows[0, at], {label: samples(frame, column) for label, frame in frames.items()}
             for place, (label, ascending) in enumerate(values.items()):
                 x, y = cdf(ascending)
-                axis.step(x, y, where="post", label=label, **_line(place))
+                axis.step(x, y, where="post", label=label, **line_style(place))
             _latency_axis(axis, "x", f"{title} (ms)", values)
             axis.set_ylim(0, 1.01)
             _say_if_empty(axis, values)
-        axes[0].set_ylabel("share of requests")
-        _legend(figure, axes[0])
+            if difference:
+                _draw_difference(rows[1, at], title, *list(values.values())[:2])
+        rows[0, 0].set_ylabel("share of requests")
+        if difference:
+            rows[1, 0].set_ylabel("difference (%)")
+        _legend(figure, rows[0, 0])
         return figure
+
+
+def _draw_difference(axis: Axes, title: str, a: np.ndarray, b: np.ndarray) -> None:
+    percentiles, difference = quantile_differences(a, b)
+    axis.axhline(0, color="#555555", linewidth=1)
+    axis.plot(percentiles, 100 * difference, **line_style(1))
+    axis.set_xlabel(f"percentile of {title}")
+    axis.set_xlim(0, 100)
+    _say_if_empty(axis, {"difference": difference})
 
 
 def timeline_figure(frames: Mapping[str, pd.DataFrame]) -> Figure:
     """Running and waiting requests and KV blocks in use over time (`timeline` frames), runs overlaid."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 6), layout="constrained")
         axes = figure.subplots(3, 1, sharex=True)
         for axis, (column, title) in zip(axes, STATE_COLUMNS.items(), strict=True):
@@ -73,7 +101,7 @@ def timeline_figure(frames: Mapping[str, pd.DataFrame]) -> Figure:
 def scatter_figure(a: pd.DataFrame, b: pd.DataFrame, label_a: str, label_b: str) -> Figure:
     """Each request's TTFT, TPOT and E2E in run b over those in run a (`per_request` frames), with the diagonal."""
     done = a[a["completed"]].merge(b[b["completed"]], on="request_id", suffixes=("_a", "_b"))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         axes = figure.subplots(1, 3)
         for axis, (column, title) in zip(axes, LATENCY_COLUMNS.items(), strict=True):
@@ -103,8 +131,10 @@ def save_figures(comparison: Comparison, folder: str | Path) -> list[Path]:
     labels = (a.label, b.label) if a.label != b.label else (f"{a.label} 1", f"{b.label} 2")
     runs = dict(zip(labels, (a, b), strict=True))
     requests = {label: per_request(run) for label, run in runs.items()}
+    both = matched(*requests.values())
+    compared = dict(zip(labels, both, strict=True)) if len(both[0]) else requests
     figures = {
-        "latency_cdf": latency_figure(requests),
+        "latency_cdf": latency_figure(compared, difference=True),
         "timeline": timeline_figure({label: timeline(run) for label, run in runs.items() if run.has_steps}),
         "requests": scatter_figure(requests[labels[0]], requests[labels[1]], labels[0], labels[1]),
     }
@@ -112,7 +142,7 @@ def save_figures(comparison: Comparison, folder: str | Path) -> list[Path]:
     for name, figure in figures.items():
         for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             path = folder / f"{name}.{suffix}"
-            with mpl.rc_context(_STYLE):
+            with mpl.rc_context(STYLE):
                 figure.savefig(path, dpi=150, metadata=metadata)
             paths.append(path)
     return paths
@@ -120,7 +150,7 @@ def save_figures(comparison: Comparison, folder: str | Path) -> list[Path]:
 
 def _draw_state(axis: Axes, frame: pd.DataFrame, column: str, label: str, place: int) -> None:
     spans = over_time(frame, column)
-    style = _line(place)
+    style = line_style(place)
     axis.step(spans["t_s"], spans["mean"], where="post", label=label, **style)
     if len(spans) < len(frame):  # thinned: the line is a mean over each span, the band its extremes
         axis.fill_between(
@@ -142,7 +172,7 @@ def _latency_axis(axis: Axes, which: str, text: str, values: Mapping[str, np.nda
     target.set_label_text(text)
 
 
-def _line(place: int) -> dict[str, Any]:
+def line_style(place: int) -> dict[str, Any]:
     """Colour and dashes: runs are told apart in black and white too."""
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": _DASHES[place % len(_DASHES)], "linewidth": 1.3}
 

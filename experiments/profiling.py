@@ -2,7 +2,8 @@
 
 The steps measured are the engine's own, under its own scheduler, from three kinds of rounds: bursts of requests whose
 outputs end one after another (decode batches of every size, at many contexts), single prompts (prefill chunks), and
-bursts of prompts longer than the token budget (mixed steps). Rounds are drawn from a seeded design and repeated until
+bursts of prompts longer than the token budget (mixed steps). With a host tier, now and then a request that decodes is
+swapped out, and comes back in the next step. Rounds are drawn from a seeded design and repeated until
 the time is up.
 """
 
@@ -18,8 +19,12 @@ import pandas as pd
 from experiments.real import load, real_limits, resolved, start_engine, warm_up
 from experiments.records import describe_environment
 from experiments.spec import RunSpec
+from policies.contract import Queue, View
+from policies.plan import Mode, Plan
+from policies.queues.fcfs import Fcfs
 from policies.records import STEPS
 from policies.replica_state import Limits
+from policies.schedulers.mixed import Mixed
 from policies.stack import StackSpec
 from runtime.engine import Details
 from runtime.sampling.params import SamplingParams
@@ -49,6 +54,27 @@ class StepRows:
         """Not needed for a fit."""
 
 
+class SwapNowAndThen(Mixed):
+    """`mixed`, but every so many steps in which requests only decode, one of them is swapped out."""
+
+    EVERY = 6
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__(queue)
+        self._num_plans = 0
+
+    def plan(self, view: View, now: int) -> Plan:
+        self._num_plans += 1
+        if self._num_plans % self.EVERY or view.swapped or view.prefilling or view.num_waiting or view.num_decoding < 2:
+            return super().plan(view, now)
+        draft = self.start(view, now)
+        running = [r for r in view.running.values() if r.num_output_tokens < r.max_tokens and draft.can_swap(r)]
+        if running:
+            draft.preempt(running[self._num_plans // self.EVERY % len(running)], Mode.SWAP)
+        draft.run_decodes(now)
+        return draft.finish()
+
+
 def profile(
     spec: RunSpec,
     seconds: float,
@@ -74,6 +100,8 @@ def profile(
         warm_up(loaded, uncached, spec)
     recorder = StepRows()
     stack = StackSpec().build(block_size=limits.block_size)
+    if limits.num_host_blocks:
+        stack.scheduler = SwapNowAndThen(Fcfs())
     with start_engine(loaded, uncached, stack, spec.model, recorder=recorder) as engine:
         if on_start is not None:
             on_start({**parts, **engine.startup_seconds})

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from experiments.records import RunWriter, read_run, run_info
-from experiments.simulated import GIB, LIMITS, make_costs, oracle_entry, request_details
-from experiments.spec import ModelSpec, RunSpec, SpecError
+from experiments.simulated import GIB, LIMITS, check_swaps, make_costs, oracle_entry, request_details
+from experiments.spec import LimitsSpec, ModelSpec, RunSpec, SpecError
 from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload, prompt_token_ids
 from policies.contract import Recorder
@@ -32,6 +32,8 @@ from runtime.weights import LoadedModel, load_model
 from simulator.costs.base import CostModel
 
 WARM_UP_TOKENS = 8
+HOST_SHARE = 0.9
+"""Of this machine's memory, for swapped KV blocks: pinned memory cannot be taken back by the system."""
 GPU_MEMORY_SHARE = 0.95
 """Of a GPU's memory, for weights, the largest step and the KV cache, where nobody says."""
 
@@ -116,13 +118,29 @@ def real_limits(spec: RunSpec, loaded: LoadedModel) -> Limits:
             f"a KV cache of {num_blocks} blocks needs {needed / GIB:,.1f} GiB, and {loaded.model.device} has "
             f"{there / GIB:,.1f} GiB; lower limits.num_blocks or limits.kv_cache_gib"
         )
+    num_host_blocks = _host_blocks(given, bytes_per_block(loaded.config, given.block_size, dtype))
     fields = {name: getattr(given, name) for name in LIMITS}
     lead = given.plan_lead_ns
     if lead is None and loaded.model.device.type == "cuda":
         lead = GPU_PLAN_LEAD_NS
     return Limits(
-        **{**fields, "num_blocks": num_blocks, "max_model_len": max_model_len, "plan_lead_ns": lead, **ladders}
+        **{**fields, "num_blocks": num_blocks, "max_model_len": max_model_len, "plan_lead_ns": lead, **ladders},
+        num_host_blocks=num_host_blocks,
     )
+
+
+def _host_blocks(given: LimitsSpec, block_bytes: int) -> int:
+    """Blocks of host memory. Raises SpecError where the machine does not have so much."""
+    blocks = given.num_host_blocks
+    if blocks is None:
+        blocks = int(GIB * (given.host_memory_gib or 0) // block_bytes)
+    there = _host_bytes()
+    if blocks * block_bytes > HOST_SHARE * there:
+        raise SpecError(
+            f"{blocks} blocks of host memory need {blocks * block_bytes / GIB:,.1f} GiB, and this machine has "
+            f"{there / GIB:,.1f} GiB; lower limits.num_host_blocks or --host-memory"
+        )
+    return blocks
 
 
 def resolved(spec: RunSpec, loaded: LoadedModel) -> RunSpec:
@@ -158,6 +176,10 @@ def _memory_there(loaded: LoadedModel) -> int:
     device = loaded.model.device
     if device.type == "cuda":
         return free_bytes(device)
+    return _host_bytes()
+
+
+def _host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -182,6 +204,7 @@ def prepare(spec: RunSpec, loaded: LoadedModel, cost: CostModel | None = None) -
             spec = resolved(spec, loaded)
     with timed(seconds, "memory_profile"):
         limits = real_limits(spec, loaded)
+    check_swaps(limits, cost)
     with timed(seconds, "warm_up"):
         warm_up(loaded, limits, spec, cost)
     return Prepared(spec, limits, cost, seconds)
@@ -272,7 +295,7 @@ def warm_up(loaded: LoadedModel, limits: Limits, spec: RunSpec, cost: CostModel 
 
     Without captured graphs: the run's own engine captures its own.
     """
-    limits = replace(limits, capture_sizes=(), mixed_capture_sizes=())
+    limits = replace(limits, capture_sizes=(), mixed_capture_sizes=(), num_host_blocks=min(limits.num_host_blocks, 1))
     stack = spec.policies.stack.build(block_size=limits.block_size, oracle=dict.fromkeys(range(4), WARM_UP_TOKENS))
     length = min(64, limits.max_model_len - WARM_UP_TOKENS, limits.num_blocks * limits.block_size // 8)
     with explained("warming up"), start_engine(loaded, limits, stack, spec.model, cost=cost) as engine:

@@ -13,6 +13,7 @@ from experiments.records import Run, RunError, RunWriter, run_info
 from experiments.simulated import costs_as_described
 from experiments.token_times import COMPLETED
 from policies.control_plane import ControlPlane, PolicyStalled
+from policies.records import ALIVE
 from policies.replica_state import Limits
 from policies.request import Request, Slo, State
 from policies.stack import StackSpec
@@ -94,7 +95,7 @@ def _check_whole(run: Run) -> None:
     """A run that was killed lacks the rows of those that were alive; their arrivals are not known."""
     if run.complete or (run.requests["status"] == "unfinished").any() or not len(run.steps):
         return
-    if run.steps[["num_running", "num_waiting", "num_paused"]].iloc[-1].sum() > 0:
+    if run.steps[list(ALIVE)].iloc[-1].sum() > 0:
         raise RunError(
             f"{run.folder} was killed while requests were alive, and those are not in its record: it cannot be "
             "replayed (a run ended by Ctrl-C can)"

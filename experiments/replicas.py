@@ -56,11 +56,21 @@ class Places:
             check_address(address)
 
 
+def check_served_router(router: str) -> None:
+    """Raise SpecError for a router that no server can have."""
+    if registry.moves_kv(registry.find("router", registry.PolicySpec.parse(router).name)):
+        raise SpecError(
+            f"router {router} moves KV cache between replicas, which is for simulations so far: "
+            "try it with `diptych simulate`, or serve with another one, as kv_aware"
+        )
+
+
 async def start_engines(spec: RunSpec, options: EngineOptions, places: Places) -> EngineClient:
     """One engine on this machine, or several of any kind behind the specification's router.
 
     Raises EngineStartError, and for a Ray cluster that cannot be joined ValueError or ConnectionError.
     """
+    check_served_router(spec.policies.router)
     if spec.replicas == 1 and not places.attached and places.ray is None:
         link: Link = LocalLink(functools.partial(host_engine, spec, options))
         return await EngineProxy.start(link, places.heartbeat_timeout_s)

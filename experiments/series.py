@@ -11,6 +11,12 @@ Float64 = NDArray[np.float64]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette: told apart with any kind of colour vision."""
 
+STEP_COLOURS = {"decode": "#56B4E9", "mixed": "#E69F00", "prefill": "#CC79A7", "idle": "rgba(128,134,146,0.16)"}
+"""Kinds of `composition.composition` -> colours that read on a light and on a dark page."""
+
+PHASE_COLOURS = {"waiting": "#9AA4B2", "prefill": "#CC79A7", "decode": "#56B4E9", "paused": "#E69F00"}
+"""Phases of `life.Life` -> colours; a phase has that of the steps that do it."""
+
 LATENCY_COLUMNS = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "e2e_ms": "E2E"}
 """Columns of `metrics.per_request` -> what a figure calls them."""
 
@@ -33,6 +39,53 @@ def cdf(values: Float64, points: int = 1000) -> tuple[Float64, Float64]:
         return values, values
     picked = np.unique(np.linspace(0, len(values) - 1, min(points, len(values))).round().astype(np.int64))
     return np.append(values[0], values[picked]), np.append(0.0, (picked + 1) / len(values))
+
+
+def quantile_differences(a: Float64, b: Float64) -> tuple[Float64, Float64]:
+    """How far b's percentiles are from a's, relative to a's: (percentiles 1..99, (b - a) / a). Empty without samples.
+
+    Both ascending. Where a's percentile is 0 there is no relative difference: those are left out.
+    """
+    if not len(a) or not len(b):
+        return np.zeros(0), np.zeros(0)
+    percentiles = np.arange(1.0, 100.0)
+    of_a, of_b = np.percentile(a, percentiles), np.percentile(b, percentiles)
+    some = of_a > 0
+    return percentiles[some], (of_b[some] - of_a[some]) / of_a[some]
+
+
+def matched(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Two `per_request` frames, of each the requests that both runs completed: those that `compare` compares."""
+    done_a, done_b = a[a["completed"]], b[b["completed"]]
+    return (
+        done_a[done_a["request_id"].isin(done_b["request_id"])],
+        done_b[done_b["request_id"].isin(done_a["request_id"])],
+    )
+
+
+def request_pairs(a: pd.DataFrame, b: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A latency of each request in both runs (`per_request` frames), the largest difference first.
+
+    Columns: request_id, prompt_tokens, output_tokens (run a's), `a`, `b` and `difference` (b - a) in milliseconds.
+    """
+    wanted = ["request_id", column]
+    left, right = a.loc[a["completed"], [*wanted, "prompt_tokens", "output_tokens"]], b.loc[b["completed"], wanted]
+    both = left.merge(right, on="request_id", suffixes=("_a", "_b")).dropna(subset=[f"{column}_a", f"{column}_b"])
+    both = both.rename(columns={f"{column}_a": "a", f"{column}_b": "b"})
+    both["difference"] = both["b"] - both["a"]
+    order = np.lexsort([both["request_id"].to_numpy(), -both["difference"].abs().to_numpy()])
+    return both.iloc[order].reset_index(drop=True)[
+        ["request_id", "prompt_tokens", "output_tokens", "a", "b", "difference"]
+    ]
+
+
+def thinned(pairs: pd.DataFrame, points: int = 4000) -> pd.DataFrame:
+    """At most `points` rows of `request_pairs`: the half with the largest differences, and every n-th of the others."""
+    if len(pairs) <= points:
+        return pairs
+    worst, others = pairs.iloc[: points // 2], pairs.iloc[points // 2 :]
+    every = -(-len(others) // (points - points // 2))
+    return pd.concat([worst, others.iloc[::every]], ignore_index=True)
 
 
 def over_time(frame: pd.DataFrame, column: str, points: int = 500) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from experiments.workloads import Workload, make_workload
 from experiments.workloads.block_keys import block_keys
 from policies import registry
 from policies.model_shape import ModelShape
+from policies.registry import PolicySpec
 from policies.replica_state import Limits
 from policies.request import Request, Slo
 from simulator.arrivals import Arrival
@@ -25,6 +26,7 @@ from simulator.costs.constant import ConstantCost
 from simulator.costs.fitted import FittedCost
 from simulator.costs.roofline import HostTimes, RooflineCost
 from simulator.devices import Device, load_device
+from simulator.links import LinkSpeed
 from simulator.simulation import Simulation
 
 GIB = 2**30
@@ -54,11 +56,13 @@ def run_simulated(
     overwrite: bool = False,
     check: bool = False,
     on_end: Callable[[Request], None] | None = None,
+    flush_seconds: float = 5.0,
 ) -> int:
     """Simulate a specification and write its run folder. Returns the simulated nanoseconds.
 
     `workload`, `costs` and `limits` may be given where they are at hand already; they must be what `spec` describes.
-    Interrupted, it leaves a readable, incomplete record. `check`: invariants after every step, Little's law at the end.
+    Interrupted, it leaves a readable, incomplete record; while it runs, one that is `flush_seconds` old at most.
+    `check`: invariants after every step, Little's law at the end.
     """
     workload = workload or make_workload(spec.workload)
     costs = costs or make_costs(spec.cost or CostSpec())
@@ -69,7 +73,10 @@ def run_simulated(
     stacks = [
         build(block_size=limits.block_size, seed=spec.seed, oracle=oracle, future=future) for _ in range(spec.replicas)
     ]
-    router = registry.make("router", spec.policies.router, seed=spec.seed, block_size=limits.block_size)
+    link = link_of(spec, costs, limits) if registry.moves_kv(router_class(spec)) else None
+    router = registry.make(
+        "router", spec.policies.router, seed=spec.seed, block_size=limits.block_size, cost=costs, transfer=link
+    )
     info = run_info(
         "sim",
         spec=spec.model_dump(mode="json"),
@@ -80,13 +87,29 @@ def run_simulated(
         workload=workload.provenance,
         cost=costs.describe(),
     )
-    with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer:
+    with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions, flush_seconds=flush_seconds) as writer:
         routing = router if spec.replicas > 1 else None  # the real panel, which has one, routes nothing either
-        simulation = Simulation(limits, stacks, costs, routing, recorder=writer, on_end=on_end, check=check)
+        simulation = Simulation(limits, stacks, costs, routing, link=link, recorder=writer, on_end=on_end, check=check)
         simulated_ns = simulation.run(arrivals_of(workload, limits))
     if check:
         check_books(read_run(folder))
     return simulated_ns
+
+
+def router_class(spec: RunSpec) -> type:
+    """The class of a specification's router."""
+    return registry.find("router", PolicySpec.parse(spec.policies.router).name)
+
+
+def link_of(spec: RunSpec, costs: CostModel, limits: Limits) -> LinkSpeed:
+    """How fast KV moves between the replicas. Raises SpecError where nobody knows."""
+    model, device = getattr(costs, "model", None), getattr(costs, "device", None)
+    if not isinstance(model, ModelShape) or not isinstance(device, Device):
+        raise SpecError(
+            f"router {spec.policies.router} moves KV cache, and only a roofline (--model, --device) knows its bytes"
+        )
+    bandwidth = spec.link.bandwidth or device.reached_peer_link
+    return LinkSpeed(bandwidth, model.kv_bytes_per_token * limits.block_size, round(1e3 * spec.link.latency_us))
 
 
 def _future(spec: RunSpec, workload: Workload, limits: Limits) -> dict[int, list[bytes]] | None:
@@ -119,7 +142,7 @@ def make_costs(spec: CostSpec) -> CostModel:
         return FittedCost.load(Path(spec.calibration))
     if spec.kind == "constant":
         assert spec.step_ms is not None
-        return ConstantCost(round(spec.step_ms * 1e6))
+        return ConstantCost(round(spec.step_ms * 1e6), spec.swap_ns_per_token or 0)
     return RooflineCost(ModelShape.preset(spec.model).in_dtype(spec.dtype), load_device(spec.device))
 
 
@@ -156,11 +179,34 @@ def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
         fields["max_model_len"] = SIMULATED_MODEL_LEN
     if fields["num_blocks"] is None:
         fields["num_blocks"] = _blocks_that_fit(spec, costs)
+    fields["num_host_blocks"] = _host_blocks(spec, costs, measured)
     for name, otherwise in (("capture_sizes", ()), ("mixed_capture_sizes", ()), ("plan_lead_ns", None)):
         fields[name] = getattr(given, name)
         if fields[name] is None:
             fields[name] = getattr(measured, name) if measured is not None else otherwise
-    return Limits(**fields)
+    limits = Limits(**fields)
+    check_swaps(limits, costs)
+    return limits
+
+
+def check_swaps(limits: Limits, costs: CostModel | None) -> None:
+    """Raises SpecError where requests may be swapped out and a measured cost model does not know what that takes."""
+    if limits.num_host_blocks and isinstance(costs, FittedCost) and not costs.prices_swaps:
+        raise SpecError(
+            "limits.num_host_blocks: the calibration has not measured swapping; profile anew with --host-memory"
+        )
+
+
+def _host_blocks(spec: RunSpec, costs: CostModel, measured: Limits | None) -> int:
+    """As given, in blocks or in memory; else as the calibration's runtime had them."""
+    given = spec.limits
+    if given.num_host_blocks is not None:
+        return given.num_host_blocks
+    if given.host_memory_gib is None:
+        return 0 if measured is None else measured.num_host_blocks
+    if not isinstance(costs, RooflineCost):
+        raise SpecError("limits.host_memory_gib: give limits.num_host_blocks; only a roofline knows a block's bytes")
+    return int(given.host_memory_gib * GIB // (costs.model.kv_bytes_per_token * given.block_size))
 
 
 def _measured_limits(costs: CostModel) -> Limits | None:

@@ -45,6 +45,9 @@ class LimitsSpec(_Part):
         num_blocks: KV blocks; None: as many as `kv_cache_gib` holds.
         kv_cache_gib: memory for the KV cache; None: 1 GiB on a CPU, what is free on a GPU, and for a simulated device
             what its memory leaves beside the weights.
+        num_host_blocks: KV blocks in host memory, for requests that are preempted with `mode=swap`; None: as many as
+            `host_memory_gib` holds.
+        host_memory_gib: host memory for them; None: none, and nobody is swapped out.
         memory_share: of the device's memory, the share that weights, the largest step and the KV cache may take
             together; None: 0.95 of a GPU, 0.9 of a simulated device.
         max_model_len: longest sequence, prompt and output; None: the model's limit, 8192 at most (simulated: 32768).
@@ -59,6 +62,8 @@ class LimitsSpec(_Part):
 
     num_blocks: Annotated[int, Field(strict=True, ge=1, le=2**24)] | None = None
     kv_cache_gib: Positive | None = None
+    num_host_blocks: Annotated[int, Field(strict=True, ge=0, le=2**24)] | None = None
+    host_memory_gib: Positive | None = None
     memory_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     block_size: Annotated[int, Field(strict=True, ge=1, le=1024)] = _LIMITS.block_size
     max_num_seqs: Annotated[int, Field(strict=True, ge=1, le=65_536)] = _LIMITS.max_num_seqs
@@ -79,6 +84,8 @@ class LimitsSpec(_Part):
     def _one_size(self) -> LimitsSpec:
         if self.num_blocks is not None and self.kv_cache_gib is not None:
             raise ValueError("give num_blocks or kv_cache_gib, not both")
+        if self.num_host_blocks is not None and self.host_memory_gib is not None:
+            raise ValueError("give num_host_blocks or host_memory_gib, not both")
         return self
 
     @model_validator(mode="after")
@@ -121,7 +128,7 @@ class ModelSpec(_Part):
 _FIELDS_OF_COST = {
     "fitted": ("calibration",),
     "roofline": ("model", "device", "dtype"),
-    "constant": ("step_ms",),
+    "constant": ("step_ms", "swap_ns_per_token"),
 }
 
 
@@ -136,6 +143,7 @@ class CostSpec(_Part):
             name, `cpu` for this one's, or a file of one.
         dtype: of weights and KV cache, for `roofline`.
         step_ms: for `constant`.
+        swap_ns_per_token: for `constant`: what each token of KV adds that is copied to or from host memory; 0.
     """
 
     kind: Literal["fitted", "roofline", "constant"] = "roofline"
@@ -144,6 +152,7 @@ class CostSpec(_Part):
     device: str = "h100-sxm"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     step_ms: Positive | None = None
+    swap_ns_per_token: Annotated[int, Field(strict=True, ge=0, le=10**9)] | None = None
 
     @field_validator("model")
     @classmethod
@@ -166,6 +175,45 @@ class CostSpec(_Part):
     @model_serializer(mode="wrap")
     def _what_applies(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in handler(self).items() if name in ("kind", *_FIELDS_OF_COST[self.kind])}
+
+
+_UNITS = {"B/s": 1.0, "KB/s": 1e3, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "Gbit/s": 1e9 / 8}
+
+
+class LinkSpec(_Part):
+    """How a replica of a simulation sends KV cache to another one.
+
+    Attributes:
+        bandwidth: bytes a second in one direction, as 50e9, `50GB/s` or `400Gbit/s`; `inf`: no time at all. None: the
+            roofline's device's to another one of its machine (NVLink, else its host link).
+        latency_us: from the last byte's leaving to the KV's being usable.
+    """
+
+    bandwidth: float | None = None
+    latency_us: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 10.0
+
+    @field_validator("bandwidth", mode="before")
+    @classmethod
+    def _as_bytes(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        unit = next((u for u in sorted(_UNITS, key=len, reverse=True) if value.strip().endswith(u)), "")
+        try:
+            return float(value.strip().removesuffix(unit)) * _UNITS.get(unit, 1.0)
+        except ValueError:
+            raise ValueError(f"write a bandwidth as 50GB/s or 400Gbit/s; units: {', '.join(_UNITS)}") from None
+
+    @field_validator("bandwidth")
+    @classmethod
+    def _above_zero(cls, value: float | None) -> float | None:
+        if value is not None and not value > 0:
+            raise ValueError("a bandwidth must be above 0")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _infinity_as_text(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = handler(self)
+        return {**fields, "bandwidth": "inf"} if self.bandwidth == float("inf") else dict(fields)
 
 
 class PoliciesSpec(_Part):
@@ -203,6 +251,7 @@ class RunSpec(_Part):
         replicas: of the simulated panel and of `diptych serve`; a real run has one.
         cost: how the simulated panel turns steps into time (a roofline of an 8B model on an H100 where nobody says);
             policies of either panel that plan by predicted cost use it too.
+        link: between the simulated panel's replicas, for routers that move KV cache.
         forced_lengths: the real panel ends each request after its recorded output tokens, whatever they are.
         decisions: record every decision; off makes long simulations smaller.
     """
@@ -214,6 +263,7 @@ class RunSpec(_Part):
     model: ModelSpec = ModelSpec()
     cost: CostSpec | None = None
     replicas: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 1
+    link: LinkSpec = LinkSpec()
     seed: Seed = 0
     forced_lengths: bool = True
     decisions: bool = True
@@ -262,6 +312,7 @@ _GROUPS: dict[str, type[BaseModel]] = {
     "limits": LimitsSpec,
     "model": ModelSpec,
     "cost": CostSpec,
+    "link": LinkSpec,
 }
 
 

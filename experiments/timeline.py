@@ -9,6 +9,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from experiments.records import Run, RunError
+from experiments.token_times import MOVE
+from policies.records import ALIVE
 
 Int64 = NDArray[np.int64]
 
@@ -44,6 +46,22 @@ def timeline(run: Run) -> pd.DataFrame:
     end = max(int(steps["end_ns"].max()), int(times[-1]))
     frame = {c: np.append(levels[i][last], levels[i][-1]) for i, c in enumerate(columns)}
     return pd.DataFrame({"t_ns": np.append(times[last], end), **frame})
+
+
+def window(frame: pd.DataFrame, begin_ns: int, end_ns: int) -> pd.DataFrame:
+    """A part of a timeline: what holds at `begin_ns`, every change up to `end_ns`, and a last row there.
+
+    A timeline that ends before `end_ns` ends where it ends; one that does not reach into the part has no rows.
+    """
+    t_ns = frame["t_ns"].to_numpy()
+    if not len(t_ns) or begin_ns >= t_ns[-1] or end_ns <= t_ns[0]:
+        return frame.iloc[:0]
+    begin, end = max(begin_ns, int(t_ns[0])), min(end_ns, int(t_ns[-1]))
+    first = int(np.searchsorted(t_ns, begin, side="right")) - 1
+    last = int(np.searchsorted(t_ns, end, side="left"))
+    part = frame.iloc[first:last]
+    times = np.concatenate([[begin], part["t_ns"].to_numpy()[1:], [end]])
+    return pd.concat([part, part.iloc[[-1]]], ignore_index=True).assign(t_ns=times)
 
 
 def time_average(frame: pd.DataFrame, column: str) -> float:
@@ -95,10 +113,12 @@ def littles_law(run: Run) -> LittlesLaw:
     end = int(max(steps["end_ns"].max(), steps["plan_ns"].max(), run.requests["finish_ns"].fillna(0).max()))
     entered = run.requests[run.requests["status"] != "refused"]
     held_by_steps = held_by_requests = 0
+    moves = np.concatenate([np.zeros(0, np.int64), *entered["moves"]]).astype(np.int64).reshape(-1, MOVE)
     for replica, rows in steps.groupby("replica", sort=True):
         rows = rows.sort_values("step")
         held_by_steps += _held_by_steps(rows, lag, end)
         held_by_requests += _held_by_requests(entered[entered["replica"] == replica], rows, end)
+        held_by_requests += _held_before_moves(moves[moves[:, 0] == replica], rows, end)
     span_s, count = (end - begin) / 1e9, len(entered)
     if not span_s or not count:
         return LittlesLaw(0.0, 0.0, 0.0)
@@ -118,7 +138,7 @@ def check_books(run: Run) -> None:
 def _held_by_steps(rows: pd.DataFrame, lag: int, end: int) -> int:
     """Request-nanoseconds in the system, from one replica's steps in order."""
     step, plan_ns = rows["step"].to_numpy(), rows["plan_ns"].to_numpy()
-    present = rows[["num_running", "num_waiting", "num_paused"]].sum(axis=1).to_numpy(np.int64)
+    present = rows[list(ALIVE)].sum(axis=1).to_numpy(np.int64)
     held = int(np.dot(present, np.append(plan_ns[1:], end) - plan_ns))
     # Who ended with a report was counted on to the plan that follows it: the next one, or with lag=1 the one after.
     following = _plan_time(step, plan_ns, step + 1 + lag, end)
@@ -134,6 +154,12 @@ def _held_by_requests(requests: pd.DataFrame, rows: pd.DataFrame, end: int) -> i
     cancelled = requests["end_before_step"].notna().to_numpy()
     cancel = _plan_time(step, plan_ns, requests["end_before_step"].to_numpy(np.int64, na_value=0), end)
     return int(np.sum(np.where(cancelled, cancel, finish) - entry))
+
+
+def _held_before_moves(moves: Int64, rows: pd.DataFrame, end: int) -> int:
+    """Request-nanoseconds on one replica of those that left it for another, which they did before a plan."""
+    step, plan_ns = rows["step"].to_numpy(), rows["plan_ns"].to_numpy()
+    return int(np.sum(_plan_time(step, plan_ns, moves[:, 2], end) - _plan_time(step, plan_ns, moves[:, 1], end)))
 
 
 def _plan_time(step: Int64, plan_ns: Int64, wanted: Int64, end: int) -> Int64:

@@ -23,6 +23,8 @@ from experiments.records import Run, RunError
 
 Int64 = NDArray[np.int64]
 
+MOVE = 5
+"""Numbers of each stay in `moves`."""
 COMPLETED = ("stop", "length")
 """Statuses of requests that ended by themselves: those that `vllm bench serve` counts as completed."""
 
@@ -74,12 +76,13 @@ def token_times(run: Run) -> TokenTimes:
 def _compute(run: Run) -> TokenTimes:
     index = _StepIndex(run.steps)
     requests = run.requests
-    keys = np.concatenate([_single_tokens(run, index), _group_tokens(run, index)])
-    keys.sort()  # by request, then by step: a step is a slot, and slots of one replica are in order of its steps
+    stays = _Stays(run)
+    keys = np.concatenate([_single_tokens(run, index, stays), _group_tokens(run, index, stays)])
+    keys.sort()  # by request, by stay, by step: a step is a slot, and slots of one replica are in order of its steps
     if np.any(keys[1:] == keys[:-1]):
-        row = int(keys[1:][keys[1:] == keys[:-1]][0] // index.size)
+        row = int(keys[1:][keys[1:] == keys[:-1]][0] // (index.size * stays.most))
         raise RunError(f"{run.folder}: request {requests['request_id'].iloc[row]} has two tokens in one step")
-    rows, slots = np.divmod(keys, index.size)
+    rows, slots = keys // (index.size * stays.most), keys % index.size
     starts = np.searchsorted(rows, np.arange(len(requests) + 1))
     position = np.arange(len(rows)) - starts[rows]
     kept = position < requests["output_tokens"].to_numpy()[rows]
@@ -122,7 +125,7 @@ class _StepIndex:
         self._slot_of_clock = np.full(int(self._num_clocks.sum()) + 1, -1, np.int64)
         self._slot_of_clock[self._first_clock[place[ran]] + clock] = slot[ran]
 
-    def place(self, replica: NDArray[np.int32]) -> Int64:
+    def place(self, replica: Int64) -> Int64:
         """Position of each replica among those that ran a step, -1 for others."""
         place = np.searchsorted(self.replicas, replica)
         known = np.append(self.replicas, -1)[place] == replica
@@ -156,14 +159,46 @@ def _flat(run: Run, column: str) -> tuple[Int64, Int64]:
     return values, np.repeat(np.arange(len(lengths)), lengths)
 
 
-def _single_tokens(run: Run, index: _StepIndex) -> Int64:
+class _Stays:
+    """On which replica each request was when, of its entries in `token_steps` and `decode_runs`, each came about."""
+
+    def __init__(self, run: Run) -> None:
+        values, rows = _flat(run, "moves")
+        self._last = run.requests["replica"].to_numpy().astype(np.int64)
+        self._moved, self._replicas, self._ends = rows[::MOVE], values[::MOVE], (values[3::MOVE], values[4::MOVE])
+        counts = np.bincount(self._moved, minlength=len(self._last))
+        self._first = np.cumsum(counts) - counts
+        self.most = int(counts.max(initial=0)) + 1
+        """Stays of the request that has most."""
+
+    def of(self, rows: Int64, nth: Int64, runs: bool) -> tuple[Int64, Int64]:
+        """(number of the stay, its replica) for the nth entry of the requests in these rows."""
+        stay = np.zeros(len(rows), np.int64)
+        for move, end in zip(self._moved, self._ends[runs], strict=True):
+            low, high = np.searchsorted(rows, (move, move + 1))  # rows ascend
+            stay[low:high] += nth[low:high] >= end
+        moves = np.append(np.bincount(self._moved, minlength=len(self._last)), 0)
+        earlier = stay < moves[rows]
+        at = np.where(earlier, np.append(self._first, 0)[rows] + stay, len(self._replicas))
+        return stay, np.where(earlier, np.append(self._replicas, -1)[at], self._last[rows])
+
+
+def _nth(rows: Int64) -> Int64:
+    """Each value's position among those of its row; rows ascend."""
+    return np.arange(len(rows)) - np.searchsorted(rows, rows)
+
+
+def _keys(index: _StepIndex, stays: _Stays, rows: Int64, stay: Int64, slots: Int64) -> Int64:
+    return (((rows * stays.most) + stay) * index.size + slots)[slots >= 0]
+
+
+def _single_tokens(run: Run, index: _StepIndex, stays: _Stays) -> Int64:
     steps, rows = _flat(run, "token_steps")
-    place = index.place(run.requests["replica"].to_numpy())
-    slots = index.slots(place[rows], steps)
-    return (rows * index.size + slots)[slots >= 0]
+    stay, replica = stays.of(rows, _nth(rows), runs=False)
+    return _keys(index, stays, rows, stay, index.slots(index.place(replica), steps))
 
 
-def _group_tokens(run: Run, index: _StepIndex) -> Int64:
+def _group_tokens(run: Run, index: _StepIndex, stays: _Stays) -> Int64:
     values, rows = _flat(run, "decode_runs")
     first, last, owner = values[::2], values[1::2], rows[::2]
     if len(first) != len(last) or np.any(owner != rows[1::2]) or np.any(first > last):
@@ -172,10 +207,8 @@ def _group_tokens(run: Run, index: _StepIndex) -> Int64:
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     clocks = np.arange(1, total + 1) + np.repeat(first - (ends - lengths), lengths)
-    owners = np.repeat(owner, lengths)
-    place = index.place(run.requests["replica"].to_numpy())
-    slots = index.slots_of_clocks(place[owners], clocks)
-    return (owners * index.size + slots)[slots >= 0]
+    stay, replica = (np.repeat(of_run, lengths) for of_run in stays.of(owner, 2 * _nth(owner), runs=True))
+    return _keys(index, stays, np.repeat(owner, lengths), stay, index.slots_of_clocks(index.place(replica), clocks))
 
 
 def _check(run: Run, times: TokenTimes) -> None:

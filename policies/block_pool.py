@@ -46,6 +46,11 @@ class BlockPool:
         """Blocks that an allocation can have: the free ones and the idle ones."""
         return len(self._free) + self.num_idle
 
+    @property
+    def num_unused(self) -> int:
+        """Free blocks without content."""
+        return len(self._free)
+
     def allocate(self, count: int, now: int) -> list[int]:
         """`count` blocks, evicting idle ones when the free ones run out. The caller has checked `num_free`."""
         if count == 0:

@@ -39,7 +39,10 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """The part of a waiting request's tokens whose KV blocks are on the device already."""
+    """The part of a waiting request's tokens whose KV blocks are on the device already.
+
+    Of a swapped request, `num_tokens` is what it has computed, which comes back; `blocks` are those that need no copy.
+    """
 
     num_tokens: int = 0
     blocks: tuple[CachedBlock, ...] = ()
@@ -58,6 +61,13 @@ class View(Protocol):
         ...
 
     @property
+    def num_host_blocks(self) -> int:
+        """Blocks of host memory that preempted requests can be swapped to; 0 where there is no such tier."""
+        ...
+
+    @property
+    def num_free_host_blocks(self) -> int: ...
+    @property
     def max_num_seqs(self) -> int: ...
     @property
     def max_num_batched_tokens(self) -> int: ...
@@ -74,6 +84,11 @@ class View(Protocol):
     @property
     def paused(self) -> Mapping[int, Request]:
         """Requests that were preempted with `Mode.KEEP`, by id: they hold their blocks."""
+        ...
+
+    @property
+    def swapped(self) -> Mapping[int, Request]:
+        """Requests that were preempted with `Mode.SWAP`, by id: their blocks are in host memory."""
         ...
 
     @property
@@ -98,7 +113,12 @@ class View(Protocol):
         ...
 
     def probe(self, request: Request) -> Hit:
-        """The prefix hit a waiting request would have now. No side effect on recency."""
+        """The prefix hit a waiting (or swapped) request would have now. No side effect on recency."""
+        ...
+
+    def prefix_keys(self, request: Request) -> Sequence[bytes]:
+        """The names of its prompt's full blocks, in order: who has the same name has the same tokens up to there.
+        None where prefixes are not cached."""
         ...
 
     def settled(self, request: Request) -> bool:
@@ -178,11 +198,12 @@ class Admission(Protocol):
         ...
 
     def on_admit(self, request: Request) -> None:
-        """It runs now: commit what was promised."""
+        """It runs now, for the first time or again after its memory was taken: commit what was promised."""
         ...
 
     def on_release(self, request: Request) -> None:
-        """It gave its memory back: it was preempted, or has ended (`request.state` says how, with its tokens)."""
+        """It gave its memory back: it was preempted (recomputed or swapped), or has ended (`request.state` says how,
+        with its tokens)."""
         ...
 
     def on_report(self, report: Report) -> None:
@@ -231,11 +252,26 @@ class Eviction(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes: its replica, and where they differ the one that decodes and the one with its KV."""
+    """Where a request goes: its replica, and where they differ the one that decodes, and the one from whose prefix
+    cache the blocks are fetched that its own lacks. Only simulations move KV so far; a router that does says
+    `moves_kv = True`."""
 
     replica: int
     decode_replica: int | None = None
     kv_from: int | None = None
+
+
+LATER = -1
+"""As `Route.decode_replica`: the router says it once the prefill is done (`PullingRouter`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A live migration: this request, which decodes on one replica, goes on on another, with its KV."""
+
+    request: Request
+    source: int
+    target: int
 
 
 class Replica(Protocol):
@@ -282,6 +318,50 @@ class Router(Protocol):
     def on_end(self, request: Request, replica: int, now: int) -> None:
         """A request has ended, or left the replica: once for each route, which a router before this one may have
         given, also for a replica that is gone."""
+        ...
+
+
+class ClusterReplica(Replica, Protocol):
+    """A replica between which and others KV can move, as `pull` and `rebalance` see it."""
+
+    @property
+    def num_incoming_blocks(self) -> int:
+        """Blocks of requests whose KV is on its way here, or has come and has not run yet; `num_free_blocks` is
+        without them."""
+        ...
+
+    def decoding(self) -> Iterator[Request]:
+        """The requests that decode here and are not moving. Costs as many steps as there are running ones."""
+        ...
+
+
+@runtime_checkable
+class PullingRouter(Router, Protocol):
+    """A router that says where a request decodes only once its prefill is done (`LATER`)."""
+
+    def pull(self, request: Request, replicas: Sequence[ClusterReplica], now: int) -> int | None:
+        """The replica that takes it now, or None: it waits, with its blocks, where it is. Asked about whoever waits
+        longest whenever a replica's memory may have changed. Changes nothing: the replica may have no room."""
+        ...
+
+
+@runtime_checkable
+class RebalancingRouter(Router, Protocol):
+    """A router that moves requests while they decode."""
+
+    rebalance_ns: int
+    """How often it is asked, while any request is alive."""
+
+    def rebalance(self, replicas: Sequence[ClusterReplica], now: int) -> Sequence[Move]:
+        """Who is to go where. A move that cannot be done is not, and its request goes on where it is."""
+        ...
+
+
+class TransferCost(Protocol):
+    """What it takes to move KV, for routers whose constructors ask for `transfer`."""
+
+    def transfer_ns(self, num_blocks: int) -> int:
+        """So many KV blocks from one replica to another over an idle link, in nanoseconds."""
         ...
 
 

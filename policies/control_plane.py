@@ -16,6 +16,7 @@ from policies.recording import Recording
 from policies.replica_state import Limits, ReplicaState
 from policies.request import Request, State
 from policies.stack import PolicyStack
+from policies.transfers import Transfers
 
 
 class RequestRefused(ValueError):
@@ -53,6 +54,7 @@ class ControlPlane:
         self.stack = stack
         self.replica = replica
         self._state = ReplicaState(limits, stack, cost)
+        self.transfers = Transfers(self, self._state)
         self.on_end = on_end
         self._recording = None if recorder is None else Recording(recorder, replica, self._state)
         self._check = check
@@ -60,6 +62,8 @@ class ControlPlane:
         self._empty_plans = 0
         self._held = False
         self._last_ns = 0
+        self._num_repeated = 0
+        self._repeats = 0  # times the last plan may be taken again without asking
 
     # What a panel may look at
 
@@ -70,8 +74,13 @@ class ControlPlane:
 
     @property
     def num_live(self) -> int:
-        """Requests waiting, running or paused."""
+        """Requests waiting, running, paused or swapped."""
         return len(self._state.requests)
+
+    @property
+    def live_ids(self) -> list[int]:
+        """Their ids, and those of requests that are leaving for another replica, in order."""
+        return sorted([*self._state.requests, *self._state.leaving])
 
     @property
     def num_running(self) -> int:
@@ -99,6 +108,11 @@ class ControlPlane:
         return self._next_index
 
     @property
+    def num_asked(self) -> int:
+        """How often the policy was asked for a plan; the other steps repeated one."""
+        return self._next_index - self._num_repeated
+
+    @property
     def held(self) -> bool:
         """Whether `hold` is in force: plans run nothing."""
         return self._held
@@ -121,13 +135,15 @@ class ControlPlane:
 
     # The four calls
 
-    def submit(self, request: Request, now: int, keys: Sequence[bytes] = ()) -> None:
+    def submit(self, request: Request, now: int, keys: Sequence[bytes] = (), *, hands_off: bool = False) -> None:
         """A request arrives. `keys`: the hash chain of its prompt's full blocks (longer where the future is known).
 
         Raises RequestRefused, with the refusal recorded, if it could never be served; the others are not affected.
-        Its `max_tokens` is cut to what the model's limit leaves.
+        Its `max_tokens` is cut to what the model's limit leaves. `hands_off`: after its first token it is done here,
+        and waits to be taken away (`policies.transfers`).
         """
         self._advance(now)
+        self._repeats = 0
         if self.limits.prefix_caching:
             request._keys = list(keys)
         reason = self._refusal(request)
@@ -137,6 +153,8 @@ class ControlPlane:
         if self._recording is not None:
             self._recording.submitted(request, self._next_index)
         request.max_tokens = min(request.max_tokens, self.limits.max_model_len - request.num_prompt_tokens)
+        if hands_off:
+            request.max_tokens, request._tokens_elsewhere = 1, request.max_tokens - 1
         self._state.requests[request.id] = request
         self._state.waiting_tokens += request.num_pending_tokens
         self.stack.scheduler.add(request, now)
@@ -172,18 +190,23 @@ class ControlPlane:
         return None
 
     def cancel(
-        self, request_id: int, now: int, num_output_tokens: int | None = None, end: State = State.CANCELLED
+        self,
+        request_id: int,
+        now: int,
+        num_output_tokens: int | None = None,
+        end: State = State.CANCELLED,
+        error: str = "",
     ) -> bool:
         """End a request in whatever state it is; its blocks are free at once. False if it had ended.
 
         `end`: `State.STOPPED` where its text has come to a stop string, which only those see who make text of tokens.
         """
         self._advance(now)
-        request = self._state.requests.get(request_id)
+        request = self._state.requests.get(request_id) or self._state.leaving.get(request_id)
         if request is None:
             return False
         count = request.num_output_tokens if num_output_tokens is None else num_output_tokens
-        self._end(request, end, count, now, from_outside=True)
+        self._end(request, end, count, now, error=error, from_outside=True)
         self._verify()
         return True
 
@@ -204,13 +227,36 @@ class ControlPlane:
             self.stack.scheduler.add(request, now)
         if not state.requests:
             step.wake_at = None  # there is nobody to be woken for
-        times = [until for until in state.pins.values() if until != FOREVER]
-        if times:
-            step.wake_at = min([*times, *([] if step.wake_at is None else [step.wake_at])])
+        if state.pins:
+            times = [until for until in state.pins.values() if until != FOREVER]
+            if times:
+                step.wake_at = min([*times, *([] if step.wake_at is None else [step.wake_at])])
         if self._recording is not None:
             self._recording.planned(plan, step)
         self._verify()
         self._watch(step)
+        self._repeats = plan.repeats - 1 if _only_decodes(step) else 0
+        return step
+
+    def repeat(self, now: int) -> Step | None:
+        """The last plan once more, as if the policy had been asked again; None where it has to be.
+
+        It answers as long as the policy has said that it would (`Plan.repeats`), nothing has come in from outside, and
+        there are blocks for everybody. The same calls of `report` go with it as with `plan`.
+        """
+        state = self._state
+        if not self._repeats or not (decodes := state.num_decoding):
+            return None
+        if decodes > (free := state.pool.num_free) and len(state.decodes_that_need_a_block()) > free:
+            return None
+        self._advance(now)
+        step = Enactment(state, _DECODES, self._next_index, now).run_decodes()
+        self._next_index += 1
+        self._num_repeated += 1
+        self._repeats -= 1
+        if self._recording is not None:
+            self._recording.planned(_DECODES, step)
+        self._verify()
         return step
 
     def _ask(self, now: int) -> Plan:
@@ -231,24 +277,32 @@ class ControlPlane:
         self._advance(report.end_ns)
         state, step = self._state, report.step
         state.last_reported = step.index
-        firsts = [chunk.request for chunk in step.chunks if chunk.samples]
-        for request in (*firsts, *step.joined, *step.decodes):
-            if request.first_token_ns is None and not request.state.ended:
-                request.first_token_ns = report.end_ns
+        if step.chunks or step.joined or step.decodes:
+            firsts = [chunk.request for chunk in step.chunks if chunk.samples]
+            for request in (*firsts, *step.joined, *step.decodes):
+                if request.first_token_ns is None and not request.state.ended:
+                    request.first_token_ns = report.end_ns
+                if request.hands_off and request.state in (State.WAITING, State.SWAPPED):  # preempted meanwhile
+                    request.max_tokens += 1  # so it gets one more here
+                    request._tokens_elsewhere -= 1
         for request, depth, block in step.filled:
             held = request._blocks
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
                 state.register(request, depth, report.end_ns)
         # Without those that were cancelled while the step was in flight; and in order of arrival, whatever order a
         # panel found them in, since it decides which blocks are idle longest.
-        alive = [finished for finished in report.finished if finished[0].id in state.requests]
-        report.finished[:] = sorted(alive, key=lambda finished: finished[0].key)
-        for request, end, num_output_tokens in report.finished:
-            self._end(request, end, num_output_tokens, report.end_ns)
+        num_finished = 0
+        if report.finished:
+            live, leaving = state.requests, state.leaving
+            alive = [finished for finished in report.finished if finished[0].id in live or finished[0].id in leaving]
+            report.finished[:] = sorted(alive, key=lambda finished: finished[0].key)
+            num_finished = sum(request.state is not State.MOVING for request, _, _ in report.finished)
+            for request, end, num_output_tokens in report.finished:
+                self._end(request, end, num_output_tokens, report.end_ns)
         self.stack.scheduler.on_report(report)
         self.stack.admission.on_report(report)
         if self._recording is not None:
-            self._recording.reported(report)
+            self._recording.reported(report, num_finished)
         self._verify()
 
     # What an operator does to a replica that is running. All of it comes after the submissions and cancellations that
@@ -260,6 +314,7 @@ class ControlPlane:
         `names`: role (a scheduler's queue too) -> the policy as text, for the record.
         """
         self._advance(now)
+        self._repeats = 0
         swapping.swap(self._state, policies, now)
         self._record_event("swap", 0, "; ".join(f"{role}: {name}" for role, name in names.items()))
         self._empty_plans = 0
@@ -268,6 +323,7 @@ class ControlPlane:
     def hold(self, now: int) -> None:
         """From the next plan on run nothing, until `release`. Requests keep their places and their memory."""
         self._advance(now)
+        self._repeats = 0
         self._held = True
         self._record_event("hold", 0, "")
 
@@ -285,13 +341,13 @@ class ControlPlane:
         self._verify()
         return count
 
-    def _record_event(self, kind: str, tokens: int, reason: str) -> None:
+    def _record_event(self, kind: str, tokens: int, reason: str, request_id: int = -1) -> None:
         if self._recording is not None:
-            self._recording.event(kind, tokens, reason, self._next_index)
+            self._recording.event(kind, tokens, reason, self._next_index, request_id)
 
     def close(self) -> None:
         """Record the requests that have not ended. Nothing can be submitted afterwards."""
-        for request in list(self._state.requests.values()):
+        for request in [*self._state.requests.values(), *self._state.leaving.values()]:
             self._record_end(request, request.num_output_tokens)
 
     # Inside
@@ -310,16 +366,23 @@ class ControlPlane:
         error: str = "",
         from_outside: bool = False,
     ) -> None:
+        if from_outside:
+            self._repeats = 0
         state = self._state
-        waited = request.state is State.WAITING
-        queued = waited or request.state is State.PAUSED
+        waited, moving = request.state is State.WAITING, request.state is State.MOVING
+        swapped = request.state is State.SWAPPED
+        queued = waited or swapped or request.state is State.PAUSED
         request.state = end
         request.finish_ns = now
         # A plan that drops a request has taken it off the queue; what ends while it runs is in the report.
-        if from_outside or (queued and end is not State.DROPPED):
+        if (from_outside and not moving) or (queued and end is not State.DROPPED):
             self.stack.scheduler.remove(request, now)
         if waited:
             state.waiting_tokens -= request.num_pending_tokens
+            state.pins.pop(request.id, None)
+        elif swapped:
+            state.stop(request)
+            state.forget_swapped(request)
             state.pins.pop(request.id, None)
         else:
             state.stop(request)
@@ -328,7 +391,8 @@ class ControlPlane:
                 state.pinned[request.id] = request
             else:
                 state.free(request, now)
-        del state.requests[request.id]
+        del (state.leaving if moving else state.requests)[request.id]
+        state.landed.pop(request.id, None)
         self._record_end(request, num_output_tokens, error, from_outside)
         if self.on_end is not None:
             self.on_end(request)
@@ -344,7 +408,8 @@ class ControlPlane:
         state = self._state
         waits_for_a_time = step.wake_at is not None and step.wake_at > step.plan_ns
         idle = not step.runs and state.last_launched == state.last_reported and not waits_for_a_time
-        if not idle or not state.requests or step.preempted or step.dropped or self._held:
+        moves = step.preempted or step.dropped or self.transfers.underway
+        if not idle or not state.requests or moves or self._held:
             self._empty_plans = 0
             return
         self._empty_plans += 1
@@ -359,3 +424,12 @@ class ControlPlane:
     def _verify(self) -> None:
         if self._check:
             self._state.check()
+
+
+_DECODES = Plan(decode_all=True)
+
+
+def _only_decodes(step: Step) -> bool:
+    """Whether the step ran the decode group and did nothing else that a repetition of it would not do."""
+    changes = step.chunks or step.copies or step.preempted or step.resumed or step.dropped or step.refused
+    return step.decode_all and not changes and step.wake_at is None

@@ -23,6 +23,13 @@ def prefill_ns(cost: CostModel, num_tokens: int, start: int = 0) -> int:
     )
 
 
+def swap_ns(cost: CostModel, num_tokens: int) -> int:
+    """What it adds to two steps to copy the KV of so many tokens (whole blocks) out to host memory, and back in."""
+    nothing = cost.step_ns(StepShape())
+    out, back = cost.step_ns(StepShape(swapped_out=num_tokens)), cost.step_ns(StepShape(swapped_in=num_tokens))
+    return out + back - 2 * nothing
+
+
 def decode_ns(cost: CostModel, num_decodes: int, context: int) -> int:
     """A step that gives each of `num_decodes` sequences one token; `context` is summed over them."""
     longest = -(-context // max(1, num_decodes))

@@ -9,10 +9,11 @@ from __future__ import annotations
 from copy import copy
 
 from policies.contract import Admission, Preemption, View
-from policies.plan import Mode, Plan
+from policies.plan import FOREVER, Mode, Plan
 from policies.request import Request, State
 
 NO_BLOCKS = "no blocks"
+NO_HOST_BLOCKS = "no host blocks"
 TOKEN_BUDGET = "token budget"
 SLOTS = "slots"
 ADMISSION = "admission"
@@ -31,6 +32,7 @@ class Draft:
         self.num_tokens = 0  # planned so far
         self.seqs_left = view.max_num_seqs - len(view.running)
         self.blocks_left = view.num_free_blocks
+        self.host_blocks_left = view.num_free_host_blocks
         self.admitted: list[Request] = []
         self.preempted: dict[int, Request] = {}
         self._given: dict[int, tuple[int, int]] = {}  # running request -> (tokens, blocks) planned for it
@@ -115,9 +117,10 @@ class Draft:
             self.plan.chunks.append((request, num_tokens))
 
     def preempt(self, request: Request, mode: Mode) -> None:
-        """Stop a running request (or take a paused one's blocks); what this plan had given it goes back.
+        """Stop a running request, or take a paused or swapped one's blocks; what this plan had given it goes back.
 
-        Of one that this plan stops already and lets keep its blocks, the blocks are taken too.
+        Of one that this plan stops already and lets keep its blocks, the blocks are taken too. `Mode.SWAP` where
+        `can_swap` says no is refused by the control plane, as "no host blocks".
         """
         if request.id in self.preempted:
             self.plan.preempt = [(r, m) for r, m in self.plan.preempt if r is not request]
@@ -127,11 +130,21 @@ class Draft:
             self.seqs_left += 1
         if mode is not Mode.KEEP:
             self.blocks_left += self.view.num_freed_by(request, self._released)
+            self.host_blocks_left += request.num_host_blocks
+        if mode is Mode.SWAP:
+            self.host_blocks_left -= self._host_blocks_for(request)
         if request.id in self._given:
             tokens, blocks = self._given.pop(request.id)
             self._spend(-tokens, -blocks)
             self.plan.decodes = [r for r in self.plan.decodes if r is not request]
             self.plan.chunks = [(r, n) for r, n in self.plan.chunks if r is not request]
+
+    def can_swap(self, request: Request) -> bool:
+        """Whether host memory has room for what a running or paused request has computed."""
+        return self._host_blocks_for(request) <= self.host_blocks_left
+
+    def _host_blocks_for(self, request: Request) -> int:
+        return -(-request.num_computed_tokens // self.view.block_size)
 
     def blocks_freed_by(self, request: Request) -> int:
         """Blocks that preempting it would make allocatable, beside what this plan frees already. O(its blocks)."""
@@ -164,8 +177,9 @@ class Draft:
         self.plan.wake_at = time if wake is None else min(wake, time)
 
     def admit(self, request: Request, *, max_chunk: int | None = None, whole: bool = False, hold: int = 0) -> bool:
-        """Start a waiting request with as many tokens as the budget has, or say in the record why not.
+        """Start or resume a waiting request with as many tokens as the budget has, or say in the record why not.
 
+        One that was swapped out needs device blocks for all that it has computed, as they come back together.
         `max_chunk`: at most so many; `whole`: all of its tokens or none; `hold`: have blocks for at least so many
         tokens of the sequence, not only for the chunk.
         """
@@ -181,7 +195,7 @@ class Draft:
             return TOKEN_BUDGET
         if not self.view.settled(request):
             return IN_FLIGHT
-        paused = request.state is State.PAUSED
+        paused, swapped = request.state is State.PAUSED, request.state is State.SWAPPED
         hit = None if paused else self.view.probe(request)
         start = request.num_computed_tokens if hit is None else hit.num_tokens
         tokens = min(request.num_tokens - start, self.tokens_left)
@@ -190,6 +204,9 @@ class Draft:
         if max_chunk is not None:
             tokens = min(tokens, max_chunk)
 
+        decodes = (paused or swapped) and request.num_pending_tokens == 1
+        if decodes:
+            hold = 0  # which goes with a chunk
         held = request.num_blocks if hit is None else len(hit.blocks)
         hits = () if hit is None else hit.blocks
         idle = sum(block.references == self._released.get(block.id, 0) for block in hits)  # free until this plan
@@ -207,9 +224,9 @@ class Draft:
         for block in hits:
             self._released[block.id] = self._released.get(block.id, 0) - 1
         self.admitted.append(request)
-        if paused:
+        if paused or swapped:
             self.plan.resume.append(request)
-        if paused and request.num_pending_tokens == 1:
+        if decodes:
             if not self.plan.decode_all:  # which includes it, once it is resumed
                 self.plan.decodes.append(request)
         else:
@@ -218,10 +235,19 @@ class Draft:
             self.plan.hold[request.id] = hold
         return None
 
-    def finish(self) -> Plan:
-        """The plan. Single decodes that turn out to be everybody's are said in one word."""
-        plan = self.plan
-        rest = self.view.num_decoding - self._num_decodes_stopped()
+    def finish(self, *, steady: bool = False) -> Plan:
+        """The plan. Single decodes that turn out to be everybody's are said in one word.
+
+        `steady`: the scheduler says that, with everybody decoding and nobody else there, it only ever runs them all.
+        """
+        plan, view = self.plan, self.view
+        if (
+            steady
+            and plan.decode_all
+            and not (plan.chunks or view.num_waiting or view.paused or view.swapped or view.prefilling)
+        ):
+            plan.repeats = FOREVER
+        rest = view.num_decoding - self._num_decodes_stopped()
         if plan.decodes and not plan.resume and len(plan.decodes) == rest:
             plan.decodes = []
             plan.decode_all = True

@@ -1,8 +1,8 @@
 """Carrying out a plan: check each item, change the replica's state, say what a panel has to run.
 
 The order is fixed: pins, drops, preemptions, resumptions, prefix hits of all admissions (before anything is allocated,
-so that no allocation of the plan evicts what another item of it hits), decodes, chunks. An item that cannot be done is
-refused with a reason and leaves no trace; nothing is edited silently.
+so that no allocation of the plan evicts what another item of it hits), blocks for those that come back from the host,
+decodes, chunks. An item that cannot be done is refused with a reason and leaves no trace; nothing is edited silently.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import operator
 
 from policies.contract import Hit
 from policies.draft import NO_BLOCKS, SLOTS, TOKEN_BUDGET
-from policies.plan import Chunk, Mode, Plan, Step
+from policies.plan import Chunk, Plan, Step
+from policies.preempting import Returns, num_idle, objection_to_preempting, take_memory
 from policies.replica_state import ReplicaState
 from policies.request import Request, State
 from policies.shapes import StepShape, padded_batch
@@ -29,6 +30,7 @@ class Enactment:
         self._tokens_left = state.limits.max_num_batched_tokens
         self._seen: set[int] = set()
         self._hits: dict[int, Hit] = {}
+        self._returns = Returns(state)
         self._contexts: list[int] = []
         self._hold: dict[int, int] = {}
 
@@ -39,22 +41,30 @@ class Enactment:
         self._preempt()
         self._resume()
         chunks = self._claim_hits(self._bundled(self._whole(self.plan.chunks)))
+        self.step.grown += self._returns.bring_back(now=self.now)
         self._decode()
         for request, num_tokens in chunks:
             self._chunk(request, num_tokens)
         self._register()
+        return self._finish()
+
+    def run_decodes(self) -> Step:
+        """Enact a plan that is known to say `decode_all` and nothing else."""
+        self._decode_group()
+        return self._finish()
+
+    def _finish(self) -> Step:
         self._measure()
         if self.step.runs:
             # A step that runs nothing is not reported: who left before it is named by the next that does.
-            self.step.left = self.state.left_group
-            self.state.left_group = []
+            self.step.left, self.state.left_group = self.state.left_group, []
             self.state.last_launched = self.step.index
         return self.step
 
     @property
     def back_to_queue(self) -> list[Request]:
         """Those that were preempted or refused and did not get to run by another item of the plan: each once."""
-        live, waits = self.state.requests, (State.WAITING, State.PAUSED)
+        live, waits = self.state.requests, (State.WAITING, State.PAUSED, State.SWAPPED)
         return [r for r in self._set_back.values() if r.id in live and r.state in waits]
 
     def _refuse(self, request: Request, reason: str) -> None:
@@ -88,43 +98,37 @@ class Enactment:
                     state.stop(request)  # it takes no part in this step
 
     def _preempt(self) -> None:
-        state = self.state
         for request, mode in self.plan.preempt:
-            if request.id not in state.running and (mode is Mode.KEEP or request.id not in state.paused):
-                self._refuse(request, "not running")
-            elif request.id in self._seen:
-                self._refuse(request, "planned twice")
-            elif mode is Mode.SWAP:
-                self._refuse(request, "no host memory tier to swap to")
-            else:
-                self._seen.add(request.id)
-                state.stop(request)
-                request.num_preemptions += 1
-                if mode is Mode.KEEP:
-                    request.state = State.PAUSED
-                    state.paused[request.id] = request
-                else:
-                    request.state = State.WAITING
-                    request._computed = 0
-                    state.free(request, self.now)
-                    state.stack.admission.on_release(request)
-                    state.waiting_tokens += request.num_pending_tokens
-                self.step.preempted.append((request, mode))
-                self._set_back[request.id] = request
+            reason = objection_to_preempting(self.state, request, mode)
+            if reason is None and request.id in self._seen:
+                reason = "planned twice"
+            if reason is not None:
+                self._refuse(request, reason)
+                continue
+            self._seen.add(request.id)
+            take_memory(self.state, request, mode, self.now)
+            request.num_preemptions += 1
+            self.step.preempted.append((request, mode))
+            self._set_back[request.id] = request
 
     def _resume(self) -> None:
         state = self.state
         for request in self.plan.resume:
-            if request.id not in state.paused or request.id in self._seen:
+            swapped = request.id in state.swapped
+            if not (swapped or request.id in state.paused) or request.id in self._seen:
                 self._refuse(request, "not paused")
             elif len(state.running) >= state.limits.max_num_seqs:
                 self._refuse(request, SLOTS)
             elif not state.settled(request):
                 self._refuse(request, "a step in flight still computes for it")
+            elif swapped and not self._returns.promise(request, self.now):
+                self._refuse(request, NO_BLOCKS)
             else:
-                del state.paused[request.id]
+                (state.swapped if swapped else state.paused).pop(request.id)
                 self._start(request)
                 self.step.resumed.append(request)
+                if swapped:
+                    state.stack.admission.on_admit(request)
 
     def _start(self, request: Request) -> None:
         request.state = State.RUNNING
@@ -158,12 +162,11 @@ class Enactment:
             bundles.append(bundle)
         bundled = frozenset().union(*bundles)
         size = state.limits.block_size
-        opening = state.decodes_that_need_a_block()
-        if not plan.decode_all:
-            opening = [r for r in plan.decodes if r.num_computed_tokens >= r.num_blocks * size]
+        opening = state.decodes_that_need_a_block() if plan.decode_all else plan.decodes
+        opening = [r for r in opening if r.num_computed_tokens >= self._start_of(r)[1] * size]
         slots = state.limits.max_num_seqs - len(state.running)
         tokens = self._tokens_left - (state.num_decoding if plan.decode_all else len(plan.decodes))
-        blocks = state.pool.num_free - len(opening)
+        blocks = state.pool.num_free - self._returns.promised - len(opening)
         refused: set[int] = set()
         for bundle in [frozenset({r.id}) for r, _ in chunks if r.id not in bundled] + bundles:
             members = [(r, n) for r, n in chunks if r.id in bundle]
@@ -191,10 +194,12 @@ class Enactment:
 
     def _start_of(self, request: Request) -> tuple[int, int, int]:
         """The position it goes on from, the blocks it has by then, and how many of them are idle until then."""
+        if request.id in self._returns.hits:
+            return request.num_computed_tokens, request.num_host_blocks, 0
         if request.state is not State.WAITING:
             return request.num_computed_tokens, request.num_blocks, 0
         hit = self.state.probe(request)
-        return hit.num_tokens, len(hit.blocks), sum(block.references == 0 for block in hit.blocks)
+        return hit.num_tokens, len(hit.blocks), num_idle(hit)
 
     def _claim_hits(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
         state = self.state
@@ -209,9 +214,14 @@ class Enactment:
             if request.state is State.WAITING:
                 hit = state.probe(request)
                 self._hits[request.id] = hit
-        for request_id, hit in self._hits.items():
-            if hit.blocks:
-                state.pool.claim(hit.blocks, self.now, state.requests[request_id])
+        for request_id, hit in list(self._hits.items()):
+            request = state.requests[request_id]
+            if not self._returns.leaves_room(hit):
+                del self._hits[request_id]
+                probed = [(other, n) for other, n in probed if other is not request]
+                self._refuse(request, NO_BLOCKS)
+            elif hit.blocks:
+                state.pool.claim(hit.blocks, self.now, request)
         return probed
 
     def _objection(self, request: Request) -> str | None:
@@ -223,6 +233,8 @@ class Enactment:
             return "not a live request"
         if request.state is State.PAUSED:
             return "paused and not resumed"
+        if request.state is State.SWAPPED:
+            return "swapped out and not resumed"
         if request.id in state.drained:
             return "nothing left to compute"
         if request.state is State.RUNNING and request.num_pending_tokens == 1:
@@ -282,10 +294,11 @@ class Enactment:
             if request._group is not None:
                 state.leave_group(request)
             state.loose.pop(request.id, None)  # it stands aside while the others advance
-        for request in state.loose.values():
-            group.join(request)
-            step.joined.append(request)
-        state.loose.clear()
+        if state.loose:
+            for request in state.loose.values():
+                group.join(request)
+                step.joined.append(request)
+            state.loose.clear()
         step.num_decodes = len(group)
         self._tokens_left -= len(group)
         if group.members:
@@ -369,27 +382,45 @@ class Enactment:
     def _register(self) -> None:
         """Prompt blocks are named as soon as the step that computes them is on its way: steps run in order."""
         if self.state.limits.prefix_caching:
-            for chunk in self.step.chunks:
-                self.state.register_full_blocks(chunk.request, self.now)
+            for request in [*self._returns.requests, *(chunk.request for chunk in self.step.chunks)]:
+                self.state.register_full_blocks(request, self.now)
 
     def _measure(self) -> None:
-        step, group, limits = self.step, self.state.group, self.state.limits
-        in_group = step.decode_all
-        step.num_decodes = step.num_decodes if in_group else len(step.decodes)
-        ends = [chunk.start + chunk.num_tokens for chunk in step.chunks]
-        chunk_tokens = sum(chunk.num_tokens for chunk in step.chunks)
+        step, group, limits, chunks = self.step, self.state.group, self.state.limits, self.step.chunks
+        context, longest = sum(self._contexts), max(self._contexts, default=0)
+        if step.decode_all:
+            context, longest = context + group.context, max(longest, group.longest)
+        else:
+            step.num_decodes = len(step.decodes)
+        out = back = 0
+        if step.runs and self.state.copies:  # else they wait for the next one that does
+            step.copies, self.state.copies = self.state.copies, []
+            out = limits.block_size * sum(len(copy.device) for copy in step.copies if copy.out)
+            back = limits.block_size * sum(len(copy.device) for copy in step.copies if not copy.out)
+        if not chunks:
+            padded, graph = padded_batch(step.num_decodes, 0, 0, limits.capture_sizes)
+            step.shape = StepShape(
+                step.num_decodes, context, longest, 0, 0, 0, 0, 0, step.num_decodes, padded, graph, out, back
+            )  # fmt: skip
+            return
+        ends = [chunk.start + chunk.num_tokens for chunk in chunks]
+        tokens = sum(chunk.num_tokens for chunk in chunks)
         padded, graph = padded_batch(
-            step.num_decodes, len(step.chunks), chunk_tokens, limits.capture_sizes, limits.mixed_capture_sizes
+            step.num_decodes, len(chunks), tokens, limits.capture_sizes, limits.mixed_capture_sizes
         )
+        squares = sum(chunk.num_tokens * chunk.num_tokens for chunk in chunks)
         step.shape = StepShape(
             num_decodes=step.num_decodes,
-            decode_context=sum(self._contexts) + (group.context if in_group else 0),
-            max_context=max([0, *self._contexts, *ends, *([group.longest] if in_group else [])]),
-            num_chunks=len(step.chunks),
-            chunk_tokens=chunk_tokens,
-            chunk_pairs=sum(c.num_tokens * c.start + c.num_tokens * (c.num_tokens + 1) // 2 for c in step.chunks),
+            decode_context=context,
+            max_context=max([longest, *ends]),
+            num_chunks=len(chunks),
+            chunk_tokens=tokens,
+            chunk_pairs=sum(c.num_tokens * c.start for c in chunks) + (squares + tokens) // 2,
             chunk_context=sum(ends),
-            num_samples=step.num_decodes + sum(chunk.samples for chunk in step.chunks),
+            chunk_squares=squares,
+            num_samples=step.num_decodes + sum(chunk.samples for chunk in chunks),
             padded_tokens=padded,
             graph=graph,
+            swapped_out=out,
+            swapped_in=back,
         )

@@ -16,7 +16,10 @@ from policies.plan import Report, Step
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Hand the control plane what has arrived (`submit`, `cancel`), then answer with the time; None ends the loop."""
+    """Hand the control plane what has arrived (`submit`, `cancel`), then answer with the time; None ends the loop.
+
+    Or answer with the step in flight, where the panel has taken steps by itself (`ControlPlane.repeat`) up to it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class Idle:
 Action = Deliver | Launch | Collect | Idle
 
 
-Answer = int | Report | None
+Answer = int | Step | Report | None
 
 
 def send(loop: Generator[Action, Answer, None], answer: Answer) -> Action | None:
@@ -57,13 +60,17 @@ def send(loop: Generator[Action, Answer, None], answer: Answer) -> Action | None
 def step_loop(plane: ControlPlane, lag: int) -> Generator[Action, Answer, None]:
     """The calls of one replica, in order.
 
-    `Deliver` is answered with now (int), or with None to end once the steps in flight are in; `Collect` with a Report.
+    `Deliver` is answered with now (int), with a Step (see there), or with None to end once the steps in flight are in;
+    `Collect` with a Report.
     """
     in_flight: deque[Step] = deque()
     while True:
         now = yield Deliver()
         if now is None:
             break
+        if isinstance(now, Step):
+            in_flight = deque([now])
+            continue
         assert isinstance(now, int)
         step = plane.plan(now)
         yield Launch(step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
+from typing import NamedTuple
 
 from policies.request import Request, State
 from policies.shapes import StepShape
@@ -17,7 +18,7 @@ class Mode(Enum):
     """How memory is taken from a running request."""
 
     RECOMPUTE = "recompute"  # its blocks are freed; prompt and output so far are computed again
-    SWAP = "swap"  # its blocks move to host memory
+    SWAP = "swap"  # its blocks move to host memory, and back when it resumes
     KEEP = "keep"  # it stops running and keeps its blocks
 
 
@@ -38,9 +39,9 @@ class Plan:
     hold: dict[int, int] = field(default_factory=dict)
     """Request id -> tokens to have blocks for after this step, where that is more than the chunk needs."""
     preempt: list[tuple[Request, Mode]] = field(default_factory=list)
-    """Running requests; a paused one too, to take back the memory it keeps."""
+    """Running requests; a paused one too, to take back the memory it keeps, and a swapped one, that of the host."""
     resume: list[Request] = field(default_factory=list)
-    """Paused requests that run again from this step on."""
+    """Paused and swapped requests that run again from this step on."""
     drop: list[tuple[Request, str]] = field(default_factory=list)
     """(request, reason): requests that end here without (further) service."""
     pin: list[tuple[Request, int]] = field(default_factory=list)
@@ -51,6 +52,9 @@ class Plan:
     """Groups of request ids inside `chunks` of which all run or none."""
     wake_at: int | None = None
     """Ask again at this time even if nothing happens; without effect once no request is alive."""
+    repeats: int = 1
+    """Steps in which this would be the plan, this one included, as long as nothing arrives, ends or runs out: the
+    simulator takes the others without asking. Only of a plan that runs every decode and does nothing else."""
     blocked: list[tuple[Request, str]] = field(default_factory=list)
     """(request, reason): waiting requests that were looked at and passed over. For the record only."""
 
@@ -65,14 +69,23 @@ class Plan:
 _CONTAINERS = tuple(each.name for each in fields(Plan) if each.default_factory is not MISSING)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """`num_tokens` tokens of a request from position `start` on; `samples` where they reach its last token."""
 
     request: Request
     start: int
     num_tokens: int
     samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """KV blocks of a request on their way: out from the device's to the host's, or in from the host's, one to one."""
+
+    request: Request
+    out: bool
+    device: tuple[int, ...]
+    host: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -98,6 +111,9 @@ class Step:
     resumed: list[Request] = field(default_factory=list)
     grown: list[Request] = field(default_factory=list)
     """Requests whose block table got longer (or is new) with this step."""
+    copies: list[BlockCopy] = field(default_factory=list)
+    """To be made in this order, after what earlier steps compute and before what this one does. A step that runs
+    nothing leaves its copies to the next one that does."""
     preempted: list[tuple[Request, Mode]] = field(default_factory=list)
     dropped: list[tuple[Request, str]] = field(default_factory=list)
     refused: list[tuple[Request, str]] = field(default_factory=list)

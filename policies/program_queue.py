@@ -134,7 +134,7 @@ class ProgramQueue(KeyQueue):
 
     def remove(self, request: Request) -> None:
         super().remove(request)
-        if request.state.ended:
+        if request.gone:
             self._end(request)
 
     def begin(self, draft: Draft, now: int) -> None:

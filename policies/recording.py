@@ -28,17 +28,25 @@ class Recording:
         """It came before the plan with this index."""
         self._before_step[request.id] = next_step
 
-    def event(self, kind: str, tokens: int, reason: str, next_step: int) -> None:
-        """Somebody has acted on the replica itself, before the plan with this index."""
-        self._recorder.decision((self._replica, next_step, -1, kind, tokens, reason))
+    def event(self, kind: str, tokens: int, reason: str, next_step: int, request_id: int = -1) -> None:
+        """Somebody has acted on the replica itself, or KV has moved, before the plan with this index."""
+        self._recorder.decision((self._replica, next_step, request_id, kind, tokens, reason))
+
+    def left(self, request: Request) -> int:
+        """It leaves for another replica. Answers the plan before which it came."""
+        return self._before_step.pop(request.id)
 
     def ended(
         self, request: Request, num_output_tokens: int, next_step: int, error: str = "", from_outside: bool = False
     ) -> None:
         """It has ended, or the run has; `next_step`: before the plan with this index. `from_outside`: not by what was
         sampled, but because its client went away or found a stop string in the text."""
-        before = next_step
-        if request.state is not State.REFUSED:  # else the id may be that of another request, a live one
+        before, left, moves = next_step, next_step if from_outside else None, request._moves
+        if request.state is State.REFUSED:
+            pass  # the id may be that of another request, a live one
+        elif request.id not in self._before_step and moves and moves[-5] == self._replica:  # on its way from here
+            before, left, moves = moves[-4], moves[-3], moves[:-5]
+        else:
             before = self._before_step.pop(request.id, before)
         status = request.state.value if request.state.ended else "unfinished"
         runs = request._decode_runs
@@ -62,67 +70,63 @@ class Recording:
             slo.droppable,
             list(request.hints.items()),
             request.num_prompt_tokens,
-            request.max_tokens,
+            request.max_tokens_in_all,
             num_output_tokens,
             request.num_cached_tokens,
             request.num_preemptions,
             request.first_scheduled_ns,
             request.first_token_ns,
             request.finish_ns,
-            next_step if from_outside else None,
+            left,
             status,
             error,
             request._token_steps,
             runs,
             request._keys,
+            moves,
         ))  # fmt: skip
 
     def planned(self, plan: Plan, step: Step) -> None:
         """The plan is enacted as this step."""
-        index = step.index
-
-        def emit(request_id: int, kind: str, tokens: int, reason: str) -> None:
-            decision((self._replica, index, request_id, kind, tokens, reason))
-
-        decision = self._recorder.decision
+        replica, index, decision = self._replica, step.index, self._recorder.decision
         for request, reason in step.dropped:
-            emit(request.id, "drop", 0, reason)
+            decision((replica, index, request.id, "drop", 0, reason))
         for request, mode in step.preempted:
-            emit(request.id, "preempt", request.num_tokens, mode.value)
+            decision((replica, index, request.id, "preempt", request.num_tokens, mode.value))
         for request in step.left:
-            emit(request.id, "leave", 0, "")
+            decision((replica, index, request.id, "leave", 0, ""))
         for request in step.joined:
-            emit(request.id, "join", 0, "")
+            decision((replica, index, request.id, "join", 0, ""))
         if step.decode_all:
-            emit(-1, "decode", step.num_decodes, "")
+            decision((replica, index, -1, "decode", step.num_decodes, ""))
         for request in step.capped:
-            emit(request.id, "capped", 0, "")
+            decision((replica, index, request.id, "capped", 0, ""))
         for request in step.decodes:
-            emit(request.id, "decode", 1, "")
+            decision((replica, index, request.id, "decode", 1, ""))
         for request in step.resumed:
-            emit(request.id, "resume", 0, "")
-        admitted = {request.id for request in step.admitted}
-        for chunk in step.chunks:
-            if chunk.request.id in admitted:
-                emit(chunk.request.id, "admit", chunk.start, "")
-            emit(chunk.request.id, "chunk", chunk.num_tokens, "")
+            decision((replica, index, request.id, "resume", 0, ""))
+        if step.chunks:
+            admitted = {request.id for request in step.admitted}
+            for request, start, num_tokens, _ in step.chunks:
+                if request.id in admitted:
+                    decision((replica, index, request.id, "admit", start, ""))
+                decision((replica, index, request.id, "chunk", num_tokens, ""))
         for request, reason in step.refused:
-            emit(request.id, "refused", 0, reason)
-        blocked = {request.id: reason for request, reason in plan.blocked}
-        for request_id, reason in blocked.items():
-            if self._blocked.get(request_id) != reason:
-                emit(request_id, "blocked", 0, reason)
-        self._blocked = blocked
+            decision((replica, index, request.id, "refused", 0, reason))
+        if plan.blocked or self._blocked:
+            self._passed_over({request.id: reason for request, reason in plan.blocked}, index)
         state = self._state
         self._plan_rows[index] = (
             len(step.admitted),
             len(step.preempted),
-            state.pool.num_free - state.pool.num_idle,
+            state.pool.num_unused,
             state.pool.num_idle,
             len(state.running),
             state.num_waiting,
             len(state.paused),
             step.wake_at,
+            len(state.swapped),
+            state.num_free_host_blocks,
         )
         if not step.runs:
             row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0)
@@ -131,9 +135,15 @@ class Recording:
             else:
                 self._empty_rows.append(row)  # behind the row of the step in flight
 
-    def reported(self, report: Report) -> None:
-        """The step's result is known."""
-        row = self._step_row(report.step, report.launch_ns, report.end_ns, report.device_ns, len(report.finished))
+    def _passed_over(self, blocked: dict[int, str], index: int) -> None:
+        for request_id, reason in blocked.items():
+            if self._blocked.get(request_id) != reason:
+                self._recorder.decision((self._replica, index, request_id, "blocked", 0, reason))
+        self._blocked = blocked
+
+    def reported(self, report: Report, num_finished: int) -> None:
+        """The step's result is known. `num_finished`: of those that had not left before."""
+        row = self._step_row(report.step, report.launch_ns, report.end_ns, report.device_ns, num_finished)
         if self._empty_rows and self._empty_rows[0][1] < report.step.index:  # type: ignore[operator]
             self._flush_empty_rows()
         self._recorder.step(row)
@@ -148,7 +158,7 @@ class Recording:
     def _step_row(
         self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int
     ) -> tuple[object, ...]:
-        admitted, preempted, free, idle, running, waiting, paused, wake = self._plan_rows.pop(step.index)
+        admitted, preempted, free, idle, running, waiting, paused, wake, *host = self._plan_rows.pop(step.index)
         s = step.shape
         return (
             self._replica,
@@ -164,6 +174,7 @@ class Recording:
             s.chunk_tokens,
             s.chunk_pairs,
             s.chunk_context,
+            s.chunk_squares,
             s.num_samples,
             s.padded_tokens,
             s.graph,
@@ -177,4 +188,7 @@ class Recording:
             waiting,
             paused,
             wake,
+            s.swapped_out,
+            s.swapped_in,
+            *host,
         )  # fmt: skip

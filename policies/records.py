@@ -35,10 +35,13 @@ REQUESTS: dict[str, str] = {
     "token_steps": "list<int64>",  # steps that produced a token of it, where it did not run with the decode group
     "decode_runs": "list<int64>",  # pairs (a, b): a token in each step with a < decode_clock <= b of the group
     "block_keys": "list<binary>",  # hash chain of its full blocks, with prefix caching
+    "moves": "list<int64>",  # its stays on other replicas before the last one, five numbers each
 }
 """requests.parquet, one row a request, when it ends: all that a policy was told of it, and what became of it.
 
-Tokens beyond `output_tokens` in the last run were discarded."""
+Tokens beyond `output_tokens` in the last run were discarded. `replica`, `before_step` and `end_before_step` are those
+of the last replica that had it. An earlier stay in `moves`: its replica, the plans before which it came and left, and
+how many entries of `token_steps` and `decode_runs` there are up to its end."""
 
 STEPS: dict[str, str] = {
     "replica": "int32",
@@ -54,6 +57,7 @@ STEPS: dict[str, str] = {
     "chunk_tokens": "int32",
     "chunk_pairs": "int64",
     "chunk_context": "int64",
+    "chunk_squares": "int64",
     "num_samples": "int32",
     "padded_tokens": "int32",
     "graph": "bool",
@@ -67,11 +71,24 @@ STEPS: dict[str, str] = {
     "num_waiting": "int32",
     "num_paused": "int32",  # preempted, with their blocks kept
     "wake_ns": "int64?",
+    "swapped_out": "int32",  # KV copied to host memory before the step, in tokens: whole blocks
+    "swapped_in": "int32",  # the same, from host memory
+    "num_swapped": "int32",  # preempted, with their blocks in host memory
+    "free_host_blocks": "int32",
 }
 """steps.parquet, one row a call of plan(), steps counted from 0 on each replica.
 
 Sizes are as in `policies.shapes.StepShape`; blocks and queues as they are after the plan.
 """
+
+ALIVE = ("num_running", "num_waiting", "num_paused", "num_swapped")
+"""The columns of steps.parquet that together count the requests alive."""
+
+ADDED: dict[str, dict[str, object]] = {
+    "requests": {"moves": []},
+    "steps": {"swapped_out": 0, "swapped_in": 0, "num_swapped": 0, "free_host_blocks": 0},
+}
+"""Table -> columns that runs of earlier versions lack, and what those would have had there."""
 
 DECISIONS: dict[str, str] = {
     "replica": "int32",
@@ -84,9 +101,13 @@ DECISIONS: dict[str, str] = {
 """decisions.parquet, one row a decision.
 
 Kinds: `admit` (tokens: prefix hit), `chunk`, `decode` (one request, or the group with the number of its members),
-`join` and `leave` (the group), `capped` (its last token with the group), `preempt`, `resume`, `drop`, `refused`, and
-`blocked` (a waiting request was looked at and passed over; written when the reason changes; whoever waits and has no
-row of its own is behind the blocked one). Together they say for each step which request ran with how many tokens.
+`join` and `leave` (the group), `capped` (its last token with the group), `preempt` (reason: the mode; `swap` moves its
+blocks to host memory), `resume` (from a pause, or from host memory), `drop`, `refused`, and `blocked` (a waiting
+request was looked at and passed over; written when the reason changes; whoever waits and has no row of its own is
+behind the blocked one). Together they say for each step which request ran with how many tokens.
+
+`export`, `hand_over`, `take_back`, `reserve`, `take_in`, `unreserve`, `lend`, `borrow`: what `policies.transfers` did
+for a request before a step, with tokens, or for `reserve`, `lend` and `borrow` blocks (those to be moved).
 
 What an operator did before a step stands first among its decisions, with request -1: `swap` (reason: roles and their
 new policies), `hold` (plans run nothing from here on), `release`, and `flush` (tokens: cached blocks forgotten).

@@ -39,7 +39,7 @@ _PACKAGES = {
     "router": "policies.routers",
     "predictor": "policies.predictors",
 }
-CONTEXT = ("queue", "oracle", "future", "seed", "block_size")
+CONTEXT = ("queue", "oracle", "future", "seed", "block_size", "cost", "transfer")
 """What a policy's constructor may ask of its surroundings by name; these are no knobs."""
 _REGISTERED: dict[str, dict[str, type]] = {role: {} for role in ROLES}
 
@@ -189,6 +189,11 @@ def make_inner(role: str, text: str, **context: object) -> Any:
 def is_clairvoyant(policy: object) -> bool:
     """Whether a policy is told what a real system cannot know."""
     return bool(getattr(policy, "clairvoyant", False))
+
+
+def moves_kv(router: object) -> bool:
+    """Whether a router, or its class, sends KV from one replica to another, which only simulations can so far."""
+    return bool(getattr(router, "moves_kv", False))
 
 
 def _load_built_in(role: str) -> None:

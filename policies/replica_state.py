@@ -10,13 +10,15 @@ A running request is in exactly one of four places:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from policies.block_pool import BlockPool
 from policies.contract import CostModel, Hit
 from policies.decode_group import DecodeGroup
 from policies.draft import Draft
+from policies.host_pool import HostPool
+from policies.plan import BlockCopy
 from policies.request import Request, State
 from policies.stack import PolicyStack
 
@@ -27,6 +29,7 @@ class Limits:
 
     `plan_lead_ns`: with `lag=1`, while a step with chunks runs, the next one is planned when that is expected to end
     within so long, so that what arrives meanwhile can be in it; None: at once, as while decodes alone run.
+    `num_host_blocks`: blocks of host memory for requests that are preempted with `Mode.SWAP`; 0: there is no such tier.
     """
 
     num_blocks: int
@@ -39,6 +42,7 @@ class Limits:
     mixed_capture_sizes: tuple[int, ...] = ()
     lag: int = 0
     plan_lead_ns: int | None = None
+    num_host_blocks: int = 0
 
     @property
     def max_total_tokens(self) -> int:
@@ -53,6 +57,8 @@ class Limits:
             raise ValueError(f"lag must be 0 or 1, not {self.lag}")
         if self.plan_lead_ns is not None and self.plan_lead_ns < 0:
             raise ValueError(f"plan_lead_ns must be at least 0, not {self.plan_lead_ns}")
+        if self.num_host_blocks < 0:
+            raise ValueError(f"num_host_blocks must be at least 0, not {self.num_host_blocks}")
         for name in ("capture_sizes", "mixed_capture_sizes"):
             if list(getattr(self, name)) != sorted(set(getattr(self, name))):
                 raise ValueError(f"{name} must ascend, not {getattr(self, name)}")
@@ -66,15 +72,22 @@ class ReplicaState:
         self.stack = stack
         self.cost = cost
         self.pool = BlockPool(limits.num_blocks, limits.block_size, stack.eviction if limits.prefix_caching else None)
-        self.requests: dict[int, Request] = {}  # alive: waiting, running or paused
+        self.host = HostPool(limits.num_host_blocks)
+        self.copies: list[BlockCopy] = []  # asked for, and not in a step that runs yet
+        self.requests: dict[int, Request] = {}  # alive: waiting, running, paused or swapped
         self.running: dict[int, Request] = {}
         self.prefilling: dict[int, Request] = {}
         self.loose: dict[int, Request] = {}
         self.drained: dict[int, Request] = {}
         self.paused: dict[int, Request] = {}
+        self.swapped: dict[int, Request] = {}
         self.group = DecodeGroup(limits.block_size)
         self.pins: dict[int, int] = {}  # request id -> until when its blocks outlive it
         self.pinned: dict[int, Request] = {}  # ended requests that still hold blocks
+        self.leaving: dict[int, Request] = {}  # stopped, with blocks here: for another replica, or landed
+        self.landed: dict[int, Request] = {}  # of those: to run here as soon as there is a slot
+        self.coming: dict[int, Request] = {}  # of other replicas, with blocks reserved here
+        self.reserved: dict[int, list[int]] = {}  # request id -> blocks that KV is on its way into, or out of
         self.left_group: list[Request] = []
         self.waiting_tokens = 0  # summed over the waiting requests
         self.last_launched = -1
@@ -95,6 +108,14 @@ class ReplicaState:
         return self.pool.num_free
 
     @property
+    def num_host_blocks(self) -> int:
+        return self.limits.num_host_blocks
+
+    @property
+    def num_free_host_blocks(self) -> int:
+        return self.host.num_free
+
+    @property
     def max_num_seqs(self) -> int:
         return self.limits.max_num_seqs
 
@@ -104,17 +125,17 @@ class ReplicaState:
 
     @property
     def num_decoding(self) -> int:
-        return len(self.group) + len(self.loose)
+        return len(self.group.members) + len(self.loose)
 
     @property
     def num_waiting(self) -> int:
-        return len(self.requests) - len(self.running) - len(self.paused)
+        return len(self.requests) - len(self.running) - len(self.paused) - len(self.swapped)
 
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens still to compute of the live requests that do not decode."""
-        started = sum(r.num_pending_tokens for r in [*self.prefilling.values(), *self.paused.values()])
-        return self.waiting_tokens + started
+        started = [*self.prefilling.values(), *self.paused.values(), *self.swapped.values()]
+        return self.waiting_tokens + sum(r.num_pending_tokens for r in started)
 
     @property
     def num_outstanding_tokens(self) -> int:
@@ -129,18 +150,25 @@ class ReplicaState:
         return (r for r in self.running.values() if r._group is not None or r.id in loose)
 
     def decodes_that_need_a_block(self) -> list[Request]:
-        size = self.limits.block_size
-        needy = [r for r in self.group.on_block_boundary() if r.num_computed_tokens >= len(r._blocks) * size]
-        needy += [r for r in self.loose.values() if r._computed >= len(r._blocks) * size]
+        size, clock = self.limits.block_size, self.group.clock
+        needy = [r for r in self.group.on_block_boundary() if r._computed + clock >= len(r._blocks) * size]
+        if self.loose:
+            needy += [r for r in self.loose.values() if r._computed >= len(r._blocks) * size]
         return needy
 
     def probe(self, request: Request) -> Hit:
-        if not self.limits.prefix_caching:
+        size, caches = self.limits.block_size, self.limits.prefix_caching
+        if request.state is State.SWAPPED:
+            full = request._computed // size
+            return Hit(request._computed, tuple(self.pool.lookup(request._keys[:full])) if caches else ())
+        if not caches:
             return Hit()
         # The last token is always computed, since its logits are what the step is for.
-        size = self.limits.block_size
         blocks = self.pool.lookup(request._keys[: (request.num_tokens - 1) // size])
         return Hit(len(blocks) * size, tuple(blocks))
+
+    def prefix_keys(self, request: Request) -> Sequence[bytes]:
+        return request._keys[: request.num_prompt_tokens // self.limits.block_size]
 
     def settled(self, request: Request) -> bool:
         return request._busy_until <= self.last_reported
@@ -170,7 +198,7 @@ class ReplicaState:
         """Take a request out of the running ones; it keeps its blocks."""
         if request._group is not None:
             self.leave_group(request)
-        for place in (self.running, self.prefilling, self.loose, self.drained, self.paused):
+        for place in (self.running, self.prefilling, self.loose, self.drained, self.paused, self.swapped):
             place.pop(request.id, None)
         request._busy_until = self.last_launched
 
@@ -179,6 +207,32 @@ class ReplicaState:
         self.pool.release(request._blocks, now)
         request._blocks = []
         request._num_registered = 0
+
+    def swap_out(self, request: Request, now: int) -> None:
+        """Move what a stopped request has computed to the host, which has room for it; its blocks are given back."""
+        used = self.blocks_of(request.num_computed_tokens)
+        request._host_blocks = self.host.allocate(used)
+        self.copies.append(BlockCopy(request, True, tuple(request._blocks[:used]), tuple(request._host_blocks)))
+        self.free(request, now)
+
+    def swap_in(self, request: Request, hit: Hit, now: int) -> None:
+        """Bring a request's blocks back, beside those that it has claimed as its `hit`."""
+        cached = len(hit.blocks)
+        fresh = self.pool.allocate(len(request._host_blocks) - cached, now)
+        if fresh:
+            self.copies.append(BlockCopy(request, False, tuple(fresh), tuple(request._host_blocks[cached:])))
+        request._blocks = [*(block.id for block in hit.blocks), *fresh]
+        request._num_registered = cached
+        self.forget_swapped(request)
+
+    def forget_swapped(self, request: Request) -> None:
+        """Give a request's host blocks back."""
+        self.host.release(request._host_blocks)
+        request._host_blocks = []
+
+    def blocks_of(self, num_tokens: int) -> int:
+        """How many blocks so many tokens take."""
+        return -(-num_tokens // self.limits.block_size)
 
     def grow(self, request: Request, num_tokens: int, now: int) -> bool:
         """Have blocks for `num_tokens` tokens in all. False if nothing had to be added."""
@@ -211,7 +265,13 @@ class ReplicaState:
 
     def check(self) -> None:
         """Raise AssertionError where blocks, requests or places are not conserved."""
-        self.pool.check([r._blocks for r in [*self.requests.values(), *self.pinned.values()] if r._blocks])
+        holders = [*self.requests.values(), *self.pinned.values(), *self.leaving.values()]
+        self.pool.check([*(r._blocks for r in holders if r._blocks), *self.reserved.values()])
+        assert not self.requests.keys() & self.leaving.keys(), "a request lives here and leaves"
+        assert all(r.state is State.MOVING for r in self.leaving.values()), "a request leaves that does not move"
+        assert self.landed.keys() <= self.leaving.keys(), "a request has landed that holds nothing"
+        assert self.coming.keys() <= self.reserved.keys(), "a request comes for which nothing is reserved"
+        self.host.check([r._host_blocks for r in self.requests.values()])
         places: list[Mapping[int, Request]] = [self.prefilling, self.loose, self.group.members, self.drained]
         assert sum(map(len, places)) == len(self.running), "a running request is in no place, or in two"
         for place in places:
@@ -219,16 +279,20 @@ class ReplicaState:
         assert len(self.running) <= self.limits.max_num_seqs, "more sequences run than there are slots"
         size = self.limits.block_size
         for request in self.requests.values():
-            states = (request.id in self.running, request.id in self.paused)
+            states = (request.id in self.running, request.id in self.paused, request.id in self.swapped)
             expected = {
-                State.RUNNING: (True, False),
-                State.PAUSED: (False, True),
-                State.WAITING: (False, False),
+                State.RUNNING: (True, False, False),
+                State.PAUSED: (False, True, False),
+                State.SWAPPED: (False, False, True),
+                State.WAITING: (False, False, False),
             }
             assert states == expected[request.state], f"{request!r} is not where its state says"
-            assert request.num_computed_tokens <= len(request._blocks) * size, f"{request!r} lacks blocks"
+            swapped = self.blocks_of(request.num_computed_tokens) if request.state is State.SWAPPED else 0
+            assert request.num_host_blocks == swapped, f"{request!r} holds {request.num_host_blocks} host blocks"
+            held = request.num_blocks + request.num_host_blocks
+            assert request.num_computed_tokens <= held * size, f"{request!r} lacks blocks"
             assert request.num_output_tokens <= request.max_tokens, f"{request!r} is past its cap"
-            if request.state is State.WAITING:
+            if request.state in (State.WAITING, State.SWAPPED):
                 assert not request._blocks, f"{request!r} waits and holds blocks"
         waiting = sum(r.num_pending_tokens for r in self.requests.values() if r.state is State.WAITING)
         assert waiting == self.waiting_tokens, "the count of waiting tokens is wrong"

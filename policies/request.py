@@ -17,6 +17,8 @@ class State(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     PAUSED = "paused"  # preempted with its KV cache kept on the device
+    SWAPPED = "swapped"  # preempted with its KV cache moved to host memory
+    MOVING = "moving"  # stopped, for its KV cache to go to another replica
     STOPPED = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the model's limit
     CANCELLED = "cancelled"
@@ -25,7 +27,8 @@ class State(Enum):
 
     @property
     def ended(self) -> bool:
-        return self not in (State.WAITING, State.RUNNING, State.PAUSED)
+        alive = (State.WAITING, State.RUNNING, State.PAUSED, State.SWAPPED, State.MOVING)
+        return self not in alive
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +79,14 @@ class Request:
     _tokens: int = 0
     _group: DecodeGroup | None = None
     _blocks: list[int] = field(default_factory=list)
+    _host_blocks: list[int] = field(default_factory=list)
     _keys: list[bytes] = field(default_factory=list)
     _num_registered: int = 0  # leading blocks that stand in the prefix index under this request's keys
     _busy_until: int = -1  # last step that may still be writing for it
     _token_steps: list[int] = field(default_factory=list)
     _decode_runs: list[int] = field(default_factory=list)
+    _tokens_elsewhere: int = 0  # output tokens that it may have once it has left this replica
+    _moves: list[int] = field(default_factory=list)  # its stays before this one, as in the column `moves`
 
     def __post_init__(self) -> None:
         self._tokens = self.num_prompt_tokens
@@ -111,6 +117,26 @@ class Request:
     def num_blocks(self) -> int:
         """KV blocks held on the device."""
         return len(self._blocks)
+
+    @property
+    def num_host_blocks(self) -> int:
+        """Blocks held in host memory: those of a swapped request."""
+        return len(self._host_blocks)
+
+    @property
+    def gone(self) -> bool:
+        """Whether it is none of this replica's requests any more: it has ended, or leaves for another replica."""
+        return self.state is State.MOVING or self.state.ended
+
+    @property
+    def hands_off(self) -> bool:
+        """Whether another replica takes it over once it has its first token. Until then its `max_tokens` is 1."""
+        return self._tokens_elsewhere > 0
+
+    @property
+    def max_tokens_in_all(self) -> int:
+        """Output tokens that it may have, on all replicas together."""
+        return self.max_tokens + self._tokens_elsewhere
 
     @property
     def key(self) -> tuple[int, int]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class StepShape:
+class StepShape(NamedTuple):
     """Sizes of one step.
 
     `context` of a sequence is the length of its KV cache once the step's tokens are in it. A chunk of n tokens from
@@ -22,9 +21,12 @@ class StepShape:
     chunk_tokens: int = 0
     chunk_pairs: int = 0
     chunk_context: int = 0  # summed over the chunks
+    chunk_squares: int = 0  # of the chunks' sizes, summed
     num_samples: int = 0  # rows that go through the LM head
     padded_tokens: int = 0
     graph: bool = False  # run from a captured graph
+    swapped_out: int = 0  # KV copied to host memory before it, in tokens: whole blocks
+    swapped_in: int = 0  # the same, from host memory
 
     @property
     def num_tokens(self) -> int:

@@ -53,7 +53,8 @@ def _teach_scheduler(state: ReplicaState, scheduler: Scheduler, now: int) -> Non
 
 
 def _teach_admission(state: ReplicaState, admission: Admission) -> None:
-    for request in [*state.running.values(), *state.paused.values()]:
+    holders = (state.running, state.paused, state.leaving, state.coming)
+    for request in (request for place in holders for request in place.values()):
         admission.on_admit(request)
 
 

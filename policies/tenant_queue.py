@@ -171,7 +171,7 @@ class TenantQueue(ABC):
         self._new.pop(request.id, None)
         self._take(request)
         account = self._accounts.get(request.id)
-        if account is not None and request.state.ended:
+        if account is not None and request.gone:
             self._close(account, request.num_output_tokens)
 
     def _take(self, request: Request) -> None:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from policies.control_plane import ControlPlane
-from policies.plan import Mode, Step
+from policies.plan import BlockCopy, Mode, Step
 from policies.request import Request
 from runtime.attention import AttentionShape, get_backend
 from runtime.device_state import Arrived, DeviceState, Ints, StepRows
+from runtime.host_memory import HostMemory
 from runtime.kv_cache import PagedKVCache
 from runtime.model_config import ModelError
 from runtime.models.linear import check_float8
@@ -43,6 +44,7 @@ _RESULTS = 4
 class StepInputs:
     """What a step needs of the host. `padded_tokens` is the size of the captured graph that runs it, if one does."""
 
+    copies: list[BlockCopy]  # to host memory and back, before anything else
     arrived: list[tuple[int, Sequence, list[int]]]  # slot, and all tokens so far
     rows: StepRows
     padded_tokens: int | None
@@ -188,6 +190,10 @@ class ModelRunner:
                 dtype=kv_dtype or loaded.model.dtype,
                 device=self._device,
             )
+        self._host_memory: HostMemory | None = None
+        if limits.num_host_blocks:
+            with timed(self.startup_seconds, "host_memory"):
+                self._host_memory = HostMemory(self.kv_cache, limits.num_host_blocks)
         shape = AttentionShape.of(loaded.config, limits.block_size, self.kv_cache.dtype)
         backend = get_backend(attention, self._device, shape)
         self._model.attach(self.kv_cache, backend)
@@ -204,7 +210,7 @@ class ModelRunner:
         self._num_blocks = np.zeros(slots, np.int64)
         self._group: dict[int, Request] = {}
         self._group_rows: tuple[list[Request], Ints] | None = None  # its members and their slots, until it changes
-        self._paused: dict[int, int] = {}  # request id -> computed tokens, of a request that gave up its slot
+        self._paused: dict[int, int] = {}  # request id -> computed tokens, of one that gave up its slot, not its KV
         # What the device does not know yet. It waits here where a step gives a request a slot and runs nothing.
         self._arrived: list[tuple[int, Sequence, list[int]]] = []
         self._grown: list[Request] = []
@@ -250,6 +256,9 @@ class ModelRunner:
             if self._stream is not None:
                 self._stream.synchronize()
         finally:
+            if self._host_memory is not None:
+                self._host_memory.close()
+                self._host_memory = None
             self._graphs = None
             self._model.detach(self.kv_cache)
             del self.kv_cache
@@ -273,10 +282,11 @@ class ModelRunner:
         for request in step.left:
             self._leave_group(request)
         for request, mode in step.preempted:
-            if mode is Mode.KEEP:
-                self._paused[request.id] = int(self._computed[self._slot_of[request.id]])
-            else:
+            slot = self._slot_of.get(request.id)
+            if mode is Mode.RECOMPUTE:
                 self._paused.pop(request.id, None)
+            elif slot is not None:  # else it is paused, and its blocks go to the host after all
+                self._paused[request.id] = int(self._computed[slot])
             self.release(request)
         starting = [*step.resumed, *step.admitted]
         self._arrived += [self._arrive(sequence_of(request.id)) for request in starting]
@@ -320,7 +330,7 @@ class ModelRunner:
         rows = np.flatnonzero(samples)
         positions = (ends - self._prompt[slots])[rows]
         part = StepRows(self._new_blocks(grown), slots, starts, lengths, rows, positions, first_chunk)
-        inputs = StepInputs(arrived, part, step.shape.padded_tokens if step.shape.graph else None)
+        inputs = StepInputs(step.copies, arrived, part, step.shape.padded_tokens if step.shape.graph else None)
         return inputs, requests if len(rows) == len(requests) else [requests[row] for row in rows.tolist()]
 
     def _decodes(self, step: Step) -> tuple[list[Request], Ints]:
@@ -360,6 +370,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _run(self, inputs: StepInputs) -> tuple[Tensor, Logprobs | None, int]:
         rows = inputs.rows
+        self._swap(inputs.copies)
         self._state.send(rows, self._take_in(inputs))
         self._state.apply_blocks()
         hidden = self._model.forward(self._state.inputs_of(rows))
@@ -369,6 +380,11 @@ class ModelRunner:
         sampled = self._sampler(logits.float(), self._sampling.batch(rows.slots[rows.sampled_rows], rows.draws))
         self._state.store(sampled.token_ids)
         return sampled.token_ids, sampled.logprobs, time.monotonic_ns()
+
+    def _swap(self, copies: list[BlockCopy]) -> None:
+        if copies:
+            assert self._host_memory is not None, "a plan without host blocks swaps nobody"
+            self._host_memory.make(copies)
 
     def _take_in(self, inputs: StepInputs) -> list[Arrived]:
         for slot, sequence, ids in inputs.arrived:
@@ -382,6 +398,7 @@ class ModelRunner:
         with torch.cuda.stream(self._stream):
             began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             began.record()
+            self._swap(inputs.copies)
             token_ids, logprobs = self._queue_step(inputs)
             host = self._results[self._next_result][: len(token_ids)]
             self._next_result = (self._next_result + 1) % _RESULTS

@@ -14,13 +14,15 @@ class Arrival:
 
     `output_tokens` is its true length: the executor stops it there and no policy sees it. `keys`: hash chain of its
     full blocks, prompt first, as far as they are known; needed only with prefix caching. `end`: how it ends after that
-    many tokens; None: `LENGTH` where they are its cap, else `STOPPED`.
+    many tokens; None: `LENGTH` where they are its cap, else `STOPPED`. `hands_off`: another replica takes it over after
+    its first token.
     """
 
     request: Request
     output_tokens: int
     keys: Sequence[bytes] = ()
     end: State | None = None
+    hands_off: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,12 @@ class Device:
     """Of prefill attention; decode attention is bound by memory."""
     bandwidth_efficiency: float = 0.93
     host_link_efficiency: float = 0.82
+    host_link_latency_ns: int = 20_000
+    """Of a step's copies in one direction, before the first byte: an order of magnitude, not a measurement."""
     source: str = ""
     """Where the peaks are from."""
+    peer_link_bandwidth: float = 0.0
+    """Bytes a second in one direction to another device of the same machine: NVLink; 0: by the host link."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -56,7 +60,7 @@ class Device:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise DeviceError(f"device {self.name!r}: {name} must be a number, not {value!r}")
-            if not value and name != "launch_ns_per_layer":
+            if not value and name not in ("launch_ns_per_layer", "host_link_latency_ns", "peer_link_bandwidth"):
                 raise DeviceError(f"device {self.name!r}: {name} must be above 0")
             if name.endswith("_efficiency") and value > 1:
                 raise DeviceError(f"device {self.name!r}: {name} is a fraction of the peak, at most 1, not {value!r}")
@@ -93,6 +97,11 @@ class Device:
         return self.memory_bandwidth * self.bandwidth_efficiency
 
     @property
+    def reached_peer_link(self) -> float:
+        """Bytes a second that copies to another device reach: the share of the peak that those to the host reach."""
+        return (self.peer_link_bandwidth or self.host_link_bandwidth) * self.host_link_efficiency
+
+    @property
     def reached_host_link(self) -> float:
         """Bytes a second that copies to or from host memory reach, one direction at a time."""
         return self.host_link_bandwidth * self.host_link_efficiency
@@ -101,14 +110,42 @@ class Device:
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        Device("h100-sxm", 989e12, 67e12, 3.35e12, 80 * 10**9, 64e9, source="NVIDIA H100 Tensor Core GPU data sheet"),
-        Device("h200", 989e12, 67e12, 4.8e12, 141 * 10**9, 64e9, source="NVIDIA H200 Tensor Core GPU data sheet"),
-        Device("a100-80gb", 312e12, 19.5e12, 2.039e12, 80 * 10**9, 32e9, source="NVIDIA A100 80GB SXM data sheet"),
+        Device(
+            "h100-sxm",
+            989e12,
+            67e12,
+            3.35e12,
+            80 * 10**9,
+            64e9,
+            source="NVIDIA H100 Tensor Core GPU data sheet",
+            peer_link_bandwidth=450e9,
+        ),
+        Device(
+            "h200",
+            989e12,
+            67e12,
+            4.8e12,
+            141 * 10**9,
+            64e9,
+            source="NVIDIA H200 Tensor Core GPU data sheet",
+            peer_link_bandwidth=450e9,
+        ),
+        Device(
+            "a100-80gb",
+            312e12,
+            19.5e12,
+            2.039e12,
+            80 * 10**9,
+            32e9,
+            source="NVIDIA A100 80GB SXM data sheet",
+            peer_link_bandwidth=300e9,
+        ),
         Device("l4", 121e12, 30.3e12, 300e9, 24 * 10**9, 32e9, source="NVIDIA L4 Tensor Core GPU data sheet"),
     )
 }
 """Dense figures. The H100, H200 and L4 sheets print bf16 with 2:4 sparsity (1979, 1979 and 242 TFLOP/s), which is
-twice this; all print the PCIe bandwidth of both directions together (128 GB/s, and 64 for the A100 and the L4)."""
+twice this; all print the PCIe bandwidth of both directions together (128 GB/s, and 64 for the A100 and the L4), and
+so NVLink's (900 GB/s, and 600 for the A100)."""
 
 
 def load_device(name: str) -> Device:

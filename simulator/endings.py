@@ -19,7 +19,7 @@ class Endings:
 
     def expect(self, arrival: Arrival) -> None:
         """This request will end after its output tokens, or at its cap."""
-        cap = arrival.request.max_tokens
+        cap = arrival.request.max_tokens_in_all
         end = arrival.end or (State.STOPPED if arrival.output_tokens < cap else State.LENGTH)
         self._truth[arrival.request.id] = (min(arrival.output_tokens, cap), end)
 
@@ -61,6 +61,15 @@ class Endings:
         self._members.pop(request.id, None)
         ended.append((request, truth[1], truth[0]))
         return True
+
+    def take(self, request_id: int) -> tuple[int, State]:
+        """The request goes on elsewhere: what `put` is to be told there."""
+        self._members.pop(request_id, None)
+        return self._truth.pop(request_id)
+
+    def put(self, request_id: int, truth: tuple[int, State]) -> None:
+        """The request goes on here."""
+        self._truth[request_id] = truth
 
     def forget(self, request_id: int) -> None:
         """The request was cancelled, dropped or refused."""

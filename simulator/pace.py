@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from policies.plan import Step
 from simulator.costs.base import CostModel
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(NamedTuple):
     """One step: handed to the device at `launch_ns`, result known to the host at `end_ns`."""
 
     launch_ns: int

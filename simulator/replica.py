@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import simpy
 
@@ -14,8 +14,12 @@ from policies.plan import Report, Step
 from policies.request import Request, State
 from simulator.arrivals import Arrival
 from simulator.endings import Endings
-from simulator.pace import Pace
+from simulator.pace import Pace, Timing
 
+if TYPE_CHECKING:
+    from simulator.movements import Movements
+
+FAILED = "the replica has failed"
 Ended = list[tuple[Request, State, int]]
 
 
@@ -23,22 +27,37 @@ class SimulatedReplica:
     """Carries out what the control plane says, in simulated time.
 
     `on_end(request)` is called for every request that ends here. As a router sees it (`policies.contract.Replica`), a
-    replica's figures include what waits at its door for the next plan.
+    replica's figures include what waits at its door for the next plan, or for KV that is fetched for it. `together`:
+    take decode steps that the policy would plan alike in one event; only where nobody looks at the replica between its
+    steps.
     """
 
+    movements: Movements | None = None
+    """Where KV moves between replicas: what carries it."""
+    failed = False
+
     def __init__(
-        self, env: simpy.Environment, plane: ControlPlane, pace: Pace, on_end: Callable[[Request], None]
+        self,
+        env: simpy.Environment,
+        plane: ControlPlane,
+        pace: Pace,
+        on_end: Callable[[Request], None],
     ) -> None:
         self.plane = plane
         plane.on_end = self._ended
         self._env = env
         self._pace = pace
         self._on_end = on_end
+        self.together = False
         self._arrivals: list[Arrival] = []
         self._cancellations: list[int] = []
         self._endings = Endings()
         self._ends_of_step: dict[int, Ended] = {}
+        self._in_flight: Step | None = None
         self._asleep: simpy.Event | None = None
+        self._expected: dict[int, Arrival] = {}  # those whose KV is being fetched
+        self._cancelled: set[int] = set()  # of those
+        self._reported: simpy.Event | None = None
         self.process = env.process(self._run())
 
     # As a router sees it
@@ -49,7 +68,8 @@ class SimulatedReplica:
 
     @property
     def num_waiting(self) -> int:
-        return self.plane.num_waiting + len(self._arrivals)
+        """All that is here and does not run, swapped and paused ones too: what a coordinator counts of a real one."""
+        return self.plane.num_live - self.plane.num_running + len(self._arrivals) + len(self._expected)
 
     @property
     def num_running(self) -> int:
@@ -57,11 +77,15 @@ class SimulatedReplica:
 
     @property
     def num_prefill_tokens(self) -> int:
-        return self.plane.num_prefill_tokens + sum(a.request.num_prompt_tokens for a in self._arrivals)
+        return self.plane.num_prefill_tokens + self._tokens_at_the_door
 
     @property
     def num_outstanding_tokens(self) -> int:
-        return self.plane.num_outstanding_tokens + sum(a.request.num_prompt_tokens for a in self._arrivals)
+        return self.plane.num_outstanding_tokens + self._tokens_at_the_door
+
+    @property
+    def _tokens_at_the_door(self) -> int:
+        return sum(a.request.num_prompt_tokens for a in (*self._arrivals, *self._expected.values()))
 
     @property
     def num_blocks(self) -> int:
@@ -74,16 +98,46 @@ class SimulatedReplica:
     def match(self, keys: Any) -> int:
         return self.plane.match(keys)
 
+    @property
+    def num_incoming_blocks(self) -> int:
+        return self.plane.transfers.num_incoming_blocks
+
+    def decoding(self) -> Iterator[Request]:
+        moving = self.movements
+        return (r for r in self.plane.view.decoding() if moving is None or not moving.is_moving(r))
+
     # What comes in
 
     def receive(self, arrival: Arrival) -> None:
         """A request arrives; the control plane gets it before its next plan."""
+        request_id = arrival.request.id
+        self._expected.pop(request_id, None)
         self._arrivals.append(arrival)
+        if self.failed or request_id in self._cancelled:
+            self._cancelled.discard(request_id)
+            self._cancellations.append(request_id)
         self.wake()
+
+    def expect(self, arrival: Arrival) -> None:
+        """A request will arrive once KV has been fetched for it."""
+        self._expected[arrival.request.id] = arrival
 
     def cancel(self, request_id: int) -> None:
         """A client goes away."""
+        if request_id in self._expected:
+            self._cancelled.add(request_id)
+            return
         self._cancellations.append(request_id)
+        self.wake()
+
+    def fail(self) -> None:
+        """Everything that is here ends, and nothing runs here any more."""
+        self.failed = True
+        now = int(self._env.now)
+        self._cancellations += [arrival.request.id for arrival in self._arrivals]
+        self._cancelled.update(self._expected)
+        for request_id in self.plane.live_ids:
+            self.plane.cancel(request_id, now, error=FAILED)
         self.wake()
 
     def wake(self) -> None:
@@ -94,16 +148,62 @@ class SimulatedReplica:
         """Submissions in the order of their stamps, then cancellations by id: the engine's order too."""
         for arrival in self._arrivals:
             with suppress(RequestRefused):  # which the control plane has recorded
-                self.plane.submit(arrival.request, now, arrival.keys)
+                self.plane.submit(arrival.request, now, arrival.keys, hands_off=arrival.hands_off)
                 self._endings.expect(arrival)
         self._arrivals = []
         for request_id in sorted(self._cancellations):
-            self.plane.cancel(request_id, now)
+            self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
         self._cancellations = []
+        if self.movements is not None:
+            self.plane.transfers.let_run(now)
+            self.movements.look()
 
     def _ended(self, request: Request) -> None:
         self._endings.forget(request.id)
         self._on_end(request)
+
+    # Requests that leave and come
+
+    @property
+    def makes_room(self) -> bool:
+        """Whether memory will be free here without anybody's leaving for another replica."""
+        view = self.plane.view
+        return not self.failed and bool(view.running or view.paused or self.plane.transfers.receiving)
+
+    def has(self, request: Request) -> bool:
+        """Whether it runs here."""
+        return self.plane.view.running.get(request.id) is request
+
+    def hand_over(self, request: Request, target: SimulatedReplica) -> None:
+        """Its KV has arrived there."""
+        now = int(self._env.now)
+        self.plane.transfers.hand_over(request, now)
+        target._endings.put(request.id, self._endings.take(request.id))
+        target.plane.transfers.take_in(request, now)
+        self.wake()
+        target.wake()
+
+    def take_back(self, request: Request) -> None:
+        """It stays here after all."""
+        self.plane.transfers.take_back(request, int(self._env.now))
+        self.wake()
+
+    def next_report(self) -> simpy.Event:
+        """Succeeds when the next step's report is in."""
+        if self._reported is None:
+            self._reported = self._env.event()
+        return self._reported
+
+    def _after_report(self, step: Step) -> None:
+        if self.movements is not None:
+            # A prompt's last token may have been computed by itself, like a decode.
+            firsts = [chunk.request for chunk in step.chunks if chunk.samples]
+            for request in (*firsts, *step.joined, *step.decodes):
+                if request.hands_off and self.plane.transfers.export(request, int(self._env.now)):
+                    self.movements.prefilled(request, self)
+        if self._reported is not None:
+            self._reported.succeed()
+            self._reported = None
 
     # The loop
 
@@ -114,35 +214,66 @@ class SimulatedReplica:
         while action is not None:
             answer: Answer = None
             if isinstance(action, Deliver):
-                plan_at = pace.plan_at(self.plane.next_step, int(env.now))
+                answer = self._take_together() if self.together else None
+                plan_at = None if answer is not None else pace.plan_at(self.plane.next_step, int(env.now))
                 if plan_at is not None:
                     if plan_at > env.now:
                         yield env.timeout(plan_at - env.now)
                     answer = int(env.now)
                     self._deliver(answer)
             elif isinstance(action, Launch):
-                self._launch(action.step)
+                self._launch(action.step, int(env.now))
             elif isinstance(action, Collect):
                 timing = pace.end_of(action.step)
                 if timing.end_ns > env.now:
                     yield env.timeout(timing.end_ns - env.now)
-                ended = self._ends_of_step.pop(action.step.index)
-                answer = Report(action.step, timing.launch_ns, int(env.now), timing.device_ns, ended)
-                pace.reported(action.step, int(env.now))
+                answer = self._report(action.step, timing, int(env.now))
             elif isinstance(action, Idle) and pace.waits_when_idle():
                 yield from self._sleep(action.wake_at)
             action = send(loop, answer)
+            if isinstance(answer, Report):
+                self._after_report(answer.step)
 
-    def _launch(self, step: Step) -> None:
+    def _launch(self, step: Step, now: int) -> None:
         ended = self._endings.of(step)
         if step.runs:
-            self._pace.launch(step, int(self._env.now))
+            self._pace.launch(step, now)
             self._ends_of_step[step.index] = ended
+            self._in_flight = step
+
+    def _take_together(self) -> Step | None:
+        """Take the steps that the policy would plan like the last one, in this one event: those that are planned before
+        anything else happens in the simulation. Each is enacted, timed and recorded as if it had been asked for.
+        Returns the last one if it is still in flight (`lag=1`)."""
+        plane, pace, now = self.plane, self._pace, int(self._env.now)
+        if self._arrivals or self._cancellations:
+            return None
+        horizon, lag = self._env.peek(), plane.limits.lag
+        before = self._in_flight
+        while True:
+            plan_at = pace.plan_at(plane.next_step, now)
+            if plan_at is None or plan_at >= horizon or (step := plane.repeat(plan_at)) is None:
+                break
+            previous = self._in_flight
+            self._launch(step, plan_at)
+            due = previous if lag else step
+            if due is not None:
+                timing = pace.end_of(due)
+                now = max(plan_at, timing.end_ns)
+                plane.report(self._report(due, timing, now))
+        return None if self._in_flight is before else self._in_flight
+
+    def _report(self, step: Step, timing: Timing, now: int) -> Report:
+        """Its result is known to the host."""
+        if self._in_flight is step:
+            self._in_flight = None
+        self._pace.reported(step, now)
+        return Report(step, timing.launch_ns, now, timing.device_ns, self._ends_of_step.pop(step.index))
 
     def _sleep(self, wake_at: int | None) -> Generator[simpy.Event, Any, None]:
         if self._arrivals or self._cancellations:
             return
-        if wake_at is None and self.plane.num_live:
+        if wake_at is None and self.plane.num_live and not self.plane.transfers.underway:
             return  # the policy is asked once more; the control plane does not let it plan nothing twice
         self._asleep = self._env.event()
         if wake_at is None:

@@ -7,13 +7,16 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import simpy
 
-from policies.contract import Recorder, Router
+from policies.contract import LATER, RebalancingRouter, Recorder, Route, Router
 from policies.control_plane import ControlPlane
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.stack import PolicyStack
 from simulator.arrivals import Arrival, Cancellation, Scheduled
 from simulator.costs.base import CostModel
+from simulator.links import LinkSpeed
+from simulator.movements import Movements
+from simulator.network import Network
 from simulator.pace import ComputedPace, RecordedPace, Timing
 from simulator.replica import SimulatedReplica
 
@@ -26,9 +29,12 @@ class Simulation:
         stacks: one policy stack a replica (policies hold state).
         costs: turns steps into time; shared, since it holds none.
         router: gets every arrival; needed only with more than one replica.
+        link: of each replica, for KV that moves between them; None: a route that would move any is refused.
         recorder: takes the rows of the run; None records nothing.
         on_end: called with every request that ends.
         check: verify the invariants after every step (slow).
+        together: with one replica and neither a router, an end in time nor an interference (`at`), take decode steps
+            that its policy would plan alike in one event; the records are the same without, bit for bit.
     """
 
     def __init__(
@@ -38,9 +44,11 @@ class Simulation:
         costs: CostModel,
         router: Router | None = None,
         *,
+        link: LinkSpeed | None = None,
         recorder: Recorder | None = None,
         on_end: Callable[[Request], None] | None = None,
         check: bool = False,
+        together: bool = True,
     ) -> None:
         if not stacks:
             raise ValueError("a simulation needs at least one replica")
@@ -61,6 +69,17 @@ class Simulation:
             )
             for i, stack in enumerate(stacks)
         ]
+        # Only where nobody looks at the replica, or does anything to it, but the arrivals.
+        self._together = together and len(stacks) == 1 and router is None
+        self._movements: Movements | None = None
+        self._num_alive = 0
+        self._more_to_come = True
+        if link is not None and router is not None:
+            self._movements = Movements(self.env, self.replicas, Network(self.env, len(stacks), link), router)
+            for replica in self.replicas:
+                replica.movements = self._movements
+            if isinstance(router, RebalancingRouter):
+                self.env.process(self._rebalance(router))
 
     def run(self, arrivals: Iterable[Arrival], until_ns: int | None = None) -> int:
         """Simulate until every request has ended, or until `until_ns`. Returns the simulated time in nanoseconds.
@@ -68,6 +87,7 @@ class Simulation:
         `arrivals` come in the order of their stamps and may be endless with `until_ns`. What is unfinished at the end,
         or at an interruption, is recorded as such.
         """
+        self.replicas[0].together = self._together and until_ns is None
         try:
             self.env.process(self._source(arrivals))
             self.env.run(until=until_ns)
@@ -83,22 +103,75 @@ class Simulation:
             if wait > 0:
                 yield env.timeout(wait)
             self._admit(arrival)
+        self._more_to_come = False
 
     def _admit(self, arrival: Arrival) -> None:
-        target = 0
-        if self._router is not None:
-            # Of the prompt alone: keys of blocks that its output will fill would give its length away.
-            keys = arrival.keys[: arrival.request.num_prompt_tokens // self._block_size]
-            route = self._router.route(arrival.request, keys, self.replicas, int(self.env.now))
-            if route is None:
-                self.replicas[0].plane.refuse(arrival.request, "refused by the router")
+        self._num_alive += 1
+        if self._router is None:
+            self.replicas[0].receive(arrival)
+            return
+        request, alive = arrival.request, [replica for replica in self.replicas if not replica.failed]
+        # Of the prompt alone: keys of blocks that its output will fill would give its length away.
+        keys = arrival.keys[: request.num_prompt_tokens // self._block_size]
+        route = self._router.route(request, keys, alive, int(self.env.now)) if alive else None
+        moves = route is not None and (route.kv_from is not None or route.decode_replica not in (None, route.replica))
+        reason = "refused by the router" if alive else "every replica has failed"
+        if route is None or (moves and self._movements is None):
+            reason = reason if route is None else "no transfer of KV blocks between replicas"
+            self.replicas[0].plane.refuse(request, reason)
+            return
+        target = self.replicas[self._checked(route.replica)]
+        self._replica_of[request.id] = target.id
+        if moves and self._movements is not None:
+            self._admit_with_kv(arrival, keys, route, target, self._movements)
+        else:
+            target.receive(arrival)
+
+    def _admit_with_kv(
+        self, arrival: Arrival, keys: Sequence[bytes], route: Route, target: SimulatedReplica, movements: Movements
+    ) -> None:
+        """A request whose route moves KV: fetched before it computes, or taken elsewhere after its first token."""
+        decode = route.decode_replica
+        if decode not in (None, route.replica):
+            movements.decode_at(arrival.request, decode if decode == LATER else self._checked(decode))
+            arrival.hands_off = True
+        if route.kv_from is None or route.kv_from == route.replica:
+            target.receive(arrival)
+        else:
+            source = self.replicas[self._checked(route.kv_from)]
+            self.env.process(movements.fetch(arrival, keys, source, target))
+
+    def cancel(self, request_id: int) -> None:
+        """A client goes away, wherever its request is."""
+        if not any(replica.plane.cancel(request_id, int(self.env.now)) for replica in self.replicas):
+            for replica in self.replicas:
+                replica.cancel(request_id)
+
+    def fail(self, replica: int) -> None:
+        """A replica dies: its requests end as cancelled, with that for an error; those on their way there go on where
+        they are; no more is routed to it."""
+        if self._movements is not None:
+            self._movements.fail(replica)
+        self.replicas[replica].fail()
+
+    def at(self, time_ns: int, do: Callable[[], None]) -> None:
+        """Have something happen at a time, such as `cancel` or `fail`."""
+        self._together = self.replicas[0].together = False  # it is to find the replica as it is then
+        callbacks = self.env.timeout(time_ns - int(self.env.now)).callbacks
+        assert callbacks is not None
+        callbacks.append(lambda _: do())
+
+    def _rebalance(self, router: RebalancingRouter) -> Generator[simpy.Event, None, None]:
+        movements = self._movements
+        assert movements is not None
+        while True:
+            yield self.env.timeout(router.rebalance_ns)
+            if not (self._more_to_come or self._num_alive):
                 return
-            if route.kv_from is not None or route.decode_replica not in (None, route.replica):
-                self.replicas[0].plane.refuse(arrival.request, "no transfer of KV blocks between replicas")
-                return
-            target = self._checked(route.replica)
-            self._replica_of[arrival.request.id] = target
-        self.replicas[target].receive(arrival)
+            alive = [replica for replica in self.replicas if not replica.failed]
+            for move in router.rebalance(alive, int(self.env.now)):
+                source, target = (self.replicas[self._checked(i)] for i in (move.source, move.target))
+                movements.migrate(move, source, target)
 
     def _checked(self, replica: int) -> int:
         index = operator.index(replica)
@@ -108,6 +181,9 @@ class Simulation:
         return index
 
     def _on_end(self, request: Request) -> None:
+        self._num_alive -= 1
+        if self._movements is not None:
+            self._movements.forget(request)
         replica = self._replica_of.pop(request.id, None)
         if self._router is not None and replica is not None:  # None: the router itself has refused it
             self._router.on_end(request, replica, int(self.env.now))

@@ -45,5 +45,6 @@ def rows(measured: Measured, workload: Workload, spec: BenchSpec) -> tuple[tuple
         "token_steps": [],
         "decode_runs": [],
         "block_keys": [],
+        "moves": [],
     }
     return tuple(row.values()), (i, measured.due_ns, measured.chunk_ns)

@@ -78,11 +78,11 @@ def demo(
 
     console.rule("done")
     console.print(f"It took {time.monotonic() - started:.0f} s. Runs and plots: {out}")
-    console.print(f"Next, see both panels at once:  diptych dashboard {out}")
     console.print(
-        "Or answer for hardware you do not have:  diptych simulate --workload chat -n 2000 --rate 8 "
+        "Next, answer for hardware you do not have:  diptych simulate --workload chat -n 2000 --rate 8 "
         "--model llama-3.1-8b --device h100-sxm"
     )
+    console.print(f"See both panels at once:  diptych dashboard {out}")
 
 
 def _report(outcome: Outcome) -> None:

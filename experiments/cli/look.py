@@ -1,4 +1,4 @@
-"""`diptych compare`, `replay`, `policies` and `dashboard`."""
+"""`diptych compare`, `replay`, `trace-export`, `policies` and `dashboard`."""
 
 from __future__ import annotations
 
@@ -79,6 +79,26 @@ def replay(
 
 
 @app.command()
+def trace_export(
+    run: Annotated[Path, typer.Argument(help="The run folder of a real, simulated or replayed run.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file (RUN.trace.json.gz).")] = None,
+) -> None:
+    """Write a run as a trace: steps, queues, memory and requests, for ui.perfetto.dev or chrome://tracing.
+
+    Example: diptych trace-export runs/chat-mixed-sim
+    """
+    from experiments.trace_export import write_trace
+
+    recorded = read_run(run)
+    file = out or Path(f"{recorded.name}.trace.json.gz")
+    make_parent(file)
+    written = write_trace(recorded)
+    file.write_bytes(written)
+    console.print(f"{len(recorded.steps):,} steps, {len(recorded.requests):,} requests, {len(written):,} bytes: {file}")
+    console.print("Open it in ui.perfetto.dev or chrome://tracing")
+
+
+@app.command()
 def policies(
     name: Annotated[
         str | None, typer.Argument(help="Show one policy, or module:Class: what it does, its source and knobs.")
@@ -104,7 +124,10 @@ def policies(
 
 
 def _summary(role: str, name: str) -> str:
-    return (inspect.getdoc(registry.find(role, name)) or "").split("\n", 1)[0]
+    policy = registry.find(role, name)
+    return (inspect.getdoc(policy) or "").split("\n", 1)[0] + (
+        " Simulations only." if registry.moves_kv(policy) else ""
+    )
 
 
 def _markdown(role: str) -> str:

@@ -37,6 +37,13 @@ Preemption = Annotated[str | None, typer.Option(help="Whom to take memory from."
 Eviction = Annotated[str | None, typer.Option(help="Which idle cached block goes.")]
 Router = Annotated[str | None, typer.Option(help="Which replica gets a request.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder, GGUF file, hub id or preset.")]
+HostMemory = Annotated[
+    float | None,
+    typer.Option(
+        help="GiB of host memory for the KV of preempted requests, with --preemption NAME,mode=swap "
+        "(in blocks: --set limits.num_host_blocks=N)."
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other field of the specification, as limits.lag=0; may be repeated."),
@@ -49,6 +56,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "rate": ("workload.rate",),
     "seed": ("workload.seed", "seed"),
     "replicas": ("replicas",),
+    "link": ("link.bandwidth",),
+    "host_memory": ("limits.host_memory_gib",),
     **{role: (f"policies.{role}",) for role in registry.ROLES},
 }
 """Flag -> the fields of the specification that it sets, where that is the same for all commands."""

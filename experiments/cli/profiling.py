@@ -21,10 +21,11 @@ def profile(
     spec: options.Spec = None,
     model: options.Model = None,
     seconds: Annotated[float, typer.Option(help="About how long to measure.", min=1)] = 60.0,
+    host_memory: options.HostMemory = None,
     settings: options.Set = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The calibration file.")] = Path("calibration.json"),
 ) -> None:
-    """Measure this machine's runtime and fit the simulator's cost model to it.
+    """Measure this machine's runtime and fit the simulator's cost model to it; with --host-memory, swapping too.
 
     Example: diptych profile --seconds 60 --set limits.max_num_seqs=16 --out calibration.json
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +39,7 @@ def run(
     admission: options.Admission = None,
     preemption: options.Preemption = None,
     eviction: options.Eviction = None,
+    host_memory: options.HostMemory = None,
     settings: options.Set = None,
     out: options.Out = None,
     overwrite: options.Overwrite = False,
@@ -77,11 +77,13 @@ def simulate(
     device: Annotated[str | None, typer.Option(help="h100-sxm, h200, a100-80gb, l4, cpu, or a file of one.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="A file that `diptych profile` wrote.")] = None,
     replicas: Annotated[int | None, typer.Option(help="How many, behind --router.")] = None,
+    link: Annotated[str | None, typer.Option(help="Between replicas, for routers that move KV: 50GB/s.")] = None,
     scheduler: options.Scheduler = None,
     queue: options.Queue = None,
     admission: options.Admission = None,
     preemption: options.Preemption = None,
     eviction: options.Eviction = None,
+    host_memory: options.HostMemory = None,
     router: options.Router = None,
     settings: options.Set = None,
     out: options.Out = None,
@@ -115,7 +117,7 @@ def share_outside(costs: CostModel, run: Run) -> float:
     if not isinstance(costs, FittedCost):
         return 0.0
     ran = run.steps[(run.steps["num_decodes"] > 0) | (run.steps["num_chunks"] > 0)]
-    names = [field.name for field in fields(StepShape)]
+    names = list(StepShape._fields)
     shapes = (StepShape(*row) for row in ran[names].itertuples(index=False, name=None))
     return sum(not costs.inside(shape) for shape in shapes) / len(ran) if len(ran) else 0.0
 

@@ -44,6 +44,7 @@ def serve(
     admission: options.Admission = None,
     preemption: options.Preemption = None,
     eviction: options.Eviction = None,
+    host_memory: options.HostMemory = None,
     replicas: Annotated[
         int | None, typer.Option(help="Engines, each in a process of its own, behind --router.")
     ] = None,
@@ -157,6 +158,7 @@ def engine(
     admission: options.Admission = None,
     preemption: options.Preemption = None,
     eviction: options.Eviction = None,
+    host_memory: options.HostMemory = None,
     seed: options.Seed = None,
     settings: options.Set = None,
     token: Token = None,

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments.records.environment import KINDS
-from experiments.records.schema import SCHEMAS, RunError, check_columns, tables_of
+from experiments.records.schema import SCHEMAS, RunError, check_columns, filled, tables_of
 
 
 class Run:
@@ -152,7 +152,7 @@ def _read_file(path: Path, table: str) -> pa.Table:
     try:
         with pq.ParquetFile(path.absolute()) as file:
             check_columns(str(path), table, file.schema_arrow)
-            return file.read().select(SCHEMAS[table].names)
+            return filled(table, file.read()).select(SCHEMAS[table].names)
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:

@@ -79,12 +79,22 @@ def to_table(table: str, rows: Sequence[tuple[object, ...]]) -> pa.Table:
 def check_columns(what: str, table: str, found: pa.Schema) -> None:
     """Raise RunError unless a file has the columns it should have, with their types."""
     expected = SCHEMAS[table]
-    missing = [name for name in expected.names if name not in found.names]
+    added = records.ADDED.get(table, {})
+    missing = [name for name in expected.names if name not in found.names and name not in added]
     if missing:
         raise RunError(f"{what} lacks the column {missing[0]}; it is no {table} file of this version")
     extra = [name for name in found.names if name not in expected.names]
     if extra:
         raise RunError(f"{what} has an unknown column {extra[0]}; it is no {table} file of this version")
     for field in expected:
-        if found.field(field.name).type != field.type:
+        if field.name in found.names and found.field(field.name).type != field.type:
             raise RunError(f"{what}: column {field.name} is {found.field(field.name).type}, not {field.type}")
+
+
+def filled(table: str, found: pa.Table) -> pa.Table:
+    """A table with the columns that its run, of an earlier version, did not have."""
+    for name, value in records.ADDED.get(table, {}).items():
+        if name not in found.column_names:
+            field = SCHEMAS[table].field(name)
+            found = found.append_column(field, pa.array([value] * len(found), field.type))
+    return found

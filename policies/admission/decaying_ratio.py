@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from policies.draft import Draft
-from policies.plan import Report
+from policies.plan import Mode, Report
 from policies.registry import register
 from policies.request import Request, State
 
@@ -20,7 +20,7 @@ class DecayingRatio:
     Departures: free tokens are those of free blocks, so that a block's unfilled end is not counted. What is left of a
     prompt that is still being prefilled is counted too. SGLang decays in decode steps only; here a step may be both.
     Which request is retracted is the stack's `Preemption`, and one at a time as memory is short, where SGLang goes on
-    until 20 more steps fit. Cost: O(running) a step in which somebody waits, and a preemption.
+    until 20 more steps fit. Cost: O(running) a step in which somebody waits, and a preemption; O(1) an admission.
     Source: SGLang, `PrefillAdder`, `retract_decode` and the scheduler's `new_token_ratio`.
     """
 
@@ -38,9 +38,10 @@ class DecayingRatio:
         self._decay = (start - self._least) / decay_steps
         self._clip = clip
         self._holders: dict[int, Request] = {}
-        self._retracted = False
+        self._retracted = False  # since the last report
         self._draft: Draft | None = None
-        self._counted = (0, 0)  # how many this draft had admitted and preempted
+        self._counted = (0, 0, 0)  # how many this draft had preempted, given chunks to, and admitted
+        self._given: dict[int, int] = {}  # the tokens of those chunks
         self._charged = 0.0
         self.ratio = start
 
@@ -62,7 +63,9 @@ class DecayingRatio:
             self._retracted = True
 
     def on_report(self, report: Report) -> None:
-        if self._holders and not self._retracted:
+        # With a step in flight, that one's report comes first after a retraction, then that of the step with it.
+        with_it = any(mode is not Mode.KEEP for _, mode in report.step.preempted)
+        if self._holders and not self._retracted and not with_it:
             self.ratio = max(self._least, self.ratio - self._decay)
         self._retracted = False
 
@@ -71,18 +74,20 @@ class DecayingRatio:
 
     def _charge(self, draft: Draft) -> None:
         """What is spoken for beyond the blocks that are taken, as far as this draft has got."""
-        admitted, preempted = len(draft.admitted), len(draft.preempted)
-        given = {r.id: tokens for r, tokens in draft.plan.chunks}
-        if draft is not self._draft or preempted != self._counted[1]:
+        preempted, chunks, admitted = self._counted
+        anew = draft is not self._draft or len(draft.preempted) != preempted
+        if anew:
+            self._given, chunks, admitted = {}, 0, 0
+        self._given.update((request.id, tokens) for request, tokens in draft.plan.chunks[chunks:])
+        if anew:
             stay = [r for r in draft.view.running.values() if r.id not in draft.preempted]
             self._charged = sum(self.ratio * self._left(r) for r in stay)
-            self._charged += sum(self._rest(r, given) for r in stay if r.num_pending_tokens > 1)
-            self._counted = (0, preempted)
-        for request in draft.admitted[self._counted[0] :]:
-            self._charged += self._left(request) + self._rest(request, given)
-        self._draft, self._counted = draft, (admitted, preempted)
+            self._charged += sum(self._rest(r) for r in stay if r.num_pending_tokens > 1)
+        for request in draft.admitted[admitted:]:
+            self._charged += self._left(request) + self._rest(request)
+        self._draft, self._counted = draft, (len(draft.preempted), len(draft.plan.chunks), len(draft.admitted))
 
-    def _rest(self, request: Request, given: dict[int, int]) -> int:
+    def _rest(self, request: Request) -> int:
         """Tokens of a prompt that there are no blocks for yet."""
-        there = max(request.num_computed_tokens + given.get(request.id, 0), request.num_blocks * self._block_size)
-        return max(0, request.num_tokens - there)
+        computed = request.num_computed_tokens + self._given.get(request.id, 0)
+        return max(0, request.num_tokens - max(computed, request.num_blocks * self._block_size))

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 from policies.contract import View
-from policies.costing import prefill_ns
+from policies.costing import prefill_ns, swap_ns
 from policies.draft import Draft
+from policies.plan import Mode
 from policies.registry import register
 from policies.request import Request
 from policies.victims import RankedVictim
@@ -10,23 +11,39 @@ from policies.victims import RankedVictim
 
 @register("preemption", "cheapest")
 class Cheapest(RankedVictim):
-    """Preempt whoever costs the least for each block freed, by the cost model.
+    """Preempt whoever costs the least for each block freed, by recomputation or swapping, whichever is cheaper for it.
 
-    cost = time to compute the context again in one step of its own / blocks that preempting frees. What the prefix
-    cache will still hold then is not counted on. Longer contexts share a step's fixed cost among more blocks, but their
-    attention grows with the square: the choice depends on the model and the card. A request that frees nothing goes
-    last. Swapping to host memory, the other half of the question, needs a host tier, which there is not yet.
+    cost = min(recompute, swap) / blocks that preempting frees, by the cost model. recompute: the time to compute the
+    context again in one step of its own, what the prefix cache will still hold then not counted on; its attention grows
+    with the square of the context. swap, where the host has room: copying the blocks that the context fills there and
+    back, which grows with their number. So the choice depends on the model, the card and its link. A request that frees
+    nothing goes last.
     O(blocks held by the running) a victim. Needs a cost model.
-    Source: Kwon et al., SOSP 2023, section 7.3, compares recomputation and swapping by context length.
     Who was admitted first is spared (`policies.victims`).
+    Source: Kwon et al., SOSP 2023, section 7.3, compares recomputation and swapping by block size and context length.
     """
 
     needs_cost = True
     spares_eldest = True
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def rank(self, request: Request, view: View, draft: Draft, now: int) -> tuple[int, float]:
-        assert view.cost is not None
         freed = draft.blocks_freed_by(request)
         if not freed:
             return (0, 0.0)
-        return (1, -prefill_ns(view.cost, request.num_tokens) / freed)
+        return (1, -min(self._costs(request, view, draft)) / freed)
+
+    def mode_for(self, request: Request, view: View, draft: Draft) -> Mode:
+        recompute, swap = self._costs(request, view, draft)
+        return Mode.SWAP if swap < recompute else Mode.RECOMPUTE
+
+    def _costs(self, request: Request, view: View, draft: Draft) -> tuple[float, float]:
+        """Nanoseconds of each way; a full host is no way."""
+        assert view.cost is not None
+        recompute = prefill_ns(view.cost, request.num_tokens)
+        if not view.num_host_blocks or not draft.can_swap(request):
+            return recompute, float("inf")
+        size = view.block_size
+        return recompute, swap_ns(view.cost, -(-request.num_computed_tokens // size) * size)

@@ -18,7 +18,14 @@ class LeastProgress(RankedVictim):
     so `moving_average` and `quantile` say what the client declared.
     """
 
-    def __init__(self, predictor: str = "declared", oracle: Mapping[int, int] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        predictor: str = "declared",
+        mode: str = "recompute",
+        oracle: Mapping[int, int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(mode)
         self._predictor = registry.make_inner("predictor", predictor, oracle=oracle, seed=seed)
         self.clairvoyant = registry.is_clairvoyant(self._predictor)
 

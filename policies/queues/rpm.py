@@ -41,7 +41,7 @@ class Rpm(KeyQueue):
         self._release_of: dict[int, int] = {}
 
     def rank(self, request: Request) -> float:
-        return self._release_of[request.id]
+        return self._release_of.get(request.id, request.arrival_ns)  # of those that it never queued
 
     def push(self, request: Request, now: int) -> None:
         if request.id not in self._release_of and request.first_scheduled_ns is not None:
@@ -83,7 +83,7 @@ class Rpm(KeyQueue):
         self._new.pop(request.id, None)
         self._excess.pop(request.id, None)
         super().remove(request)
-        if request.state.ended:
+        if request.gone:
             self._release_of.pop(request.id, None)
 
     def on_report(self, report: Report) -> None:

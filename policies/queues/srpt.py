@@ -44,7 +44,7 @@ class Srpt(Sjf):
 
     def remove(self, request: Request) -> None:
         super().remove(request)
-        if request.state.ended:
+        if request.gone:
             self._predicted.pop(request.id, None)
 
     def on_report(self, report: Report) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from policies.contract import Replica, Route, Router
-from policies.registry import make_inner, register
+from policies.registry import find, make_inner, moves_kv, register
 from policies.request import Request
 
 
@@ -55,6 +55,8 @@ class Stale:
     ) -> None:
         if refresh_ms < 0:
             raise ValueError(f"refresh_ms must be at least 0, not {refresh_ms}")
+        if moves_kv(find("router", router.split("/")[0])):
+            raise ValueError(f"{router} moves KV between replicas, and would miss what they say meanwhile; not in here")
         self._router: Router = make_inner("router", router, seed=seed, block_size=block_size)
         self._refresh_ns = round(1e6 * refresh_ms)
         self._read_at = 0

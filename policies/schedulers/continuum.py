@@ -113,7 +113,7 @@ class Continuum(Mixed):
         self._let_go(request)
         if request.state in (State.STOPPED, State.LENGTH):
             self._end(request, now)
-        elif request.num_blocks:
+        elif request.num_blocks and request.state is not State.MOVING:  # which takes its pin with it
             self._tell(request)
 
     def on_report(self, report: Report) -> None:

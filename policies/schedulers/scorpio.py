@@ -49,6 +49,7 @@ class Scorpio(QueuedScheduler):
         super().__init__(Edf(shed="drop"))
         self._tpot: dict[int, int | None] = {}  # as it counts, from when it was first looked at
         self._clock = 0  # the tightest TPOT, summed over the steps planned
+        self._pace = 0  # the tightest TPOT in the last of them
         self._joined: dict[int, tuple[int, int]] = {}  # request that decodes -> clock and output tokens when it began
 
     def add(self, request: Request, now: int) -> None:
@@ -63,6 +64,10 @@ class Scorpio(QueuedScheduler):
         super().on_report(report)
         for request, _, _ in report.finished:
             self._forget(request)
+
+    def on_repeat(self) -> None:
+        """A step goes by in which the same requests decode as in the last one planned."""
+        self._clock += self._pace
 
     def _forget(self, request: Request) -> None:
         self._joined.pop(request.id, None)
@@ -94,10 +99,11 @@ class Scorpio(QueuedScheduler):
 
     def _short_of_credit(self, view: View, batch: VirtualBatch) -> dict[int, Request]:
         """A step goes by. Who decodes and has no whole credit now."""
+        self._pace = batch.tightest or 0
         if batch.tightest is None:
             return {}
         began, resting = self._clock, {}
-        self._clock += batch.tightest
+        self._clock += self._pace
         for request in view.decoding():
             tpot = self._tpot[request.id]
             if tpot is not None:

@@ -98,6 +98,8 @@ def router(service: Service) -> APIRouter:
             except (Exception, SystemExit) as error:  # of a module or a constructor that is not ours
                 reason = f"router {router_name} cannot be made: {type(error).__name__}: {error}"
                 raise ApiError(400, reason, "router") from error
+            if registry.moves_kv(new):
+                raise ApiError(400, f"router {router_name} moves KV between replicas: for simulations so far", "router")
         answer = await command("swap", **changes) if changes else {}
         if router_name is not None:
             replicas.swap_router(new, router_name)

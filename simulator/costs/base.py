@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from policies.shapes import StepShape
 
 Regime = Literal["decode", "prefill", "mixed"]
 
 
-@dataclass(frozen=True, slots=True)
-class StepCost:
+class StepCost(NamedTuple):
     """Durations of one step's three parts, in whole nanoseconds.
 
     With `lag=0` a step takes their sum. With `lag=1` the host parts of one step overlap the device's work on another.

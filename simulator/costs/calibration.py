@@ -86,6 +86,16 @@ class ModeFit(_Part):
     finish: Annotated[dict[str, Coefficient], _exactly(*FINISH_TERMS)]
 
 
+class SwapFit(_Part):
+    """What copying KV to host memory and back adds to a step: nanoseconds a step that copies in one direction, and a
+    token of KV in each."""
+
+    num_samples: int = Field(ge=1)
+    copies: Coefficient
+    swapped_out: Coefficient
+    swapped_in: Coefficient
+
+
 class MeasuredRange(_Part):
     """Smallest and largest of each size that was measured, for one way to run and one kind of step."""
 
@@ -118,6 +128,8 @@ class Calibration(_Part):
     """What was measured: device, model, software, date, as the caller states them."""
     graph: ModeFit | None
     eager: ModeFit | None
+    swap: SwapFit | None = None
+    """None where no step of the measurement swapped anything."""
     ranges: list[MeasuredRange]
     held_out: list[HeldOutError]
     """Empty where there were too few samples to hold any out."""

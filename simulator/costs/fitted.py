@@ -50,6 +50,8 @@ class _Curves:
 class FittedCost:
     """A sum of terms, each of them a measured price times a size of the step, none of them negative.
 
+    Copies to host memory and back cost nothing where the calibration has no price for them (`prices_swaps`).
+
     So no prediction is negative, and none falls when a size grows. Steps from captured graphs and eager ones have
     prices of their own; where only one of the two was measured it stands in for the other, and `inside` says no.
     Raises CalibrationError for a calibration with neither.
@@ -62,6 +64,7 @@ class FittedCost:
             raise CalibrationError("the calibration has no fit, neither graph nor eager; make it anew")
         self._graph = _Curves.of(graph or eager)  # type: ignore[arg-type]
         self._eager = _Curves.of(eager or graph)  # type: ignore[arg-type]
+        self._swap = calibration.swap
         self._ranges = {(measured.graph, measured.regime): measured for measured in calibration.ranges}
 
     @classmethod
@@ -86,6 +89,10 @@ class FittedCost:
         if chunks:
             device += any_chunk + chunk * chunks + pairs * shape.chunk_pairs + chunk_context * shape.chunk_context
             prepare += prepare_chunk * chunks + prepare_token * shape.chunk_tokens
+        if self._swap is not None and (shape.swapped_out or shape.swapped_in):
+            swap = self._swap
+            device += swap.copies * ((shape.swapped_out > 0) + (shape.swapped_in > 0))
+            device += swap.swapped_out * shape.swapped_out + swap.swapped_in * shape.swapped_in
         finish, finish_sample = curves.finish
         return StepCost(whole_ns(prepare), whole_ns(device), whole_ns(finish + finish_sample * samples))
 
@@ -94,8 +101,15 @@ class FittedCost:
 
     def inside(self, shape: StepShape) -> bool:
         """Whether steps of this kind, run this way, were measured with every size as small and as large."""
+        if (shape.swapped_out or shape.swapped_in) and self._swap is None:
+            return False
         measured = self._ranges.get((shape.graph, regime(shape)))
         return measured is not None and measured.holds(shape)
+
+    @property
+    def prices_swaps(self) -> bool:
+        """Whether copies to host memory and back were measured."""
+        return self._swap is not None
 
     def describe(self) -> dict[str, object]:
         return {"kind": "fitted", **self.calibration.model_dump()}

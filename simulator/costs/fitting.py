@@ -29,6 +29,7 @@ from simulator.costs.calibration import (
     MeasuredRange,
     ModeFit,
     Part,
+    SwapFit,
     TokenSlope,
 )
 from simulator.costs.fitted import FittedCost
@@ -38,6 +39,8 @@ Array = npt.NDArray[np.float64]
 
 MIN_SHAPES = 10
 """Fewer distinct shapes than this are no measurement."""
+MIN_SWAPS = 4
+"""Distinct amounts of swapped KV, fewer of which give no price."""
 _FOLDS = 5
 _KNOT_RATIO = 1.5
 _REWEIGHTINGS = 8
@@ -51,14 +54,39 @@ def fit(samples: Sequence[StepSample], provenance: Mapping[str, JsonValue] | Non
     Repeats of a shape count as their median. Raises ValueError for fewer than 10 distinct shapes and for negative
     times.
     """
-    points = _points(samples)
+    points = _points([sample for sample in samples if not _swaps(sample.shape)])
     if len(points) < MIN_SHAPES:
         raise ValueError(
             f"a fit needs steps of at least {MIN_SHAPES} distinct shapes, not {len(points)}; profile more sizes"
         )
     model = _model(points, provenance or {})
     held_out = _held_out_errors(points)
-    return FittedCost(model.calibration.model_copy(update={"held_out": held_out}))
+    swap = _swap_fit(model, _points([sample for sample in samples if _swaps(sample.shape)]))
+    return FittedCost(model.calibration.model_copy(update={"held_out": held_out, "swap": swap}))
+
+
+def _swaps(shape: StepShape) -> bool:
+    return bool(shape.swapped_out or shape.swapped_in)
+
+
+def _swap_fit(model: FittedCost, points: Sequence[_Point]) -> SwapFit | None:
+    """Prices of copies: what steps with copies took beyond the model's time for the same steps without. None where
+    fewer than MIN_SWAPS steps were measured, or all copied as much."""
+    if len({(point.shape.swapped_out, point.shape.swapped_in) for point in points}) < MIN_SWAPS:
+        return None
+    columns = [
+        [
+            float((shape.swapped_out > 0) + (shape.swapped_in > 0)),
+            float(shape.swapped_out),
+            float(shape.swapped_in),
+        ]
+        for shape in (point.shape for point in points)
+    ]
+    plain = [model.cost(point.shape._replace(swapped_out=0, swapped_in=0)).device_ns for point in points]
+    beyond = [max(0.0, point.device_ns - base) for point, base in zip(points, plain, strict=True)]
+    copies, out, back = _robust_nnls(np.array(columns), beyond, _counts(points))
+    count = sum(len(point.samples) for point in points)
+    return SwapFit(num_samples=count, copies=copies, swapped_out=out, swapped_in=back)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +124,8 @@ def _points(samples: Sequence[StepSample]) -> list[_Point]:
 
 
 def _by_size(shape: StepShape) -> tuple[int, ...]:
-    return (shape.padded_tokens, *(int(getattr(shape, name)) for name in RANGE_FIELDS), int(shape.graph))
+    sizes = (int(getattr(shape, name)) for name in RANGE_FIELDS)
+    return (shape.padded_tokens, *sizes, int(shape.graph), shape.swapped_out, shape.swapped_in)
 
 
 def _model(points: Sequence[_Point], provenance: Mapping[str, JsonValue]) -> FittedCost:

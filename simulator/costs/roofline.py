@@ -35,7 +35,8 @@ class RooflineCost:
     Parts: the linear layers by padded tokens, attention of decodes and of chunks by query-context pairs and by KV
     bytes, the LM head by sampled rows. Activations in memory, tile sizes and communication are left out, so it errs
     on the fast side: on an H100 with Llama-3.1-8B it gives 0.78 to 0.88 of vLLM 0.24's decode steps. Of a mixture of
-    experts, a step reads those that its tokens are expected to hit.
+    experts, a step reads those that its tokens are expected to hit. Swapped KV goes over the host link before the step,
+    one direction after the other.
 
     `dtype` is that of the arithmetic, `bf16` or `fp32`; by default fp32 where weights take four bytes. Raises
     ValueError for another one.
@@ -59,6 +60,7 @@ class RooflineCost:
         self._head_sample = model.head_flops_per_sample * flops_ns
         self._pair = model.attention_flops_per_pair * attention_ns
         self._kv_token = model.kv_bytes_per_token * byte_ns
+        self._swapped_token = model.kv_bytes_per_token * 1e9 / device.reached_host_link
 
     def cost(self, shape: StepShape) -> StepCost:
         host = self.host
@@ -94,4 +96,7 @@ class RooflineCost:
         total += max(self._kv_token * shape.chunk_context, self._pair * shape.chunk_pairs)
         if shape.num_samples:
             total += max(self._head_memory, self._head_sample * shape.num_samples)
+        for swapped in (shape.swapped_out, shape.swapped_in):
+            if swapped:
+                total += self.device.host_link_latency_ns + self._swapped_token * swapped
         return whole_ns(total)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from policies.records import ADDED
 from policies.shapes import StepShape
 
-_SIZES = tuple(field.name for field in fields(StepShape))
+_SIZES = StepShape._fields
 _COLUMNS = ("plan_ns", "launch_ns", "end_ns", "device_ns", *_SIZES)
 
 
@@ -28,12 +29,15 @@ def samples_from_steps(steps: Mapping[str, Any]) -> list[StepSample]:
     """From columns of steps.parquet, as a DataFrame or arrays by name: one sample a step that ran, in their order.
 
     Prepare is launch_ns - plan_ns; finish is from end_ns to the next plan of the same replica, which comes as soon as
-    the host can plan again (before it idles, it makes a plan of nothing). Raises ValueError for missing columns.
+    the host can plan again (before it idles, it makes a plan of nothing). Raises ValueError for missing columns, those
+    excepted that runs of earlier versions lack.
     """
-    missing = [name for name in _COLUMNS if name not in steps]
+    added = ADDED["steps"]
+    missing = [name for name in _COLUMNS if name not in steps and name not in added]
     if missing:
         raise ValueError(f"steps have no column {', '.join(missing)}; give the columns of steps.parquet")
-    columns = {name: np.asarray(steps[name]) for name in _COLUMNS}
+    columns = {name: np.asarray(steps[name]) for name in _COLUMNS if name in steps}
+    columns |= {name: np.full(len(columns["plan_ns"]), added[name]) for name in _COLUMNS if name not in steps}
     size = len(columns["plan_ns"])
     replica = np.asarray(steps["replica"]) if "replica" in steps else np.zeros(size, dtype=np.int64)
     finish = np.full(size, -1, dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from dashboard.compare_page import plain
+from dashboard.ui import plain
 from experiments.compare import compare
+from experiments.metrics import per_request
 from experiments.records import read_run
+from tests.dashboard.reading import bodies, table
 from tests.experiments.fake_run import constant, fake_run, random_requests
 
 APP = Path(__file__).resolve().parents[2] / "dashboard" / "app.py"
@@ -24,20 +27,25 @@ def root(tmp_path: Path) -> Path:
     fake_run(tmp_path / "a model", requests, step_ns=lambda step: constant(step) * 9 // 10)
     fake_run(tmp_path / "gpu", requests, kind="real")
     fake_run(tmp_path / "sweep" / "1", requests[:-5], kind="real")
+    about = tmp_path / "sweep" / "1" / "run.json"
+    about.write_text(about.read_text().replace('"seed": 0', '"seed": 1'))  # no repeat of the other
     return tmp_path
 
 
-def page(root: Path, monkeypatch: pytest.MonkeyPatch) -> AppTest:
+def page(root: Path, monkeypatch: pytest.MonkeyPatch, **in_url: str) -> AppTest:
     monkeypatch.setattr(sys, "argv", ["app.py"])
     monkeypatch.setenv("DIPTYCH_RUNS", str(root))
-    app = AppTest.from_file(str(APP), default_timeout=60).run()
+    app = AppTest.from_file(str(APP), default_timeout=60)
+    for key, value in in_url.items():
+        app.query_params[key] = value
+    app.run()
     assert not app.exception
     return app
 
 
 def test_a_real_and_a_simulated_run_are_chosen_at_first(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = page(root, monkeypatch)
-    reference, other = app.sidebar.selectbox
+    reference, other = app.selectbox
     assert reference.value == "gpu"
     assert other.value == "a model"
     assert other.options == ["a model (sim)", "gpu (real)", "sweep/1 (real)"]
@@ -48,25 +56,59 @@ def test_the_figures_are_those_of_the_command_line_to_the_last_digit(
 ) -> None:
     app = page(root, monkeypatch)
     comparison = compare(read_run(root / "gpu"), read_run(root / "a model"))
-    table = app.dataframe[0].value
-    assert list(table.columns) == ["metric", "unit", "real", "simulated", "error"]
-    assert [tuple(row) for row in table.itertuples(index=False)] == [
-        (row.metric, row.unit, row.a, row.b, row.error) for row in comparison.rows()
-    ]
+    headings, cells = table(app, "metric")
+    assert headings == ["metric", "unit", "real", "simulated", "error"]
+    assert cells == [[row.metric, row.unit, row.a, row.b, row.error] for row in comparison.rows()]
+    tiles = next(body for body in bodies(app) if "dp-tiles" in body)
     by_metric = {row.metric: row for row in comparison.rows()}
-    tiles = {tile.label: (tile.value, tile.delta) for tile in app.metric}
     for metric in ("Output tokens", "TTFT p50", "TPOT p50", "E2E p50"):
         row = by_metric[metric]
-        assert tiles[f"{metric} ({row.unit})"] == (row.b, f"{row.error} against {row.a}")
+        start = tiles.index(f">{metric} ({row.unit})<")
+        shown = re.findall(r">([^<>]+)<", tiles[start:])
+        assert shown[1:4] == [row.error, row.a, row.b]
+
+
+def test_repeats_of_the_reference_run_say_what_a_difference_is_worth(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = random_requests(60, seed=1, cancelled=0.1)
+    again = fake_run(root / "gpu again", requests, kind="real", step_ns=lambda step: constant(step) * 11 // 10)
+    apart = {row.metric: row.error for row in compare(read_run(root / "gpu"), again).rows()}
+    app = page(root, monkeypatch)
+    headings, cells = table(app, "metric")
+    assert headings[-1] == "noise floor"
+    assert {row[0]: row[-1] for row in cells} == {metric: error.lstrip("+-") for metric, error in apart.items()}
+    assert any(f"noise floor {apart['TTFT p50'].lstrip('+-')}, 1 repeat<" in body for body in bodies(app))
+
+
+def test_the_requests_that_differ_most_lead_to_their_lives(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = page(root, monkeypatch, by="ttft_ms")
+    a, b = (per_request(read_run(root / name)).set_index("request_id") for name in ("gpu", "a model"))
+    both = a["completed"] & b["completed"]
+    difference = (b["ttft_ms"] - a["ttft_ms"])[both].abs()
+    _, cells = table(app, "request")
+    assert cells[0][0] == f"request {difference.idxmax()}"
+    assert cells[0][-2].lstrip("+-") == f"{difference.max():,.1f}"
+    assert any(f'href="timeline?a=gpu&amp;b=a+model&amp;request={difference.idxmax()}"' in body for body in bodies(app))
+
+
+def test_the_url_carries_the_choice(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = page(root, monkeypatch, a="sweep/1", b="gpu")
+    assert [box.value for box in app.selectbox] == ["sweep/1", "gpu"]
+    app.selectbox[1].select("a model").run()
+    assert app.query_params["a"] == "sweep/1"
+    assert app.query_params["b"] == "a model"
+    app.query_params["b"] = "gpu"
+    app.run()
+    assert app.selectbox[1].value == "gpu"
+    assert page(root, monkeypatch, a="../gpu").selectbox[0].value == "gpu"
 
 
 def test_it_is_said_whether_the_runs_decided_alike(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = page(root, monkeypatch)
     divergence = compare(read_run(root / "gpu"), read_run(root / "sweep/1")).divergence
     assert divergence is not None
-    app.sidebar.selectbox[1].select("sweep/1").run()
-    assert not app.exception
-    assert app.warning[0].value == plain(f"Policy: {divergence}.")
+    app = page(root, monkeypatch, b="sweep/1")
+    assert any(f"Policy: {divergence}." in body for body in bodies(app))
     assert f"step {divergence.step}" in app.expander[0].label
     shown = "\n".join(text.value for text in app.expander[0].text)
     assert all(decision in shown for decision in (*divergence.decisions_a, *divergence.decisions_b))
@@ -78,10 +120,7 @@ def test_both_figures_are_drawn_with_a_trace_a_run_and_panel(root: Path, monkeyp
 
 
 def test_two_times_the_same_run_is_no_comparison(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = page(root, monkeypatch)
-    app.sidebar.selectbox[1].select("gpu").run()
-    assert not app.exception
-    assert "two different runs" in app.info[0].value
+    assert "two different runs" in page(root, monkeypatch, b="gpu").info[0].value
 
 
 def test_without_runs_the_page_says_how_to_get_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,27 +136,27 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest
 def test_a_run_without_a_file_is_named_and_the_others_are_shown(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "sweep" / "1" / "steps.parquet").unlink()
     app = page(root, monkeypatch)
-    assert "steps\\.parquet is missing" in app.sidebar.warning[0].value
-    assert app.sidebar.selectbox[0].options == ["a model (sim)", "gpu (real)"]
-    assert len(app.dataframe) == 1
+    assert "steps\\.parquet is missing" in app.warning[0].value
+    assert app.selectbox[0].options == ["a model (sim)", "gpu (real)"]
+    assert len(app.get("plotly_chart")) == 2
 
 
 def test_a_broken_file_is_said_in_place_of_the_figures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "gpu" / "steps.parquet").write_bytes(b"nonsense")
     app = page(root, monkeypatch)
     assert "is broken" in app.error[0].value
-    assert len(app.dataframe) == 0
+    assert not app.get("plotly_chart")
 
 
 def test_a_run_that_changes_on_disk_is_read_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = page(root, monkeypatch)
-    before = app.dataframe[0].value
+    _, before = table(app, "metric")
     shutil.rmtree(root / "a model")
     fake_run(root / "a model", random_requests(60, seed=1), step_ns=lambda step: constant(step) * 2)
     app.run()
-    after = app.dataframe[0].value
-    assert (before["real"] == after["real"]).any()
-    assert (before["simulated"] != after["simulated"]).all()
+    _, after = table(app, "metric")
+    assert any(old[2] == new[2] for old, new in zip(before, after, strict=True))
+    assert all(old[3] != new[3] for old, new in zip(before, after, strict=True))
 
 
 def test_names_are_shown_as_they_are_and_not_as_markdown() -> None:

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from dashboard.launch import command
+from tests.dashboard.browser import free_port, healthy
 
 LAUNCH = "import sys; from pathlib import Path; from dashboard.launch import launch; "
 LAUNCH += "sys.exit(launch(Path(sys.argv[1]), int(sys.argv[2])))"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
 
 
 def test_the_server_answers_and_ends_with_the_process_that_launched_it(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class ByHand:
         self.queue.append(request)
 
     def remove(self, request: Request, now: int) -> None:
-        self.queue.remove(request)
+        self.queue = [other for other in self.queue if other is not request]
 
     def on_report(self, report: Report) -> None:
         self.reports.append(report)

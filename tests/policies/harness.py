@@ -56,7 +56,8 @@ class LinearCost:
     """A step costs something, each token more, and each token of context a little."""
 
     def step_ns(self, shape: StepShape) -> int:
-        return 200 + 20 * shape.padded_tokens + shape.decode_context + shape.chunk_pairs // 8
+        work = 20 * shape.padded_tokens + shape.decode_context + shape.chunk_pairs // 8
+        return 200 + work + 4 * (shape.swapped_out + shape.swapped_in)
 
 
 class Drive:

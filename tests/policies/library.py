@@ -12,6 +12,8 @@ SMALL = {
     "watermark": "watermark,watermark=0.1",
     "decaying_ratio": "decaying_ratio,start=0.05,clip=1",  # as it comes it lets in so few that memory is never short
     "t_lru": "t_lru,budget=16,next_prompt=8",
+    "ltr": "ltr,threshold=3,quantum=2",
+    "multi_bin": "multi_bin,edges=10;25,batch=3,max_wait_ms=0.01",
 }
 """Knobs that suit a replica of some 40 blocks of 4 tokens; the other policies are tested as they come."""
 
@@ -30,7 +32,9 @@ MORE: dict[str, list[StackSpec]] = {
         StackSpec("preemptive,mode=keep", "mlfq,quantum_ms=0.002,alpha_ms=0.01"),
         StackSpec("preemptive", "plas,quantum_ms=0.003,beta=2"),
         StackSpec("preemptive,mode=keep", "atlas,quantum_ms=0.003,beta=2"),
+        StackSpec("static,max_batch_size=3", "multi_bin,edges=10;25,batch=3,max_wait_ms=0.01"),
     ],
+    "preemption": [StackSpec(preemption="last_admitted,mode=swap"), StackSpec(preemption="longest,mode=swap")],
     "eviction": [StackSpec(eviction="gdsf,crossover=20")],
     "admission": [
         StackSpec(admission="reserve_pow2,predictor=declared"),

@@ -59,11 +59,14 @@ def jobs(draw: st.DrawFn, most: int = 12) -> list[Job]:
 
 
 LIMITS = st.builds(
-    lambda blocks, budget, caching, lag: Limits(blocks, 4, 6, budget, 110, prefix_caching=caching, lag=lag),
+    lambda blocks, budget, caching, lag, host: Limits(
+        blocks, 4, 6, budget, 110, prefix_caching=caching, lag=lag, num_host_blocks=host
+    ),
     st.sampled_from([28, 40, 400]),
     st.sampled_from([12, 32]),
     st.booleans(),
     st.sampled_from([0, 1]),
+    st.sampled_from([0, 12, 100]),
 )
 
 
@@ -86,6 +89,7 @@ def test_every_request_ends_with_its_tokens(stack: StackSpec, limits: Limits, wo
             assert job.slo.droppable
         else:
             assert row["status"] == "refused" or (row["status"] == "cancelled" and job.cancel is not None)
+    assert drive.plane.view.num_free_host_blocks == limits.num_host_blocks
     assert drive.plane.view.num_free_blocks + sum(r.num_blocks for r in drive.requests) == limits.num_blocks
     for row in drive.log.steps:
         step = dict(zip(STEPS, row, strict=True))
@@ -116,5 +120,5 @@ def test_other_ids_and_another_order_of_submission_change_no_decision(
 @pytest.mark.parametrize("stack", EVERY, ids=says)
 def test_in_little_memory_everybody_still_ends(stack: StackSpec, lag: int) -> None:
     work = [Job(20, 40, priority=i % 2, tenant="ab"[i % 2], program=i % 3, session=i) for i in range(6)]
-    drive = Drive(Limits(30, 4, 6, 32, 110, prefix_caching=False, lag=lag), stack, work)
+    drive = Drive(Limits(30, 4, 6, 32, 110, prefix_caching=False, lag=lag, num_host_blocks=40), stack, work)
     assert all(request.state.value == "length" for request in drive.requests)

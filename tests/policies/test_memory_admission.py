@@ -310,6 +310,60 @@ def test_the_ratio_falls_jumps_and_starts_again_as_worked_by_hand() -> None:
     assert rule.ratio == 0.5
 
 
+def test_with_a_step_in_flight_neither_its_report_nor_that_of_the_step_that_preempts_takes_off_the_jump() -> None:
+    desk = Desk(Limits(100, 1, 8, 200, 100, prefix_caching=False, lag=1))
+    rule = make("admission", "decaying_ratio,start=0.5,floor=0.2,decay_steps=4", block_size=1)
+    desk.plane.stack.admission = rule
+    requests = [desk.submit(10, cap=60) for _ in range(3)]
+    desk.run(Plan(chunks=[(r, 10) for r in requests]))
+    assert rule.ratio == pytest.approx(0.4)
+    in_flight = desk.plan(Plan(decode_all=True))
+    preempting = desk.plan(Plan(decode_all=True, preempt=[(requests[2], Mode.RECOMPUTE)]))
+    jump = (2 * 2 + 20 * 2) / 121
+    seen = []
+    for step in (in_flight, preempting):
+        desk.report(step)
+        seen.append(rule.ratio)
+    after = desk.plan(Plan(decode_all=True))
+    desk.report(after)
+    assert [*seen, rule.ratio] == pytest.approx([jump, jump, jump - 0.1])
+
+
+def test_pausing_somebody_is_no_preemption_that_stops_the_decay() -> None:
+    desk = Desk(Limits(100, 1, 8, 200, 100, prefix_caching=False))
+    rule = make("admission", "decaying_ratio,start=0.5,floor=0.2,decay_steps=4", block_size=1)
+    desk.plane.stack.admission = rule
+    requests = [desk.submit(10, cap=60) for _ in range(2)]
+    desk.run(Plan(chunks=[(r, 10) for r in requests]))
+    desk.run(Plan(decode_all=True, preempt=[(requests[1], Mode.KEEP)]))
+    assert rule.ratio == pytest.approx(0.3)
+
+
+class Looked(list):
+    """A plan's chunks, which count how often one of them is looked at."""
+
+    looks = 0
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        for item in super().__iter__():
+            Looked.looks += 1
+            yield item
+
+    def __getitem__(self, at):  # type: ignore[no-untyped-def]
+        found = super().__getitem__(at)
+        Looked.looks += len(found) if isinstance(at, slice) else 1
+        return found
+
+
+def test_admitting_many_in_a_step_looks_at_each_chunk_once() -> None:
+    desk = Desk(Limits(4000, 1, 100, 2000, 100, prefix_caching=False))
+    desk.plane.stack.admission = make("admission", "decaying_ratio", block_size=1)
+    draft, Looked.looks = desk.plane.view.draft(), 0
+    draft.plan.chunks = Looked()
+    assert all(draft.admit(desk.submit(10, cap=12)) for _ in range(60))
+    assert Looked.looks <= 60
+
+
 def test_the_ratio_never_jumps_above_one() -> None:
     desk = Desk(Limits(100, 1, 8, 200, 100, prefix_caching=False))
     rule = desk.plane.stack.admission = make("admission", "decaying_ratio", block_size=1)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies import registry
-from policies.contract import Router
+from policies.contract import LATER, Route, Router
 from tests.policies.fleet import Loaded, chain, prompt
 
 SMALL = {"session": "session,max_sessions=40", "weighted_round_robin": "weighted_round_robin,weights=3:1:2"}
@@ -19,7 +19,11 @@ SMALL = {"session": "session,max_sessions=40", "weighted_round_robin": "weighted
 NAMES = [SMALL.get(name, name) for name in registry.names("router")]
 ROUTERS = [
     *NAMES,
-    *(f"stale,router={name.replace(',', '/')},refresh_ms=0.00001" for name in NAMES if name != "stale"),
+    *(
+        f"stale,router={name.replace(',', '/')},refresh_ms=0.00001"
+        for name in NAMES
+        if name != "stale" and not registry.moves_kv(registry.find("router", name.split(",")[0]))
+    ),
     "consistent_hash,epsilon=0",
     "consistent_hash,epsilon=none,virtual_nodes=1",
     "kv_aware,temperature=0.5",
@@ -39,7 +43,7 @@ class World:
     fleet: dict[int, Loaded] = field(default_factory=lambda: {i: Loaded(i, num_blocks=50) for i in range(3)})
     reverse: bool = False
     live: dict[int, int] = field(default_factory=dict)
-    routed: list[int] = field(default_factory=list)
+    routed: list[Route] = field(default_factory=list)
     now: int = 0
 
     def arrive(self, prefix: str, num_blocks: int, session: int | None, tenant: str) -> None:
@@ -50,7 +54,9 @@ class World:
         route = self.router.route(request, chain(prefix, num_blocks), listed, self.now)
         assert route is not None
         assert route.replica in self.fleet
-        assert route.kv_from is None
+        assert registry.moves_kv(self.router) or (route.kv_from is None and route.decode_replica is None)
+        assert route.kv_from in (None, *self.fleet)
+        assert route.decode_replica in (None, LATER, *self.fleet)
         replica = self.fleet[route.replica]
         replica.num_running += 1
         replica.num_outstanding_tokens += request.num_prompt_tokens
@@ -58,7 +64,7 @@ class World:
         replica.num_free_blocks -= 1
         replica.cached.update(chain(prefix, num_blocks))
         self.live[id] = route.replica
-        self.routed.append(route.replica)
+        self.routed.append(route)
 
     def end(self, id: int) -> None:
         self.now += 1

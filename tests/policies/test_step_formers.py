@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from policies.registry import PolicyError, make
 from policies.replica_state import Limits
+from policies.request import Slo
 from policies.stack import StackSpec
 from tests.policies.decisions import decisions
-from tests.policies.harness import Drive, Job
+from tests.policies.harness import STEP_NS, Drive, Job
 from tests.policies.test_library import jobs
 
 LAGS = st.sampled_from([0, 1])
@@ -115,9 +116,40 @@ def test_between_decisions_nobody_is_admitted_and_everybody_decodes() -> None:
     work = [Job(4, 30), *(Job(4, 30, arrives=i) for i in (2, 3, 9))]
     made = drive("every,n=5", work)
     admitted = [(step.index, len(step.admitted)) for step in made.steps if step.admitted]
-    assert admitted == [(0, 1), (5, 2), (10, 1)]
-    for step in made.steps[1:6]:
+    assert admitted == [(0, 1), (6, 2), (11, 1)]  # after step 0, in which nobody decodes, at once
+    for step in made.steps[1:7]:
         assert step.num_decodes == 1
+
+
+def test_a_static_batch_that_is_still_forming_forms_under_multi_step_too() -> None:
+    """Two prompts, one a step: nobody decodes before both are in, and from then on both do."""
+    work = [Job(20, 6), Job(20, 6)]
+    bare, wrapped = (drive(name, work, budget=20) for name in ("static", "every,n=4,inner=static"))
+    assert [step.num_decodes for step in bare.steps if step.runs][:4] == [0, 0, 2, 2]
+    assert decisions(wrapped) == decisions(bare)
+
+
+@settings(max_examples=30, deadline=None)
+@given(jobs(), LAGS, st.integers(2, 9))
+def test_multi_step_lets_nobody_decode_while_a_static_batch_forms(work: list[Job], lag: int, n: int) -> None:
+    made = drive(f"every,n={n},inner=static/max_batch_size=3", work, budget=24, lag=lag)
+    for step in made.steps:
+        assert not (step.chunks and step.num_decodes)
+
+
+@pytest.mark.parametrize("n", [2, 4, 7])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_who_may_be_twice_as_slow_decodes_half_as_often_under_multi_step_too(lag: int, n: int) -> None:
+    work = [Job(4, 30 * n, slo=Slo(tpot_ns=10**6)), Job(4, 30 * n, slo=Slo(tpot_ns=2 * 10**6))]
+    limits = Limits(400, 4, 6, 200, 4 + 30 * n, prefix_caching=False, lag=lag)
+    made = Drive(limits, StackSpec(f"every,n={n},inner=scorpio"), work)
+    fast, slow = made.requests
+    assert fast.finish_ns is not None
+    last = fast.finish_ns // STEP_NS
+    counts = [sum(i in d.tokens for d in decisions(made)[:last]) for i in (0, 1)]
+    assert counts[0] == pytest.approx(last, abs=2)
+    assert counts[1] == pytest.approx(last / 2, abs=n + 1)
+    assert slow.finish_ns is not None
 
 
 @settings(max_examples=30, deadline=None)

@@ -86,6 +86,20 @@ def test_a_run_on_the_card_replays_without_a_divergence(lag: int, on_card: Loade
     assert diff_decisions(recorded, read_run(tmp_path / "replay")) is None
 
 
+@pytest.mark.parametrize("sizes", [(), (1, 2, 4, 8)])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_tokens_survive_swapping_to_pinned_memory_with_and_without_graphs(
+    sizes: tuple[int, ...], lag: int, on_card: LoadedModel, greedy: list[tuple[int, ...]]
+) -> None:
+    limits = replace(TIGHT, lag=lag, num_host_blocks=40, capture_sizes=sizes, mixed_capture_sizes=sizes and (64,))
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    stack = StackSpec(preemption="last_admitted,mode=swap").build()
+    with Engine(on_card, limits, stack, check=True) as engine:
+        found = [completion.token_ids for (completion,) in engine.generate(PROMPTS, params)]
+        assert engine.call(lambda plane, now: engine.stats().num_preemptions).result() > 0
+    assert found == greedy
+
+
 def test_half_precision_serves(on_cpu: LoadedModel) -> None:
     loaded = load_model("smollm2-135m", load_format="dummy", device="cuda", dtype=torch.bfloat16)
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)

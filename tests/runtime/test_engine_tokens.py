@@ -15,7 +15,7 @@ from runtime.engine import Details
 from runtime.weights import LoadedModel
 from tests.runtime.engines import Rows, greedy, serve, submit_together, tiny, tokens_of, transformers_model
 
-TOKENS = 64
+TOKENS = 48
 SCHEDULERS = ("mixed", "sarathi,chunk_size=40", "prefill_first", "static,max_batch_size=8")
 PREAMBLE = (
     "You are a careful assistant. You answer in one short paragraph, in plain words, without lists or headings, and "
@@ -69,8 +69,8 @@ def test_tokens_of_a_prompt_alone_equal_those_in_a_batch(
     smollm2: LoadedModel, token_prompts: list[list[int]], reference: list[Tokens]
 ) -> None:
     with serve(smollm2, lag=1) as engine:
-        alone = [tokens_of(engine.generate([prompt], greedy(TOKENS)))[0] for prompt in token_prompts]
-    assert alone == reference
+        alone = [tokens_of(engine.generate([prompt], greedy(TOKENS)))[0] for prompt in token_prompts[::3]]
+    assert alone == reference[::3]
 
 
 @pytest.mark.slow

@@ -40,5 +40,5 @@ def test_negative_costs_are_refused() -> None:
 
 
 def test_descriptions_are_json_and_hold_the_numbers() -> None:
-    assert json.loads(json.dumps(ConstantCost(5).describe())) == {"kind": "constant", "ns": 5}
+    assert json.loads(json.dumps(ConstantCost(5).describe())) == {"kind": "constant", "ns": 5, "swap_ns_per_token": 0}
     assert json.loads(json.dumps(LinearCost(5, 1, 2).describe()))["per_context_ns"] == 2

@@ -185,7 +185,7 @@ def test_no_cost_is_negative_and_none_falls_as_a_size_grows(
 ) -> None:
     small = StepShape(**sizes, graph=graph)
     size: Any = {name: sizes[name] + more}
-    cost, larger = NOISY.cost(small), NOISY.cost(replace(small, **size))
+    cost, larger = NOISY.cost(small), NOISY.cost(small._replace(**size))
     for part in ("prepare_ns", "device_ns", "finish_ns"):
         assert 0 <= getattr(cost, part) <= getattr(larger, part)
         assert isinstance(getattr(cost, part), int)
@@ -229,7 +229,7 @@ def test_shapes_outside_what_was_measured_are_flagged() -> None:
     assert not EXACT.inside(decodes(257, 100))  # more decodes
     assert not EXACT.inside(decodes(1, 40, longest=20_000))  # a longer sequence
     assert not EXACT.inside(chunk(4096))  # a longer chunk
-    assert not EXACT.inside(replace(decodes(20, 500), graph=False))  # decodes alone were never run eagerly
+    assert not EXACT.inside(decodes(20, 500)._replace(graph=False))  # decodes alone were never run eagerly
     assert not EXACT.inside(StepShape())
 
 
@@ -243,8 +243,8 @@ def test_mixed_steps_are_outside_where_only_decodes_and_prompts_were_measured() 
 def test_steps_that_were_only_run_eagerly_price_graphs_too_but_those_are_outside() -> None:
     model = fit([machine(shape) for shape in grid() if not shape.graph])
     shape = chunk(500, 100, batch=20)
-    assert model.cost(replace(shape, graph=True)) == model.cost(shape)
-    assert not model.inside(replace(shape, graph=True))
+    assert model.cost(shape._replace(graph=True)) == model.cost(shape)
+    assert not model.inside(shape._replace(graph=True))
 
 
 def test_too_few_shapes_are_refused() -> None:
@@ -326,7 +326,7 @@ def test_a_calibration_without_any_fit_is_refused() -> None:
 def steps(rows: list[tuple[int, int, int, int, int]]) -> dict[str, list[object]]:
     """Columns of steps.parquet from (plan, launch, end, device, decodes)."""
     sizes = dict.fromkeys(("decode_context", "max_context", "num_chunks", "chunk_tokens", "chunk_pairs"), 0)
-    sizes |= dict.fromkeys(("chunk_context", "num_samples", "padded_tokens"), 0)
+    sizes |= dict.fromkeys(("chunk_context", "chunk_squares", "num_samples", "padded_tokens"), 0)
     columns: dict[str, list[object]] = {name: [value] * len(rows) for name, value in sizes.items()}
     columns["graph"] = [True] * len(rows)
     for name, values in zip(

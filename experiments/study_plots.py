@@ -1,0 +1,68 @@
+"""The figures of the dashboard's page "Policies" on paper."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.compare import format_figure
+from experiments.plots import STYLE, line_style
+from experiments.study import OBJECTIVES, PANELS, PARETO, pareto
+
+_MARKERS = "oDsX"
+
+
+def pareto_figure(table: pd.DataFrame) -> Figure:
+    """Throughput against latency, fairness and memory; each panel's best are joined."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.8), layout="constrained")
+        axes = figure.subplots(1, len(PARETO))
+        for axis, (across, up) in zip(axes, PARETO, strict=True):
+            for place, (kind, title) in enumerate(PANELS.items()):
+                rows = table[table["kind"] == kind].dropna(subset=[across, up])
+                if not len(rows):
+                    continue
+                x, y = rows[across].to_numpy(np.float64), rows[up].to_numpy(np.float64)
+                best = np.flatnonzero(pareto(x, y, OBJECTIVES[across].lower_is_better, OBJECTIVES[up].lower_is_better))
+                best = best[np.argsort(x[best], kind="stable")]
+                style = line_style(place)
+                axis.plot(x[best], y[best], **style)
+                axis.scatter(x, y, s=26, color=style["color"], marker=_MARKERS[place], label=title)
+            axis.set_xlabel(OBJECTIVES[across].label)
+            axis.set_ylabel(OBJECTIVES[up].label)
+        handles, labels = axes[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside upper center", ncols=4)
+        return figure
+
+
+def heat_figure(cells: pd.DataFrame, x: str, y: str, objective: str) -> Figure:
+    """An objective over two knobs (`study.grid`), each cell with its figure."""
+    of = OBJECTIVES[objective]
+    values = cells.to_numpy(np.float64)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.5 + 1.1 * values.shape[1], 1.6 + 0.5 * values.shape[0]), layout="constrained")
+        axis = figure.subplots()
+        image = axis.imshow(
+            values, cmap="cividis" if of.lower_is_better else "cividis_r", aspect="auto", origin="lower"
+        )
+        middle = np.nanmean(values) if not np.isnan(values).all() else 0.0
+        for (row, column), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                light = (value < middle) == of.lower_is_better
+                axis.text(
+                    column,
+                    row,
+                    format_figure(float(value)),
+                    ha="center",
+                    va="center",
+                    color="white" if light else "black",
+                )
+        axis.set_xticks(range(values.shape[1]), [str(value) for value in cells.columns])
+        axis.set_yticks(range(values.shape[0]), [str(value) for value in cells.index])
+        axis.grid(False)
+        axis.set(xlabel=x, ylabel=y)
+        figure.colorbar(image, ax=axis, label=of.label)
+        return figure

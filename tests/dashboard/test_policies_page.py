@@ -1,0 +1,91 @@
+"""The page "Policies", run without a browser."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from experiments.compare import format_figure
+from experiments.metrics import summarize
+from experiments.records import read_run
+from tests.dashboard.reading import bodies, table
+from tests.experiments.fake_run import constant, fake_run, random_requests
+
+
+def script(root: str) -> None:
+    from pathlib import Path
+
+    from dashboard import policies_page
+
+    policies_page.show(Path(root))
+
+
+def page(root: Path, **in_url: str) -> AppTest:
+    app = AppTest.from_function(script, default_timeout=60, args=(str(root),))
+    for key, value in in_url.items():
+        app.query_params[key] = value
+    app.run()
+    assert not app.exception
+    return app
+
+
+def turn(folder: Path, scheduler: str, rate: float) -> None:
+    """Write into a run's specification what it would have been made with."""
+    about = json.loads((folder / "run.json").read_text())
+    about["spec"] = {"workload": {"name": "test", "rate": rate}, "policies": {"scheduler": scheduler}}
+    (folder / "run.json").write_text(json.dumps(about))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two policies in both panels, a third in one; the policies are names for how long their steps take."""
+    requests = random_requests(30, seed=1)
+    for policy, times in (("quick", 1), ("slow", 2), ("slower", 3)):
+        for kind in ("real", "sim"):
+            if (policy, kind) != ("slower", "real"):
+                folder = tmp_path / f"{policy}-{kind}"
+                fake_run(folder, requests, kind=kind, step_ns=lambda step, times=times: constant(step) * times)
+                turn(folder, policy, 2.0)
+    return tmp_path
+
+
+def test_policies_are_ranked_in_each_panel_and_it_is_said_whether_these_agree(root: Path) -> None:
+    app = page(root, objective="p99_ttft_ms")
+    _, cells = table(app, "policy")
+    ttft = [format_figure(summarize(read_run(root / f"{name}-real"))["p99_ttft_ms"]) for name in ("quick", "slow")]
+    assert cells == [["quick", "1", "1", ttft[0], ttft[0]], ["slow", "2", "2", ttft[1], ttft[1]]]
+    assert any("both put the same policy first; Kendall" in body for body in bodies(app))
+
+
+def test_all_runs_are_in_the_table_best_first_and_lead_to_their_timelines(root: Path) -> None:
+    app = page(root, objective="output_throughput")
+    _, cells = table(app, "run")
+    assert [row[0] for row in cells] == ["quick-real", "quick-sim", "slow-real", "slow-sim", "slower-sim"]
+    assert any('href="timeline?a=quick-real"' in body for body in bodies(app))
+
+
+def test_two_knobs_make_a_map_and_one_does_not(root: Path) -> None:
+    assert len(page(root).get("plotly_chart")) == 1
+    for at, (size, rate) in enumerate([(128, 1.0), (256, 1.0), (128, 2.0), (256, 2.0)]):
+        fake_run(root / f"sweep{at}", random_requests(5, seed=at))
+        turn(root / f"sweep{at}", f"sarathi,chunk_size={size}", rate)
+    app = page(root, workload="all workloads")
+    assert len(app.get("plotly_chart")) == 2
+    assert [app.selectbox(key="x").value, app.selectbox(key="y").value] == [
+        "policies.scheduler.chunk_size",
+        "workload.rate",
+    ]
+
+
+def test_a_broken_run_is_named_and_the_others_are_shown(root: Path) -> None:
+    (root / "slow-sim" / "steps.parquet").write_bytes(b"nonsense")
+    app = page(root)
+    assert "slow\\-sim" in app.warning[0].value
+    assert len(table(app, "run")[1]) == 4
+
+
+def test_an_empty_folder_says_how_to_fill_it(tmp_path: Path) -> None:
+    assert "no real or simulated run" in page(tmp_path).info[0].value

@@ -1,0 +1,131 @@
+"""Decode steps taken together: the same rows as one by one, whatever the policies, and fewer plans asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from policies.control_plane import ControlPlane
+from policies.plan import Step
+from policies.prefix import chain_key, root_key
+from policies.replica_state import Limits
+from policies.request import Request
+from policies.stack import StackSpec
+from simulator.arrivals import Arrival
+from simulator.costs.constant import LinearCost
+from simulator.simulation import Simulation
+from tests.policies.library import EVERY, says
+
+LIMITS = Limits(60, block_size=4, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=160)
+COST = LinearCost(1_000.4, 10.3, 0.7)
+
+
+@dataclass
+class Rows:
+    """Every row in the order in which it came."""
+
+    rows: list[tuple[object, ...]] = field(default_factory=list)
+
+    def request(self, row: tuple[object, ...]) -> None:
+        self.rows.append(tuple(list(value) if isinstance(value, list) else value for value in row))
+
+    def step(self, row: tuple[object, ...]) -> None:
+        self.rows.append(row)
+
+    def decision(self, row: tuple[object, ...]) -> None:
+        self.rows.append(row)
+
+
+def arrivals(seed: int, n: int = 16) -> list[Arrival]:
+    """Bursts with long gaps between them, so that there is now a queue and now nothing but decodes."""
+    draw = np.random.default_rng(seed)
+    made, at = [], 0
+    for i in range(n):
+        at += int(draw.choice([0, 900, 60_000], p=[0.4, 0.3, 0.3]))
+        prompt, output = int(draw.integers(1, 40)), int(draw.integers(1, 90))
+        cap = output + int(draw.integers(0, 2) * draw.integers(0, 20))
+        keys, key = [], chain_key(root_key(), [int(draw.integers(0, 3)) if prompt > 8 else 10 + i])
+        for depth in range((prompt + output) // 4):
+            key = chain_key(key, [depth])
+            keys.append(key)
+        hints = {"output_tokens": float(output)}
+        request = Request(i, at, prompt, cap, f"t{i % 3}", i % 5, i % 5, (), i % 2, None, hints)
+        made.append(Arrival(request, output, keys))
+    return made
+
+
+def run(
+    stack: StackSpec, limits: Limits, todo: list[Arrival], *, together: bool
+) -> tuple[list[tuple[object, ...]], int]:
+    """The rows, and the steps that were not asked for."""
+    rows, oracle = Rows(), {a.request.id: a.output_tokens for a in todo}
+    built = stack.build(block_size=4, seed=3, oracle=oracle, future={a.request.id: list(a.keys) for a in todo})
+    simulation = Simulation(limits, [built], COST, recorder=rows, check=True, together=together)
+    repeated = 0
+    plane = simulation.replicas[0].plane
+    repeat = plane.repeat
+
+    def counted(now: int) -> Step | None:
+        nonlocal repeated
+        step = repeat(now)
+        repeated += step is not None
+        return step
+
+    plane.repeat = counted  # type: ignore[method-assign]
+    simulation.run(todo)
+    return rows.rows, repeated
+
+
+@pytest.mark.parametrize("stack", EVERY, ids=says)
+def test_the_rows_are_the_same_with_steps_taken_together(stack: StackSpec) -> None:
+    for seed, limits in enumerate((LIMITS, Limits(**{**_fields(LIMITS), "lag": 1, "plan_lead_ns": 300}))):
+        together, _ = run(stack, limits, arrivals(seed), together=True)
+        one_by_one, _ = run(stack, limits, arrivals(seed), together=False)
+        assert together == one_by_one
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("scheduler", ["mixed", "sarathi", "prefill_first", "orca", "sglang"])
+def test_most_steps_of_decodes_alone_are_not_asked_for(scheduler: str, lag: int) -> None:
+    limits = Limits(**{**_fields(LIMITS), "num_blocks": 400, "lag": lag})
+    rows, repeated = run(StackSpec(scheduler), limits, arrivals(5), together=True)
+    alone = sum(len(row) > 20 and row[6] > 0 and row[9] == 0 for row in rows)  # type: ignore[operator]
+    assert repeated > 0.5 * alone
+
+
+def test_a_plan_that_repeats_is_taken_no_more_often_than_it_says() -> None:
+    plane = ControlPlane(LIMITS, StackSpec().build(block_size=4))
+    assert plane.repeat(0) is None
+    plane.submit(Request(0, 0, 4, 50), 0)
+    assert plane.repeat(0) is None  # somebody has come
+
+
+def _fields(limits: Limits) -> dict[str, object]:
+    return {name: getattr(limits, name) for name in Limits.__dataclass_fields__}
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_who_interferes_finds_the_replica_as_it_is_then(lag: int) -> None:
+    limits, todo = Limits(**{**_fields(LIMITS), "lag": lag}), arrivals(7)
+    ends = []
+    for together in (True, False):
+        simulation = Simulation(limits, [StackSpec().build(block_size=4)], COST, check=True, together=together)
+        for at in range(500, 60_000, 5_000):
+            simulation.at(at, lambda number=at // 5_000, simulation=simulation: simulation.cancel(number))
+        requests = [Request(a.request.id, a.request.arrival_ns, 8, 60) for a in todo]
+        simulation.run(Arrival(request, 60) for request in requests)
+        ends.append([(request.state, request.finish_ns) for request in requests])
+    assert ends[0] == ends[1]
+    assert any(state.value == "cancelled" for state, _ in ends[0])
+
+
+@pytest.mark.parametrize("queue", ["mlfq,quantum_ms=0.005", "las,quantum_ms=0.005", "plas,quantum_ms=0.005", "ltr"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_queue_that_looks_at_running_requests_before_each_plan_is_asked_for_each(queue: str, seed: int) -> None:
+    stack = StackSpec("preemptive", queue)
+    assert (
+        run(stack, LIMITS, arrivals(seed, 40), together=True)[0]
+        == run(stack, LIMITS, arrivals(seed, 40), together=False)[0]
+    )
