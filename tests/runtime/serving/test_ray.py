@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import secrets
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from tests.runtime.serving.running import diptych, environment, nothing_left, ru
 PATIENCE = 400.0  # Ray starts slowly on a busy machine
 LONG = {"prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True}
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the package ray is missing")
+takes_long = pytest.mark.skipif(
+    "DIPTYCH_TEST_RAY" not in os.environ, reason="minutes of two cores: set DIPTYCH_TEST_RAY=1 to run it"
+)
 
 CLUSTER = """
 import ray, sys
@@ -71,6 +75,7 @@ def cluster() -> Iterator[str]:
 
 
 @needs_ray
+@takes_long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_replicas_on_a_cluster_serve_die_and_are_restarted_like_any(
