@@ -8,7 +8,7 @@ is not found until somebody computes the gap again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from policies.contract import Eviction
@@ -27,6 +27,16 @@ class CachedBlock:
     references: int = 1
     hits: int = 0
     last_used_ns: int = 0
+
+
+def num_blocks(num_tokens: int, block_size: int) -> int:
+    """How many blocks so many tokens take."""
+    return -(-num_tokens // block_size)
+
+
+def num_idle(blocks: Iterable[CachedBlock]) -> int:
+    """How many of them nobody holds: free until they are claimed."""
+    return sum(block.references == 0 for block in blocks)
 
 
 class BlockPool:

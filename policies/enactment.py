@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import operator
 
+from policies.block_pool import num_idle
 from policies.contract import Hit
 from policies.draft import NO_BLOCKS, SLOTS, TOKEN_BUDGET
 from policies.plan import Chunk, Plan, Step
-from policies.preempting import Returns, num_idle, objection_to_preempting, take_memory
+from policies.preempting import Returns, objection_to_preempting, take_memory
 from policies.replica_state import ReplicaState
 from policies.request import Request, State
 from policies.shapes import StepShape, padded_batch
@@ -199,7 +200,7 @@ class Enactment:
         if request.state is not State.WAITING:
             return request.num_computed_tokens, request.num_blocks, 0
         hit = self.state.probe(request)
-        return hit.num_tokens, len(hit.blocks), num_idle(hit)
+        return hit.num_tokens, len(hit.blocks), num_idle(hit.blocks)
 
     def _claim_hits(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
         state = self.state

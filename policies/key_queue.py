@@ -5,12 +5,21 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 
+from policies.contract import Queue
 from policies.draft import Draft
 from policies.plan import Report
 from policies.request import Request
 
 Rank = float | tuple[float, ...]
 Entry = tuple[Rank, int, int, Request]
+
+
+def first_of(queue: Queue, now: int) -> Request:
+    """What a queue shows, for its `pop`. Raises IndexError when it is empty."""
+    request = queue.peek(now)
+    if request is None:
+        raise IndexError("the queue is empty")
+    return request
 
 
 class KeyQueue(ABC):
@@ -58,9 +67,7 @@ class KeyQueue(ABC):
         return None
 
     def pop(self, now: int) -> Request:
-        request = self.peek(now)
-        if request is None:
-            raise IndexError("the queue is empty")
+        request = first_of(self, now)
         heapq.heappop(self._heap)
         del self._waiting[request.id]
         return request

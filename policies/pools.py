@@ -56,8 +56,3 @@ class PromisedBlocks:
     def at(self, replica: Replica) -> int:
         """Blocks promised to a replica, or in use there, whichever is more."""
         return max(self._blocks.get(replica.id, 0), replica.num_blocks - replica.num_free_blocks)
-
-
-def num_blocks(tokens: float, block_size: int) -> int:
-    """Blocks for so many tokens."""
-    return int(-(-tokens // block_size))

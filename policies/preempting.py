@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+from policies.block_pool import num_idle
 from policies.contract import Hit
 from policies.draft import NO_HOST_BLOCKS
 from policies.plan import Mode
 from policies.replica_state import ReplicaState
 from policies.request import Request, State
-
-
-def num_idle(hit: Hit) -> int:
-    """Its blocks that nobody holds: free until they are claimed."""
-    return sum(block.references == 0 for block in hit.blocks)
 
 
 def objection_to_preempting(state: ReplicaState, request: Request, mode: Mode) -> str | None:
@@ -61,7 +57,7 @@ class Returns:
         """Set blocks aside for it; False, with nothing changed, where there are not so many."""
         pool, hit = self._state.pool, self._state.probe(request)
         missing = request.num_host_blocks - len(hit.blocks)
-        if missing + num_idle(hit) > pool.num_free - self.promised:
+        if missing + num_idle(hit.blocks) > pool.num_free - self.promised:
             return False
         if hit.blocks:
             pool.claim(hit.blocks, now, request)
@@ -71,7 +67,7 @@ class Returns:
 
     def leaves_room(self, hit: Hit) -> bool:
         """Whether somebody else can claim this beside what is promised."""
-        return not self.promised or num_idle(hit) <= self._state.pool.num_free - self.promised
+        return not self.promised or num_idle(hit.blocks) <= self._state.pool.num_free - self.promised
 
     def bring_back(self, now: int) -> list[Request]:
         """Give out what was promised. Returns who has a new block table."""

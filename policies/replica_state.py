@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from policies.block_pool import BlockPool
+from policies.block_pool import BlockPool, num_blocks
 from policies.contract import CostModel, Hit
 from policies.decode_group import DecodeGroup
 from policies.draft import Draft
@@ -232,11 +232,11 @@ class ReplicaState:
 
     def blocks_of(self, num_tokens: int) -> int:
         """How many blocks so many tokens take."""
-        return -(-num_tokens // self.limits.block_size)
+        return num_blocks(num_tokens, self.limits.block_size)
 
     def grow(self, request: Request, num_tokens: int, now: int) -> bool:
         """Have blocks for `num_tokens` tokens in all. False if nothing had to be added."""
-        missing = -(-num_tokens // self.limits.block_size) - len(request._blocks)
+        missing = self.blocks_of(num_tokens) - len(request._blocks)
         if missing <= 0:
             return False
         request._blocks.extend(self.pool.allocate(missing, now))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from policies.contract import LengthPredictor
 from policies.draft import Draft
-from policies.key_queue import KeyQueue
+from policies.key_queue import KeyQueue, first_of
 from policies.plan import Report
 from policies.request import Request
 
@@ -159,9 +159,7 @@ class TenantQueue(ABC):
         return self.choose(now)
 
     def pop(self, now: int) -> Request:
-        request = self.peek(now)
-        if request is None:
-            raise IndexError("the queue is empty")
+        request = first_of(self, now)
         if request.id not in self._accounts:
             self._unsure[request.id] = self._open(request, self.num_input(request, ran=False))
         self._take(request)

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from policies.block_pool import num_idle
 from policies.replica_state import ReplicaState
 from policies.request import Request, State
 
@@ -111,12 +112,12 @@ class Transfers:
         """Blocks for all tokens of a request of another replica. Answers how many are to be moved: those that are not
         in the prefix cache. None if there is no room now, or admission says no (not asked where nobody holds memory).
         """
-        state, size = self._state, self._state.block_size
+        state = self._state
         self._touch(now)
-        full = request.num_computed_tokens // size
+        full = request.num_computed_tokens // state.block_size
         hits = state.pool.lookup(request._keys[:full]) if state.limits.prefix_caching else []
-        blocks = -(-request.num_tokens // size) - len(hits)
-        taken = blocks + sum(block.references == 0 for block in hits)
+        blocks = state.blocks_of(request.num_tokens) - len(hits)
+        taken = blocks + num_idle(hits)
         if taken > state.num_free_blocks:
             return None
         alone = not (state.running or state.paused or state.coming)
@@ -127,7 +128,7 @@ class Transfers:
         state.reserved[request.id] = [block.id for block in hits] + state.pool.allocate(blocks, now)
         state.coming[request.id] = request
         state.stack.admission.on_admit(request)
-        to_move = -(-request.num_computed_tokens // size) - len(hits)
+        to_move = state.blocks_of(request.num_computed_tokens) - len(hits)
         self._record("reserve", request.id, to_move)
         self._plane._verify()
         return to_move
@@ -137,7 +138,7 @@ class Transfers:
         self._touch(now)
         state = self._state
         held = state.reserved[request.id]
-        missing = max(0, -(-request.num_tokens // state.block_size) - len(held))
+        missing = max(0, state.blocks_of(request.num_tokens) - len(held))
         if missing > state.num_free_blocks:
             return False
         held += state.pool.allocate(missing, now)
@@ -207,7 +208,7 @@ class Transfers:
         pool = self._state.pool
         hits = pool.lookup(keys)
         missing = len(keys) - len(hits)
-        if not missing or missing + sum(block.references == 0 for block in hits) > pool.num_free:
+        if not missing or missing + num_idle(hits) > pool.num_free:
             return 0
         pool.claim(hits, now, request)
         self._state.reserved[request.id] = [block.id for block in hits] + pool.allocate(missing, now)

@@ -18,6 +18,7 @@ from typing import Any
 
 import simpy
 
+from policies.block_pool import num_blocks
 from policies.contract import LATER, Move, PullingRouter, Router
 from policies.request import Request, State
 from simulator.arrivals import Arrival
@@ -166,7 +167,7 @@ class Movements:
     ) -> Generator[simpy.Event, Any, None]:
         limits, preemptions = source.plane.limits, request.num_preemptions
         size, in_flight = limits.block_size, 1 + limits.lag
-        copied = -(-request.num_computed_tokens // size) - blocks  # in the target's cache already
+        copied = num_blocks(request.num_computed_tokens, size) - blocks  # in the target's cache already
         for _ in range(MAX_STAGES):
             full = (request.num_computed_tokens - in_flight) // size
             if full - copied <= LAST_STAGE_BLOCKS:
@@ -180,7 +181,7 @@ class Movements:
             return self._give_up(request, target)
         while request.state is State.MOVING and not source.plane.view.settled(request):
             yield source.next_report()
-        left = -(-request.num_computed_tokens // size) - copied
+        left = num_blocks(request.num_computed_tokens, size) - copied
         yield from self._send(request, source, target, left if request.state is State.MOVING else 0)
         return None
 

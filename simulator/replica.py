@@ -37,11 +37,7 @@ class SimulatedReplica:
     failed = False
 
     def __init__(
-        self,
-        env: simpy.Environment,
-        plane: ControlPlane,
-        pace: Pace,
-        on_end: Callable[[Request], None],
+        self, env: simpy.Environment, plane: ControlPlane, pace: Pace, on_end: Callable[[Request], None]
     ) -> None:
         self.plane = plane
         plane.on_end = self._ended

@@ -6,6 +6,7 @@ import numpy as np
 
 from policies import registry
 from policies.draft import Draft
+from policies.key_queue import first_of
 from policies.plan import Report
 from policies.queues.fcfs import Fcfs
 from policies.registry import register
@@ -90,9 +91,7 @@ class Hrrn:
         return self._lines[best].peek(now)
 
     def pop(self, now: int) -> Request:
-        request = self.peek(now)
-        if request is None:
-            raise IndexError("the queue is empty")
+        request = first_of(self, now)
         self.remove(request)
         return request
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from policies.contract import View
 from policies.draft import Draft
+from policies.key_queue import first_of
 from policies.plan import Report
 from policies.queues.fcfs import Fcfs
 from policies.registry import register
@@ -72,9 +73,7 @@ class Lpm:
         return self._ordered[-1] if self._ordered else self._line.peek(now)
 
     def pop(self, now: int) -> Request:
-        request = self.peek(now)
-        if request is None:
-            raise IndexError("the queue is empty")
+        request = first_of(self, now)
         self.remove(request)
         return request
 

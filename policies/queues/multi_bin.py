@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from policies import registry
 from policies.draft import Draft
+from policies.key_queue import first_of
 from policies.plan import Report
 from policies.registry import register
 from policies.request import Request
@@ -107,9 +108,7 @@ class MultiBin:
             self._open = self._full.popleft()[1]
 
     def pop(self, now: int) -> Request:
-        request = self.peek(now)
-        if request is None:
-            raise IndexError("the queue is empty")
+        request = first_of(self, now)
         self._may_open = False
         self.remove(request)
         return request

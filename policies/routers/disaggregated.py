@@ -2,8 +2,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from policies.block_pool import num_blocks
 from policies.contract import Replica, Route
-from policies.pools import PromisedBlocks, check_prefill, least_pending, num_blocks, split
+from policies.pools import PromisedBlocks, check_prefill, least_pending, split
 from policies.registry import register
 from policies.request import Request
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from policies.block_pool import num_blocks
 from policies.contract import Replica, Route
 from policies.random_stream import RandomStream
 from policies.registry import register
@@ -67,7 +68,7 @@ class KvAware:
         return self._weight * prefill_blocks + decode_blocks
 
     def _num_blocks(self, request: Request) -> int:
-        return -(-request.num_prompt_tokens // self._block_size)
+        return num_blocks(request.num_prompt_tokens, self._block_size)
 
     def _choose(self, request: Request, costs: list[float], ids: list[int]) -> int:
         least, spread = min(costs), max(costs) - min(costs)

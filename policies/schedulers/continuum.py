@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from policies.alarms import Alarms
+from policies.block_pool import num_blocks, num_idle
 from policies.contract import CostModel, View
 from policies.costing import prefill_ns
 from policies.draft import Draft
@@ -206,8 +207,7 @@ class Continuum(Mixed):
         head = None if view.running else self._order.peek(now)
         if head is not None:
             hit = () if head.num_blocks else view.probe(head).blocks
-            idle = sum(block.references == 0 for block in hit)
-            missing = -(-head.num_tokens // view.block_size) - head.num_blocks - len(hit) + idle
+            missing = num_blocks(head.num_tokens, view.block_size) - head.num_blocks - len(hit) + num_idle(hit)
         if missing <= draft.blocks_left:
             return
         victims = sorted(self._pins.values(), key=lambda pin: (pin.follower is None, pin.arrival, pin.request.key))

@@ -8,6 +8,15 @@ import re
 from streamlit.testing.v1 import AppTest
 
 
+def opened(app: AppTest, **in_url: str) -> AppTest:
+    """Run it with this selection in the address."""
+    for key, value in in_url.items():
+        app.query_params[key] = value
+    app.run()
+    assert not app.exception
+    return app
+
+
 def bodies(app: AppTest) -> list[str]:
     """The HTML parts of a page."""
     return [str(element.proto.body) for element in app.get("html")]

@@ -14,7 +14,7 @@ from dashboard.ui import plain
 from experiments.compare import compare
 from experiments.metrics import per_request
 from experiments.records import read_run
-from tests.dashboard.reading import bodies, table
+from tests.dashboard.reading import bodies, opened, table
 from tests.experiments.fake_run import constant, fake_run, random_requests
 
 APP = Path(__file__).resolve().parents[2] / "dashboard" / "app.py"
@@ -35,12 +35,7 @@ def root(tmp_path: Path) -> Path:
 def page(root: Path, monkeypatch: pytest.MonkeyPatch, **in_url: str) -> AppTest:
     monkeypatch.setattr(sys, "argv", ["app.py"])
     monkeypatch.setenv("DIPTYCH_RUNS", str(root))
-    app = AppTest.from_file(str(APP), default_timeout=60)
-    for key, value in in_url.items():
-        app.query_params[key] = value
-    app.run()
-    assert not app.exception
-    return app
+    return opened(AppTest.from_file(str(APP), default_timeout=60), **in_url)
 
 
 def test_a_real_and_a_simulated_run_are_chosen_at_first(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

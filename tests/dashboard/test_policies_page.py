@@ -11,7 +11,7 @@ from streamlit.testing.v1 import AppTest
 from experiments.compare import format_figure
 from experiments.metrics import summarize
 from experiments.records import read_run
-from tests.dashboard.reading import bodies, table
+from tests.dashboard.reading import bodies, opened, table
 from tests.experiments.fake_run import constant, fake_run, random_requests
 
 
@@ -24,12 +24,7 @@ def script(root: str) -> None:
 
 
 def page(root: Path, **in_url: str) -> AppTest:
-    app = AppTest.from_function(script, default_timeout=60, args=(str(root),))
-    for key, value in in_url.items():
-        app.query_params[key] = value
-    app.run()
-    assert not app.exception
-    return app
+    return opened(AppTest.from_function(script, default_timeout=60, args=(str(root),)), **in_url)
 
 
 def turn(folder: Path, scheduler: str, rate: float) -> None:

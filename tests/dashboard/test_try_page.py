@@ -14,6 +14,7 @@ from experiments.metrics import summarize
 from experiments.records import read_run
 from experiments.simulated import run_simulated
 from experiments.spec import check_spec
+from tests.dashboard.reading import opened
 
 
 def script(root: str) -> None:
@@ -25,12 +26,7 @@ def script(root: str) -> None:
 
 
 def page(root: Path, **in_url: str) -> AppTest:
-    app = AppTest.from_function(script, default_timeout=60, args=(str(root),))
-    for key, value in in_url.items():
-        app.query_params[key] = value
-    app.run()
-    assert not app.exception
-    return app
+    return opened(AppTest.from_function(script, default_timeout=60, args=(str(root),)), **in_url)
 
 
 def ended(job: Job) -> Job:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hypothesis import strategies as st
+
 from policies.admission.watermark import Watermark
 from policies.contract import View
 from policies.control_plane import ControlPlane
 from policies.eviction.lru import Lru
 from policies.plan import Plan, Report, Step
 from policies.preemption.last_admitted import LastAdmitted
+from policies.prefix import block_keys
 from policies.replica_state import Limits
 from policies.request import Request, State
 from policies.stack import PolicyStack
@@ -80,3 +83,14 @@ class Desk:
     def view_admits(self, request: Request) -> bool:
         """Whether a draft made now would take the request."""
         return self.plane.view.draft().admit(request)
+
+
+def drawn(data: st.DataObject, desk: Desk) -> list[Request]:
+    """Two to seven requests, submitted, that begin like one of two prompts; for blocks of 4 tokens."""
+    prefixes = [block_keys([7] * 32, 4), block_keys([9] * 8 + [5] * 24, 4)]
+    requests = []
+    for _ in range(data.draw(st.integers(2, 7), label="requests")):
+        keys = data.draw(st.sampled_from(prefixes))
+        prompt = data.draw(st.integers(1, 20))
+        requests.append(desk.submit(prompt, data.draw(st.integers(1, 8)), tuple(keys[: prompt // 4])))
+    return requests

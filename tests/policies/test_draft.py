@@ -11,7 +11,7 @@ from policies.plan import Mode, Plan
 from policies.prefix import block_keys
 from policies.replica_state import Limits
 from policies.request import State
-from tests.policies.byhand import Desk
+from tests.policies.byhand import Desk, drawn
 
 
 def test_a_block_of_a_victim_that_an_admission_hits_is_not_promised_twice() -> None:
@@ -123,12 +123,7 @@ def test_a_request_passed_over_is_on_record_with_the_reason(spent: str, reason: 
 def test_whatever_is_drafted_is_enacted(data: st.DataObject) -> None:
     """Preempt, pause, resume, run and admit at random, with shared prefixes, in one draft a step: no refusals."""
     desk = Desk(Limits(data.draw(st.integers(8, 14), label="blocks"), 4, 4, 24, 32))
-    prefixes = [block_keys([7] * 32, 4), block_keys([9] * 8 + [5] * 24, 4)]
-    requests = []
-    for _ in range(data.draw(st.integers(2, 7), label="requests")):
-        keys = data.draw(st.sampled_from(prefixes))
-        prompt = data.draw(st.integers(1, 20))
-        requests.append(desk.submit(prompt, data.draw(st.integers(1, 8)), tuple(keys[: prompt // 4])))
+    requests = drawn(data, desk)
 
     def plan(view: View, now: int) -> Plan:
         draft = view.draft()

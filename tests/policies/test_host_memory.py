@@ -17,7 +17,7 @@ from policies.records import DECISIONS, STEPS
 from policies.replica_state import Limits
 from policies.request import Request, State
 from policies.stack import StackSpec
-from tests.policies.byhand import Desk
+from tests.policies.byhand import Desk, drawn
 from tests.policies.harness import Drive, Job, LinearCost
 from tests.policies.kv_model import KvModel
 from tests.policies.test_swapping import Act, Operated, _swap
@@ -210,12 +210,7 @@ def test_whatever_is_drafted_is_enacted_and_every_token_computes_on_its_own_cont
         num_host_blocks=data.draw(st.sampled_from([3, 8, 40]), label="host"),
     )  # fmt: skip
     desk, model = Desk(limits), KvModel(4)
-    prefixes = [block_keys([7] * 32, 4), block_keys([9] * 8 + [5] * 24, 4)]
-    requests = []
-    for _ in range(data.draw(st.integers(2, 7), label="requests")):
-        keys = data.draw(st.sampled_from(prefixes))
-        prompt = data.draw(st.integers(1, 20))
-        requests.append(desk.submit(prompt, data.draw(st.integers(1, 8)), tuple(keys[: prompt // 4])))
+    requests = drawn(data, desk)
 
     def plan(view: View, now: int) -> Plan:
         draft = view.draft()
