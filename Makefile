@@ -25,7 +25,7 @@ demo: $(VENV)/.base            ## serve and simulate one workload under two poli
 
 test: $(VENV)/.dev             ## every check and every test
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
 
 check: $(VENV)/.dev            ## the fast tier, under two minutes
 	$(MAKE) lint

@@ -97,6 +97,8 @@ def request_life(run: Run, request_id: int) -> Life:
     if not len(found):
         raise RunError(f"{run.name} has no request {request_id}")
     row = found.iloc[0]
+    if len(row["moves"]):
+        raise RunError(f"request {request_id} of {run.name} went from one replica to another; such lives are not drawn")
     replica = int(row["replica"])
     steps = run.steps.loc[run.steps["replica"] == replica, ["step", "plan_ns", "end_ns"]].set_index("step")
     finish = None if pd.isna(row["finish_ns"]) else int(row["finish_ns"])

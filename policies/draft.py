@@ -204,6 +204,9 @@ class Draft:
         if max_chunk is not None:
             tokens = min(tokens, max_chunk)
 
+        decodes = (paused or swapped) and request.num_pending_tokens == 1
+        if decodes:
+            hold = 0  # which goes with a chunk
         held = request.num_blocks if hit is None else len(hit.blocks)
         hits = () if hit is None else hit.blocks
         idle = sum(block.references == self._released.get(block.id, 0) for block in hits)  # free until this plan
@@ -223,7 +226,7 @@ class Draft:
         self.admitted.append(request)
         if paused or swapped:
             self.plan.resume.append(request)
-        if (paused or swapped) and request.num_pending_tokens == 1:
+        if decodes:
             if not self.plan.decode_all:  # which includes it, once it is resumed
                 self.plan.decodes.append(request)
         else:

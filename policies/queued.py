@@ -5,6 +5,7 @@ from __future__ import annotations
 from policies import registry
 from policies.contract import Queue, View
 from policies.draft import Draft
+from policies.key_queue import KeyQueue
 from policies.plan import Report
 from policies.request import Request
 
@@ -31,6 +32,14 @@ class QueuedScheduler:
 
     def on_report(self, report: Report) -> None:
         self.queue.on_report(report)
+
+    def is_steady(self, own: type) -> bool:
+        """For `Draft.finish`: whether with nobody waiting it would plan alike again.
+
+        Not where a subclass of `own`, which says so of itself, may do more, nor where the queue does something before
+        each plan.
+        """
+        return type(self) is own and type(self.queue).begin is KeyQueue.begin
 
     def start(self, view: View, now: int) -> Draft:
         """An empty plan, with the queue in order for this step."""

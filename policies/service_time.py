@@ -44,13 +44,13 @@ class ServiceTime:
             self._settle(request)
         if step.decode_all:
             for request in step.joined:
-                if request.id in ending or not request.state.ended:
+                if request.id in ending or not request.gone:
                     self._joined_at[request.id] = self._group_ns
             self._group_ns += duration
             for request in step.capped:
                 self._settle(request)
         for request in (*step.decodes, *(chunk.request for chunk in step.chunks)):
-            if request.id in ending or not request.state.ended:
+            if request.id in ending or not request.gone:
                 self._own[request.id] = self._own.get(request.id, 0) + duration
         return duration
 

@@ -30,9 +30,13 @@ class Taking:
 class RankedVictim(Taking, ABC):
     """Preempts the running request that stands last by a rank, ties by (arrival, id).
 
-    Whoever is not preempted gets on in every step, and with nobody else left a request has all the memory, so no rank
-    can livelock; a bad one makes much work for nothing. Asked once a victim; O(running), times what the rank costs.
+    Under a rank that a request's own progress makes worse, two long prompts in chunks would take the memory from each
+    other for ever, each when it is ahead. Such a rule says `spares_eldest`: who was admitted first, of those that run,
+    is not preempted while there are others, so it gets to its end. Under a rank that is fixed or gets better with
+    output tokens the first in it does. Asked once a victim; O(running), times what the rank costs.
     """
+
+    spares_eldest = False
 
     @abstractmethod
     def rank(self, request: Request, view: View, draft: Draft, now: int) -> Any:
@@ -42,5 +46,7 @@ class RankedVictim(Taking, ABC):
         running = [request for request in view.running.values() if request.id not in draft.preempted]
         if not running:
             return None
+        if self.spares_eldest and len(running) > 1:
+            del running[0]
         last = max(running, key=lambda r: (self.rank(r, view, draft, now), *r.key))
         return last, self.mode_for(last, view, draft)

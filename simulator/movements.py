@@ -108,8 +108,14 @@ class Movements:
             alive = [replica for replica in self._replicas if not replica.failed]
             assert isinstance(self._router, PullingRouter), "a router that says LATER needs a method pull"
             named = self._router.pull(request, alive, self._now)
-            return None if named is None else self._replicas[named]
+            return None if named is None else self._checked(named)
         return self._replicas[where]
+
+    def _checked(self, named: int) -> SimulatedReplica:
+        if not 0 <= named < len(self._replicas):
+            name, last = type(self._router).__name__, len(self._replicas) - 1
+            raise IndexError(f"{name}.pull answered replica {named}; there are 0 to {last}")
+        return self._replicas[named]
 
     def _send(
         self, request: Request, source: SimulatedReplica, target: SimulatedReplica, blocks: int
@@ -119,7 +125,7 @@ class Movements:
         self._at.pop(request.id, None)
         if request.state is not State.MOVING:  # it has ended meanwhile
             target.plane.transfers.unreserve(request, self._now)
-        elif arrived:
+        elif arrived and not target.failed:
             source.hand_over(request, target)
         else:
             target.plane.transfers.unreserve(request, self._now)

@@ -49,12 +49,11 @@ class Network:
     def abort(self, sending: Sending) -> None:
         """Send no more of it; without effect once it has arrived."""
         self._take_ended(sending.source)
-        if self._sending.pop(sending.number, None) is None:
-            return
-        sending.done.succeed(False)
-        if not sending.left:
-            self._links[sending.source].cancel(sending.number, int(self._env.now))
-            self._watch(sending.source)
+        if self._sending.pop(sending.number, None) is not None:
+            sending.done.succeed(False)
+            if not sending.left:
+                self._links[sending.source].cancel(sending.number, int(self._env.now))
+        self._watch(sending.source)  # for the others: what was due now has been taken
 
     def fail(self, replica: int) -> None:
         """Nothing that is on its way from or to this replica arrives."""

@@ -42,15 +42,13 @@ class SimulatedReplica:
         plane: ControlPlane,
         pace: Pace,
         on_end: Callable[[Request], None],
-        *,
-        together: bool = False,
     ) -> None:
         self.plane = plane
         plane.on_end = self._ended
         self._env = env
         self._pace = pace
         self._on_end = on_end
-        self._together = together
+        self.together = False
         self._arrivals: list[Arrival] = []
         self._cancellations: list[int] = []
         self._endings = Endings()
@@ -70,7 +68,8 @@ class SimulatedReplica:
 
     @property
     def num_waiting(self) -> int:
-        return self.plane.num_waiting + len(self._arrivals) + len(self._expected)
+        """All that is here and does not run, swapped and paused ones too: what a coordinator counts of a real one."""
+        return self.plane.num_live - self.plane.num_running + len(self._arrivals) + len(self._expected)
 
     @property
     def num_running(self) -> int:
@@ -215,7 +214,7 @@ class SimulatedReplica:
         while action is not None:
             answer: Answer = None
             if isinstance(action, Deliver):
-                answer = self._take_together() if self._together else None
+                answer = self._take_together() if self.together else None
                 plan_at = None if answer is not None else pace.plan_at(self.plane.next_step, int(env.now))
                 if plan_at is not None:
                     if plan_at > env.now:

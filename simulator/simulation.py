@@ -33,8 +33,8 @@ class Simulation:
         recorder: takes the rows of the run; None records nothing.
         on_end: called with every request that ends.
         check: verify the invariants after every step (slow).
-        together: with one replica, take decode steps that its policy would plan alike in one event; the records are the
-            same without, bit for bit.
+        together: with one replica and neither a router, an end in time nor an interference (`at`), take decode steps
+            that its policy would plan alike in one event; the records are the same without, bit for bit.
     """
 
     def __init__(
@@ -66,10 +66,11 @@ class Simulation:
                 ControlPlane(limits, stack, replica=i, cost=costs, recorder=recorder, check=check),
                 ComputedPace(costs, limits.plan_lead_ns),
                 self._on_end,
-                together=together and len(stacks) == 1,
             )
             for i, stack in enumerate(stacks)
         ]
+        # Only where nobody looks at the replica, or does anything to it, but the arrivals.
+        self._together = together and len(stacks) == 1 and router is None
         self._movements: Movements | None = None
         self._num_alive = 0
         self._more_to_come = True
@@ -86,6 +87,7 @@ class Simulation:
         `arrivals` come in the order of their stamps and may be endless with `until_ns`. What is unfinished at the end,
         or at an interruption, is recorded as such.
         """
+        self.replicas[0].together = self._together and until_ns is None
         try:
             self.env.process(self._source(arrivals))
             self.env.run(until=until_ns)
@@ -154,6 +156,7 @@ class Simulation:
 
     def at(self, time_ns: int, do: Callable[[], None]) -> None:
         """Have something happen at a time, such as `cancel` or `fail`."""
+        self._together = self.replicas[0].together = False  # it is to find the replica as it is then
         callbacks = self.env.timeout(time_ns - int(self.env.now)).callbacks
         assert callbacks is not None
         callbacks.append(lambda _: do())

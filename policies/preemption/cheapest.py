@@ -19,10 +19,12 @@ class Cheapest(RankedVictim):
     back, which grows with their number. So the choice depends on the model, the card and its link. A request that frees
     nothing goes last.
     O(blocks held by the running) a victim. Needs a cost model.
+    Who was admitted first is spared (`policies.victims`).
     Source: Kwon et al., SOSP 2023, section 7.3, compares recomputation and swapping by block size and context length.
     """
 
     needs_cost = True
+    spares_eldest = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,10 @@ class Longest(RankedVictim):
     """Preempt the longest context: the most memory for one victim, and the most to compute again.
 
     A control for `most_blocks`, which counts what preempting really frees.
+    Who was admitted first is spared (`policies.victims`).
     """
+
+    spares_eldest = True
 
     def rank(self, request: Request, view: View, draft: Draft, now: int) -> int:
         return request.num_computed_tokens

@@ -13,7 +13,10 @@ class MostBlocks(RankedVictim):
 
     Blocks that others hold too stay where they are, so a long request in a shared prefix may free little. O(blocks held
     by the running) a victim.
+    Who was admitted first is spared (`policies.victims`).
     """
+
+    spares_eldest = True
 
     def rank(self, request: Request, view: View, draft: Draft, now: int) -> int:
         return draft.blocks_freed_by(request)

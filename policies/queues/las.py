@@ -44,7 +44,7 @@ class Las(KeyQueue):
 
     def remove(self, request: Request) -> None:
         super().remove(request)
-        if request.state.ended:
+        if request.gone:
             self._forget(request)
 
     def begin(self, draft: Draft, now: int) -> None:
@@ -53,11 +53,11 @@ class Las(KeyQueue):
     def on_report(self, report: Report) -> None:
         step = report.step
         for request, mode in step.preempted:
-            if mode is not Mode.KEEP and request.num_output_tokens and not request.state.ended:
+            if mode is not Mode.KEEP and request.num_output_tokens and not request.gone:
                 self._computed[request.id] = request.num_tokens - 1
         duration = self._service.on_report(report)
         for chunk in step.chunks:
-            if not chunk.request.state.ended:
+            if not chunk.request.gone:
                 end, before = chunk.start + chunk.num_tokens, self._computed.get(chunk.request.id, 0)
                 new = max(0, end - max(chunk.start, before))
                 self._service.take_off(chunk.request, duration - duration * new // chunk.num_tokens)

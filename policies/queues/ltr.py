@@ -107,7 +107,7 @@ class Ltr(KeyQueue):
     def remove(self, request: Request) -> None:
         super().remove(request)
         self._starved.cancel(request)
-        if request.state.ended:
+        if request.gone:
             self._forget(request)
 
     def begin(self, draft: Draft, now: int) -> None:

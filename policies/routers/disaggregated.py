@@ -30,6 +30,8 @@ class Disaggregated:
 
     def route(self, request: Request, keys: Sequence[bytes], replicas: Sequence[Replica], now: int) -> Route | None:
         prefills, decodes = split(replicas, self._prefill)
+        if list(prefills) == list(decodes):
+            return Route(least_pending(prefills).id)
         target = min(decodes, key=lambda replica: (self._promised.at(replica), replica.id))
         self._promised.send(request, target.id, num_blocks(request.num_prompt_tokens, self._block_size))
         return Route(least_pending(prefills).id, target.id)

@@ -66,7 +66,7 @@ class Preemptive(QueuedScheduler):
     def plan(self, view: View, now: int) -> Plan:
         draft, line = self.start(view, now), Line(self._order, view)
         draft = self._decode(line, draft, now)
-        return self._prefill(line, draft, now).finish(steady=type(self) is Preemptive)
+        return self._prefill(line, draft, now).finish(steady=self.is_steady(Preemptive))
 
     # In the order
 

@@ -41,7 +41,7 @@ class SGLang(QueuedScheduler):
         if draft.num_tokens == decode_tokens and not self._mixed:
             draft.tokens_left = view.max_num_batched_tokens
             draft.run_decodes(now)
-        return draft.finish(steady=type(self) is SGLang)
+        return draft.finish(steady=self.is_steady(SGLang))
 
     def _prefill(self, view: View, draft: Draft, now: int) -> None:
         if self._chunk_size:

@@ -35,6 +35,7 @@ class Runner:
     priority: int
     slo: Slo | None
     shared: bool
+    part: int = 10  # tenths of the prompt that are computed; all, and the output tokens, or there is no output yet
 
 
 SLOS = st.one_of(
@@ -55,6 +56,7 @@ RUNNERS = st.lists(
         st.integers(-1, 1),
         SLOS,
         st.booleans(),
+        st.sampled_from([10, 10, 7, 3]),
     ),
     min_size=1,
     max_size=7,
@@ -79,8 +81,9 @@ class Replica:
             )  # fmt: skip
             self.plane.submit(request, self.now, block_keys(tokens, SIZE))
             hit = self.plane.view.probe(request).num_tokens
-            self._step(Plan(chunks=[(request, runner.prompt - hit)]))
-            for _ in range(runner.output - 1):
+            tokens = max(1, (runner.prompt - hit) * runner.part // 10)
+            self._step(Plan(chunks=[(request, tokens)]))
+            for _ in range(runner.output - 1 if tokens == runner.prompt - hit else 0):
                 self._step(Plan(decodes=[request]))
             self.requests.append(request)
 
@@ -106,9 +109,12 @@ def due(request: Request) -> float:
     slo = request.slo
     if slo is None:
         return FOREVER
+    if request.first_token_ns is None and slo.ttft_ns is not None:
+        return request.arrival_ns + slo.ttft_ns
     if slo.e2e_ns is not None:
         return request.arrival_ns + slo.e2e_ns
-    assert request.first_token_ns is not None
+    if request.first_token_ns is None:
+        return FOREVER
     return FOREVER if slo.tpot_ns is None else request.first_token_ns + slo.tpot_ns * request.num_output_tokens
 
 
@@ -130,6 +136,10 @@ WORST: dict[str, Key] = {
 }
 
 
+SPARES_ELDEST = {"longest", "most_blocks", "cheapest"}
+"""Who was admitted first of those left goes last under these."""
+
+
 def test_every_registered_rule_is_tested_here() -> None:
     assert sorted(WORST) == registry.names("preemption")
 
@@ -145,6 +155,8 @@ def test_victims_come_in_the_order_of_the_rule_until_nobody_is_left(
     draft, gone = view.draft(), []
     for _ in runners:
         left = [r for r in view.running.values() if r not in gone]
+        if name in SPARES_ELDEST and len(left) > 1:
+            left = left[1:]
         worst = max(left, key=lambda r: (WORST[name](r, view, gone), *r.key))
         before = draft.blocks_left
         found = policy.victim(view, draft, replica.now)
@@ -182,6 +194,20 @@ def test_whoever_is_chosen_everybody_ends_and_the_rule_has_decided(name: str, la
     drive = Drive(Limits(30, 4, 6, 32, 110, prefix_caching=False, lag=lag), StackSpec(preemption=name), work)
     assert all(request.state.value == "length" for request in drive.requests)
     assert sum(request.num_preemptions for request in drive.requests) > 0
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("name", WORST)
+def test_prompts_in_chunks_that_do_not_fit_together_do_not_take_memory_from_each_other_for_ever(
+    name: str, lag: int
+) -> None:
+    """Each in its turn is the longest, the one that frees the most, the cheapest."""
+    for prompts, chunk in (([40, 40], 4), ([40, 39, 41], 1), ([40, 39, 41], 3)):
+        work = [Job(prompt, 5, priority=-i) for i, prompt in enumerate(prompts)]
+        limits = Limits(14, 4, 3, 12, 56, prefix_caching=False, lag=lag)
+        stack = StackSpec(f"mixed,long_prefill_threshold={chunk}", "fcfs", "watermark,watermark=0", name)
+        drive = Drive(limits, stack, work, max_plans=800)
+        assert all(request.state.value == "length" for request in drive.requests)
 
 
 def test_the_cheapest_needs_a_cost_model() -> None:

@@ -15,7 +15,7 @@ from runtime.engine import Details
 from runtime.weights import LoadedModel
 from tests.runtime.engines import Rows, greedy, serve, submit_together, tiny, tokens_of, transformers_model
 
-TOKENS = 40
+TOKENS = 48
 SCHEDULERS = ("mixed", "sarathi,chunk_size=40", "prefill_first", "static,max_batch_size=8")
 PREAMBLE = (
     "You are a careful assistant. You answer in one short paragraph, in plain words, without lists or headings, and "

@@ -136,3 +136,15 @@ def test_what_a_failed_replica_sends_or_is_sent_does_not_arrive_and_the_rest_goe
     network.fail(1)
     env.run()
     assert seen == [("to 1", 40, False), ("from 1", 40, False), ("to 2", 120, True)]
+
+
+@pytest.mark.parametrize("latency", [0, 5])
+def test_who_is_aborted_in_the_moment_of_its_end_leaves_nobody_behind_on_its_link(latency: int) -> None:
+    env = simpy.Environment()
+    network = Network(env, 2, LinkSpeed(1e9, 10, latency_ns=latency))
+    moment = env.timeout(30)  # the last byte of the first leaves then; before the network looks
+    first, second, third = (network.send(0, 1, blocks) for blocks in (1, 2, 4))
+    moment.callbacks.append(lambda _: network.abort(first))
+    env.run()
+    assert second.done.triggered
+    assert third.done.triggered

@@ -38,7 +38,7 @@ class Rows:
         self.rows.append(row)
 
 
-def arrivals(seed: int, n: int = 24) -> list[Arrival]:
+def arrivals(seed: int, n: int = 16) -> list[Arrival]:
     """Bursts with long gaps between them, so that there is now a queue and now nothing but decodes."""
     draw = np.random.default_rng(seed)
     made, at = [], 0
@@ -104,3 +104,28 @@ def test_a_plan_that_repeats_is_taken_no_more_often_than_it_says() -> None:
 
 def _fields(limits: Limits) -> dict[str, object]:
     return {name: getattr(limits, name) for name in Limits.__dataclass_fields__}
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_who_interferes_finds_the_replica_as_it_is_then(lag: int) -> None:
+    limits, todo = Limits(**{**_fields(LIMITS), "lag": lag}), arrivals(7)
+    ends = []
+    for together in (True, False):
+        simulation = Simulation(limits, [StackSpec().build(block_size=4)], COST, check=True, together=together)
+        for at in range(500, 60_000, 5_000):
+            simulation.at(at, lambda number=at // 5_000, simulation=simulation: simulation.cancel(number))
+        requests = [Request(a.request.id, a.request.arrival_ns, 8, 60) for a in todo]
+        simulation.run(Arrival(request, 60) for request in requests)
+        ends.append([(request.state, request.finish_ns) for request in requests])
+    assert ends[0] == ends[1]
+    assert any(state.value == "cancelled" for state, _ in ends[0])
+
+
+@pytest.mark.parametrize("queue", ["mlfq,quantum_ms=0.005", "las,quantum_ms=0.005", "plas,quantum_ms=0.005", "ltr"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_queue_that_looks_at_running_requests_before_each_plan_is_asked_for_each(queue: str, seed: int) -> None:
+    stack = StackSpec("preemptive", queue)
+    assert (
+        run(stack, LIMITS, arrivals(seed, 40), together=True)[0]
+        == run(stack, LIMITS, arrivals(seed, 40), together=False)[0]
+    )

@@ -135,7 +135,7 @@ def test_restarted_and_joined_replicas_do_as_the_others_and_overwrite_no_record(
 
 @pytest.mark.slow
 def test_under_load_with_replicas_dying_every_request_ends_once(model_folder: Path) -> None:
-    num_requests, num_kills = 500, 10
+    num_requests, num_kills = 250, 4
     with running(model_folder, "--replicas", "2", "--max-queue", "2000", **LIMITS) as server:
         ends = asyncio.run(_load_and_kill(server, num_requests, num_kills))
         counts = collections.Counter(ends)

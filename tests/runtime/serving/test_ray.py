@@ -109,9 +109,7 @@ def test_replicas_on_a_cluster_serve_die_and_are_restarted_like_any(
 
 @needs_ray
 @pytest.mark.slow
-def test_an_engine_that_a_cluster_cannot_start_or_place_ends_the_command_in_a_line(
-    model_folder: Path, cluster: str
-) -> None:
+def test_a_cluster_that_takes_no_front_ends_the_command_in_a_line(model_folder: Path) -> None:
     def said(*flags: str) -> str:
         command = diptych("serve", "--model", str(model_folder), "--port", "0", *flags)
         ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
@@ -122,7 +120,6 @@ def test_an_engine_that_a_cluster_cannot_start_or_place_ends_the_command_in_a_li
     assert len(refused) == 1
     assert "no Ray cluster takes this front at 127.0.0.1:1 (" in refused[0]
     assert "token, set RAY_AUTH_MODE=token here too" in refused[0]
-    assert "max_model_len=100000 is beyond the model" in said("--ray", cluster, "--set", "limits.max_model_len=100000")
 
 
 @needs_ray
