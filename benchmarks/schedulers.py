@@ -2,25 +2,30 @@
 
 TRACES is a folder with the public traces in it, by their published file names, at any depth. Each trace's first
 requests are simulated on one H100 (Llama-3.1-8B in bf16, from the device's data sheet) with 20 GiB for the KV cache, so
-that memory is short under load. Capacity is what `mixed` with `fcfs` finishes when all arrive at once; a load is the
-trace's own arrivals, sped up or slowed down to 70%, 90% and 110% of that.
+that memory is short under load. Capacity is what `mixed` with `fcfs` finishes a second when all arrive at once, for as
+long as somebody waits: the end, where the replica empties, would make it look smaller. A load is the trace's own
+arrivals, sped up or slowed down to 70%, 90% and 110% of that on average. How many wait under `mixed` with `fcfs` when
+the last request comes stands above each table: it says whether a load is one.
 
 Half of the requests, at random, are interactive (TTFT 0.5 s, TPOT 50 ms, priority 0), half relaxed (5 s, 200 ms, 1);
 all may be shed by a policy that does. Clients declare their output length with a lognormal error of 0.5. Where a trace
 has no tenants there are four, with 8, 4, 2 and 1 parts of the requests.
 
-Each run is noted in build/schedulers.jsonl when it ends, so that what is stopped goes on where it was. In the end the
+Each run is noted in build/schedulers.jsonl when it ends, so that what is stopped goes on where it was, unless the code
+of policies, simulator or experiments is another by then. In the end the
 figures go into benchmarks/results/schedulers.json and, as tables, into docs/comparison.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +38,8 @@ from experiments.metrics import summarize
 from experiments.records import Run, read_run
 from experiments.simulated import run_simulated
 from experiments.spec import RunSpec, check_spec
+from experiments.timeline import timeline
+from experiments.workloads import Workload, WorkloadSpec, make_workload
 from policies import registry
 from policies.contract import RankedQueue
 
@@ -57,10 +64,10 @@ class Trace:
 
 
 TRACES = (
-    Trace("Azure conversation", "AzureLLMInferenceTrace_conv.csv", 600, SHARES),
+    Trace("Azure conversation", "AzureLLMInferenceTrace_conv.csv", 1200, SHARES),
     Trace("Azure code", "AzureLLMInferenceTrace_code.csv", 600, SHARES),
     Trace("Mooncake conversation", "conversation_trace.jsonl.gz", 120, SHARES),
-    Trace("VTC arena", "vtc_arena_real_trace.csv", 600, None),
+    Trace("VTC arena", "vtc_arena_real_trace.csv", 1500, None),
 )
 LATENCIES = ("ttft", "tpot", "e2el")
 REFERENCE = {"scheduler": "mixed", "queue": "fcfs"}
@@ -93,7 +100,15 @@ def figures_of(run: Run) -> dict[str, float | None]:
         "preemptions": summary["preemptions"],
         "completed": summary["completed"],
         "dropped": summary["statuses"]["dropped"],
+        "waiting_at_last_arrival": waiting_at_last_arrival(run),
     }
+
+
+def waiting_at_last_arrival(run: Run) -> int:
+    """How many requests wait after the plan before the last one comes: under overload it grows with the run."""
+    states = timeline(run)
+    at = int(states["t_ns"].searchsorted(run.requests["arrival_ns"].max(), side="right")) - 1
+    return int(states["waiting"].iloc[max(at, 0)])
 
 
 def stacks() -> list[dict[str, str]]:
@@ -117,36 +132,61 @@ def specification(path: Path, trace: Trace, rate: float | None, stack: dict[str,
     return check_spec({"workload": workload, "policies": stack, "limits": limits, "decisions": False})
 
 
+@lru_cache(maxsize=4)
+def _workload(spec: str) -> Workload:
+    """Reading a trace takes as long as simulating its first requests: done once for all stacks."""
+    return make_workload(WorkloadSpec.model_validate_json(spec))
+
+
+def _run(spec: RunSpec, folder: Path) -> Run:
+    run_simulated(spec, folder, workload=_workload(spec.workload.model_dump_json()))
+    return read_run(folder)
+
+
 def simulate(path: Path, trace: Trace, load: float, rate: float | None, stack: dict[str, str], quick: bool) -> Row:
     """One cell of the table. A policy that cannot take the load says why in `error`."""
     with TemporaryDirectory() as scratch:
         try:
-            run_simulated(specification(path, trace, rate, stack, quick), Path(scratch) / "run")
+            run = _run(specification(path, trace, rate, stack, quick), Path(scratch) / "run")
         except (ValueError, RuntimeError) as failure:
             return Row(trace.name, load, stack["scheduler"], stack["queue"], False, str(failure), {})
-        run = read_run(Path(scratch) / "run")
         return Row(trace.name, load, stack["scheduler"], stack["queue"], run.clairvoyant, "", figures_of(run))
 
 
 def throughput(path: Path, trace: Trace, quick: bool) -> float:
-    """Requests a second that the reference stack finishes when all arrive at once."""
+    """Requests a second that the reference stack finishes when all arrive at once, as long as somebody waits.
+
+    `quick` has too few requests to measure that: the mean over the whole run.
+    """
     with TemporaryDirectory() as scratch:
-        run_simulated(specification(path, trace, None, REFERENCE, quick), Path(scratch) / "run")
-        return float(summarize(read_run(Path(scratch) / "run"))["request_throughput"])
+        run = _run(specification(path, trace, None, REFERENCE, quick), Path(scratch) / "run")
+        return float(summarize(run)["request_throughput"]) if quick else saturated(run)
+
+
+def saturated(run: Run) -> float:
+    """Requests a second that ended until, for the first time, nobody waits after a plan."""
+    states = timeline(run)
+    until = int(states["t_ns"][states["waiting"] == 0].iloc[0])
+    ended = int((run.requests["finish_ns"] <= until).sum())
+    if not ended:
+        raise ValueError(f"nobody of {len(run.requests)} requests ended before all ran: too few to measure a capacity")
+    return ended / (until / 1e9)
 
 
 def measure(folder: Path, quick: bool, console: Console) -> tuple[list[Row], dict[str, float]]:
     """All rows, in the order of the tables, and each trace's capacity in requests a second."""
     paths = [_find(folder, trace.file) for trace in TRACES]
+    code = fingerprint()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console, transient=True)
     with ProcessPoolExecutor(os.cpu_count()) as pool, progress as bar:
         capacities = list(pool.map(throughput, paths, TRACES, [quick] * len(TRACES)))
         cells = [(i, load, stack) for i in range(len(TRACES)) for load in LOADS for stack in stacks()]
         keys = [
-            json.dumps([quick, capacities[i], TRACES[i].n, TRACES[i].name, load, stack]) for i, load, stack in cells
+            json.dumps([code, quick, capacities[i], TRACES[i].n, TRACES[i].name, load, stack])
+            for i, load, stack in cells
         ]
-        noted = _noted()
+        noted = _noted(NOTES)
         rows = {number: Row(**noted[key]) for number, key in enumerate(keys) if key in noted}
         task = bar.add_task("simulating", total=len(cells), completed=len(rows))
         futures = {
@@ -156,6 +196,7 @@ def measure(folder: Path, quick: bool, console: Console) -> tuple[list[Row], dic
         }
         NOTES.parent.mkdir(exist_ok=True)
         with NOTES.open("a") as notes:
+            notes.write("\n")  # after a line that was being written when it was stopped
             for future in as_completed(futures):
                 number = futures[future]
                 rows[number] = future.result()
@@ -166,12 +207,24 @@ def measure(folder: Path, quick: bool, console: Console) -> tuple[list[Row], dic
     return [rows[i] for i in range(len(cells))], dict(zip(names, capacities, strict=True))
 
 
-def _noted() -> dict[str, Any]:
-    """The rows of a comparison that was stopped, by what they are of."""
-    if not NOTES.exists():
-        return {}
-    lines = (json.loads(line) for line in NOTES.read_text().splitlines() if line.endswith("}"))
-    return {line["key"]: line["row"] for line in lines}
+def fingerprint() -> str:
+    """Of the code that makes the figures: rows of other code are not taken over."""
+    files = [ROOT / "schedulers.py"]
+    for folder in ("policies", "simulator", "experiments"):
+        files += (ROOT.parent / folder).rglob("*.py")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+
+
+def _noted(notes: Path) -> dict[str, Any]:
+    """The rows of a comparison that was stopped, by what they are of; without a line that was cut off."""
+    found = {}
+    for line in notes.read_text().splitlines() if notes.exists() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found[entry["key"]] = entry["row"]
+    return found
 
 
 def _find(folder: Path, file: str) -> Path:
@@ -190,12 +243,13 @@ def markdown(rows: list[Row], capacities: dict[str, float]) -> Iterator[str]:
     for trace in TRACES:
         yield f"\n## {trace.name}: capacity {capacities[trace.name]:.2f} requests/s\n"
         for load in LOADS:
-            yield f"\n### At {load:.0%}\n"
+            here = [row for row in rows if (row.trace, row.load) == (trace.name, load)]
+            reference = next(row for row in here if (row.scheduler, row.queue) == tuple(REFERENCE.values()))
+            waiting = reference.figures["waiting_at_last_arrival"]
+            yield f"\n### At {load:.0%}: {waiting:.0f} wait when the last request comes\n"
             yield f"| {' | '.join(TITLES)} |"
             yield "| --- | --- |" + " ---: |" * (len(TITLES) - 2)
-            for row in rows:
-                if (row.trace, row.load) == (trace.name, load):
-                    yield _line(row)
+            yield from map(_line, here)
 
 
 def _line(row: Row) -> str:
