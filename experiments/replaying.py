@@ -72,9 +72,7 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
             raise
 
 
-def simulate_record(
-    run: Run, costs: CostModel, folder: Path, *, overwrite: bool = False, check: bool = False
-) -> None:
+def simulate_record(run: Run, costs: CostModel, folder: Path, *, overwrite: bool = False, check: bool = False) -> None:
     """Simulate the requests of a recorded run of one replica, from their arrivals, with step times of a cost model.
 
     Limits and policies are the record's, and so are lengths and block keys: what differs is step times alone, and what

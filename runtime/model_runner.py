@@ -55,7 +55,8 @@ class StepResult:
     """Sampled token ids, in the order of `requests`, on the host.
 
     `device_ns`: from when the device could begin (the launch, or the end of the step before) until the result was
-    there. A captured step's launch is when its graph is queued, another one's when the host begins to queue it. The hand-over to the device and back is in it, so that in a simulation with these times nothing is missing.
+    there. A captured step's launch is when its graph is queued, another one's when the host begins to queue it. The way
+    to the device and back is in it, so that in a simulation with these times nothing is missing.
     `known_at`: when the host knew (`monotonic_ns`): at once where it was waiting, else when it came to ask.
     """
 

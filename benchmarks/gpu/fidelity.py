@@ -16,7 +16,6 @@ import argparse
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu.results import out_folder

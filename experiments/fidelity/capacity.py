@@ -23,7 +23,7 @@ def capacity(folder: Path, work: str) -> float | None:
 
 
 def saturated(run: Run) -> float:
-    """Requests a second that ended while somebody waited, once a quarter of these had: before that the replica fills up.
+    """Requests a second that ended while somebody waited, once a quarter of them had: before that the replica fills.
 
     Of a run in which hardly anybody waited, of all requests.
     """

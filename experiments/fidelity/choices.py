@@ -1,7 +1,7 @@
 """What a user would decide by the simulation, and what that would cost: level 4.
 
 Capacity under an SLO is where the line between two measured loads crosses the objective: the largest load up to which
-every objective is met. A ranking counts pairs of policies that are further apart in the real panel than its noise; a pair
+every objective is met. A ranking counts pairs of policies that are further apart in the real panel than its noise; one
 that the simulation puts the other way round counts against it, and one that it cannot tell apart counts as nothing:
 Kendall's tau over the pairs that there is something to say of. Regret is how much worse the policy that the
 simulation puts first is in the real panel than the one that is best there.
@@ -84,20 +84,22 @@ def decided(found: Mapping[str, Any]) -> dict[str, Any]:
             continue
         unit = found["capacities"][work]
         real, simulated = (
-            slo_capacity([
-                (cell["load"] * unit, {name: pair[i] for name, pair in cell["figures"].items()}) for cell in ladder
-            ])
+            slo_capacity(
+                [(cell["load"] * unit, {name: pair[i] for name, pair in cell["figures"].items()}) for cell in ladder]
+            )
             for i in (0, 1)
         )
-        capacities.append({
-            "work": work,
-            "policy": policy,
-            "loads": [cell["load"] for cell in ladder],
-            "real": _finite(real),
-            "sim": _finite(simulated),
-            "real_above": real == float("inf"),
-            "sim_above": simulated == float("inf"),
-        })
+        capacities.append(
+            {
+                "work": work,
+                "policy": policy,
+                "loads": [cell["load"] for cell in ladder],
+                "real": _finite(real),
+                "sim": _finite(simulated),
+                "real_above": real == float("inf"),
+                "sim_above": simulated == float("inf"),
+            }
+        )
     rankings = []
     for work, load in sorted({(cell["work"], cell["load"]) for cell in cells}):
         here = [cell for cell in cells if (cell["work"], cell["load"]) == (work, load)]
@@ -109,16 +111,18 @@ def decided(found: Mapping[str, Any]) -> dict[str, Any]:
             }
             floor = _floor_of(found, work, figure)
             value, count = tau(pairs, floor)
-            rankings.append({
-                "work": work,
-                "load": load,
-                "figure": figure,
-                "policies": len(pairs),
-                "floor": floor,
-                "pairs": count,
-                "tau": value,
-                "regret": regret(pairs),
-            })
+            rankings.append(
+                {
+                    "work": work,
+                    "load": load,
+                    "figure": figure,
+                    "policies": len(pairs),
+                    "floor": floor,
+                    "pairs": count,
+                    "tau": value,
+                    "regret": regret(pairs),
+                }
+            )
     return {"capacities": capacities, "rankings": rankings}
 
 

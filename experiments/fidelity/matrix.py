@@ -80,7 +80,8 @@ class Cell:
 def works(max_model_len: int, starved_blocks: int, traces: Mapping[str, str] | None = None) -> dict[str, Work]:
     """The workloads. `traces`: name -> file, in place of the generator that is fitted to it.
 
-    Prompts are cut to what `max_model_len` leaves beside outputs. `starved_blocks`: KV blocks of the memory-starved one.
+    Prompts are cut to what `max_model_len` leaves beside outputs. `starved_blocks`: KV blocks of the
+    memory-starved one.
     """
     common = {"max_model_len": max_model_len, "declared_sigma": 0.5, "slo": SLOS, "tenants": TENANTS}
     swap = {"swap": {"preemption": "last_admitted,mode=swap"}, "cheapest": {"preemption": "cheapest"}}

@@ -70,6 +70,8 @@ class RealHalf:
     ) -> None:
         self._base, self._works, self._folder, self._sizes, self._say = base, works, folder, sizes, say
 
+        self._costs: FittedCost | None = None
+
     def __enter__(self) -> RealHalf:
         started = time.monotonic()
         self._loaded = load(self._base.model)
@@ -79,7 +81,9 @@ class RealHalf:
         gc.freeze()  # what lives as long as the model is not looked at again
         parts = {**self._prepared.seconds, **self._runner.startup_seconds}
         described = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-        self._say(f"started in {time.monotonic() - started:.1f} s ({described}); {self._prepared.limits.num_blocks} blocks")
+        self._say(
+            f"started in {time.monotonic() - started:.1f} s ({described}); {self._prepared.limits.num_blocks} blocks"
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,7 +93,8 @@ class RealHalf:
         """The cost model of this card, measured now if it has not been."""
         path = self._folder / "calibrations" / f"{card(describe_environment('real')['hardware'])}.json"
         if path.exists():
-            return FittedCost.load(path)
+            self._costs = FittedCost.load(path)
+            return self._costs
         started = time.monotonic()
         steps = path.with_suffix(".parquet")
         fitted = profile(
@@ -101,6 +106,7 @@ class RealHalf:
             steps_to=steps,
         )
         fitted.save(path)
+        self._costs = fitted
         self._say(f"profiled in {time.monotonic() - started:.1f} s: {path}")
         return fitted
 
@@ -156,12 +162,14 @@ class RealHalf:
         content = self._prepared.spec.model_dump(mode="json")
         limits = LimitsSpec.model_validate({**content["limits"], **work.limits})
         policies = {**POLICIES, **work.policies}[cell.policy]
-        return check_spec({
-            **content,
-            "workload": fields,
-            "policies": {**content["policies"], **policies},
-            "limits": limits.model_dump(mode="json"),
-        })
+        return check_spec(
+            {
+                **content,
+                "workload": fields,
+                "policies": {**content["policies"], **policies},
+                "limits": limits.model_dump(mode="json"),
+            }
+        )
 
     def _expected_seconds(self, cell: Cell) -> float:
         return 1.6 * self._sizes.cell_seconds + 5
@@ -174,7 +182,7 @@ class RealHalf:
         scratch = self._folder / "scratch" / cell.name
         shutil.rmtree(scratch, ignore_errors=True)
         timeout = min(self._sizes.timeout_factor * self._sizes.cell_seconds + 20, clock.left())
-        prepared = Prepared(spec, limits, None, {})
+        prepared = Prepared(spec, limits, self._costs, {})  # for policies that plan by it, as in the other panel
         run_prepared(prepared, self._loaded, scratch, workload, runner=self._runner, timeout_s=timeout)
         kept = compact_run(read_run(scratch), self._folder / "runs" / cell.name)
         shutil.rmtree(scratch)

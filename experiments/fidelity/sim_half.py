@@ -132,7 +132,9 @@ def check_same_limits(real: Run, simulated: Run, costs: FittedCost) -> None:
     measured = TypeAdapter(Limits).validate_python(costs.calibration.provenance["limits"])
     for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "capture_sizes", "mixed_capture_sizes", "lag"):
         if getattr(of_run, name) != getattr(measured, name):
-            raise RunError(f"{real.name}: {name} is {getattr(of_run, name)}, the calibration's {getattr(measured, name)}")
+            raise RunError(
+                f"{real.name}: {name} is {getattr(of_run, name)}, the calibration's {getattr(measured, name)}"
+            )
 
 
 def _floor(folder: Path, cell: Cell, cells: Sequence[Cell]) -> dict[str, float] | None:

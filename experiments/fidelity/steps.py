@@ -1,8 +1,8 @@
 """Step times, given the real plans: what the cost model says of the very steps that a real run took.
 
-Two clocks are compared. The device's: how long it had each step. And the replica's: how long each step took from the end
-of the one before, while the replica was busy, with the host's own work beside the device's; for that the real plans are
-timed by the simulator's own two clocks (`simulator.pace.ComputedPace`), restarted whenever the real replica idled.
+Two clocks are compared. The device's: how long it had each step. And the replica's: how long each step took from the
+end of the one before, while the replica was busy, with the host's own work beside the device's; for that the real plans
+are timed by the simulator's own two clocks (`simulator.pace.ComputedPace`), restarted whenever the real replica idled.
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) ->
 def _cells(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """(title, cell) in the order of the tables."""
     cells = found["cells"].values()
-    ranked = sorted(cells, key=lambda c: (c["work"], -1.0 if c["load"] is None else c["load"], c["policy"], c["repeat"]))
+    ranked = sorted(
+        cells, key=lambda c: (c["work"], -1.0 if c["load"] is None else c["load"], c["policy"], c["repeat"])
+    )
     return [(_title(cell), cell) for cell in ranked]
 
 
@@ -134,8 +136,8 @@ def _free(found: Mapping[str, Any]) -> Iterator[str]:
     yield "#### 3. Free-running: simulated beside real"
     yield ""
     yield (
-        "Signed relative error, and the target below each figure's name. `=`: within the noise floor, that is the largest "
-        "difference of the run's own repeats: indistinguishable. MISS: beyond target and floor."
+        "Signed relative error, with the target beside each figure's name. `=`: within the noise floor, that is the "
+        "largest difference of the run's own repeats: indistinguishable. MISS: beyond target and floor."
     )
     head = ["run", *(f"{name} ({TARGETS[key]:.1%})" for key, name in FIGURES.items()), "preemptions real, sim"]
     rows = []
@@ -145,7 +147,9 @@ def _free(found: Mapping[str, Any]) -> Iterator[str]:
     yield from _table(head, rows)
     counts = {key: _met(found, key) for key in FIGURES}
     total = len(found["cells"])
-    yield "Within target or floor: " + ", ".join(f"{FIGURES[key]} {met} of {total}" for key, met in counts.items()) + "."
+    yield (
+        "Within target or floor: " + ", ".join(f"{FIGURES[key]} {met} of {total}" for key, met in counts.items()) + "."
+    )
     yield ""
 
 
@@ -187,7 +191,7 @@ def _capacities(found: Mapping[str, Any]) -> Iterator[str]:
     yield "#### 4. What users decide"
     if rows:
         yield ""
-        yield f"Capacity in requests/s under TTFT p99 2 s and TPOT p99 50 ms, between the loads (target {CAPACITY:.0%}):"
+        yield f"Capacity in requests/s under TTFT p99 2 s and TPOT p99 50 ms (target {CAPACITY:.0%}):"
         yield from _table(["workload", "policy", "loads", "real", "simulated", "error"], rows, left=3)
 
 

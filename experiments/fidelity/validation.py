@@ -27,11 +27,13 @@ QUICK_CELLS = (
 def base_spec(model: str, device: str, **limits: Any) -> RunSpec:
     """Random weights of a model's shape, bfloat16 on a card; requests end after the lengths that they came with."""
     dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    return check_spec({
-        "workload": {"name": "fixed", "n": 1},
-        "model": {"source": model, "load_format": "dummy", "dtype": dtype, "device": device},
-        "limits": {"prefix_caching": False, **limits},
-    })
+    return check_spec(
+        {
+            "workload": {"name": "fixed", "n": 1},
+            "model": {"source": model, "load_format": "dummy", "dtype": dtype, "device": device},
+            "limits": {"prefix_caching": False, **limits},
+        }
+    )
 
 
 def quick() -> tuple[RunSpec, dict[str, Work], tuple[Cell, ...]]:
