@@ -88,7 +88,6 @@ def works(max_model_len: int, starved_blocks: int, traces: Mapping[str, str] | N
     found = {
         "chat": Work({"name": "chat", **common, "arrivals": "poisson"}),
         "code": Work({"name": "code", **common, "arrivals": "poisson"}),
-        "sharegpt": Work({"name": "sharegpt", **common, "arrivals": "poisson"}),
         # Blocks of 512 tokens become 64; turns are 134 s apart in the middle, and become 5.
         "prefix": Work(
             {"name": "prefix-chat", **common, "length_scale": 0.125},
@@ -99,6 +98,7 @@ def works(max_model_len: int, starved_blocks: int, traces: Mapping[str, str] | N
         "starved": Work(
             {"name": "chat", **common, "seed": 1, "arrivals": "poisson"}, {"num_blocks": starved_blocks}, policies=swap
         ),
+        "sharegpt": Work({"name": "sharegpt", **common, "arrivals": "poisson"}),
         "bursts": Work({"name": "chat", **common, "seed": 2, "arrivals": "gamma", "cv": 3.0}),
     }
     for name, file in (traces or {}).items():
@@ -112,11 +112,11 @@ def works(max_model_len: int, starved_blocks: int, traces: Mapping[str, str] | N
 def ordered(works: Mapping[str, Work], repeats: int = 3) -> Iterator[Cell]:
     """All cells, each workload's capacity before its loads, so that wherever time ends the most is known."""
     usual, first = next(iter(POLICIES)), next(iter(works))
-    wanted = [
-        cell for work in works for cell in (Cell(work, None, usual), Cell(work, USUAL, usual))
-    ]  # every workload once
-    wanted += [Cell(first, BUSY, policy) for policy in POLICIES]  # every policy once
-    wanted += [Cell(first, USUAL, usual, 1), Cell(first, BUSY, usual, 1)]  # a noise floor
+    begun = [[Cell(work, None, usual), Cell(work, USUAL, usual)] for work in works]
+    wanted = [*begun[0], Cell(first, USUAL, usual, 1)]  # with a noise floor
+    wanted += [Cell(first, BUSY, policy) for policy in POLICIES]
+    wanted += [cell for pair in begun[1:] for cell in pair]
+    wanted += [Cell(first, BUSY, usual, 1)]
     wanted += [Cell(work, USUAL, policy) for work in works for policy in works[work].policies]
     wanted += [Cell(first, load, usual) for load in LOADS]
     wanted += [Cell(first, LOADS[-1], policy) for policy in POLICIES]

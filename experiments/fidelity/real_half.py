@@ -38,9 +38,9 @@ SPEED_UP = 2.0
 class Sizes:
     """How long things take. `capacity_requests`: that come at once to measure capacity; `guess`: of it, req/s."""
 
-    profile_seconds: float = 75.0
-    cell_seconds: float = 20.0
-    capacity_requests: int = 450
+    profile_seconds: float = 60.0
+    cell_seconds: float = 15.0
+    capacity_requests: int = 350
     fewest_requests: int = 100
     timeout_factor: float = 4.0
     guess: float = 20.0
