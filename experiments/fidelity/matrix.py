@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from experiments.spec import SpecError
@@ -15,7 +15,7 @@ SLOS = [
 """Half of the requests each, for policies that go by objectives."""
 TENANTS = {"a": 8.0, "b": 4.0, "c": 2.0, "d": 1.0}
 CAPACITY = "capacity"
-"""In place of a load: all requests at once, to see how many end a second while somebody waits."""
+"""In place of a load: all requests at once, for the sustained capacity (see `experiments.fidelity.capacity`)."""
 LOADS = (0.5, 0.7, 0.85, 0.95, 1.1)
 """Shares of that. Above 1 requests pile up: that is where objectives are missed, and so where an SLO's capacity is."""
 USUAL, BUSY = 0.85, 0.95
@@ -42,7 +42,8 @@ class Work:
         limits: fields of a LimitsSpec in place of the base's.
         time_scale: arrivals are drawn at a rate lower by this, and then moved together: for sessions whose turns lie
             minutes apart.
-        at_once: its requests can all come at once; else they come 50 times faster than expected.
+        at_once: its requests can all come at once; else they come 10 times faster than expected.
+        pace: its capacity beside that of chat, roughly: how many requests there are.
         policies: names of policies beside the usual ones, for this one alone.
     """
 
@@ -50,6 +51,7 @@ class Work:
     limits: Mapping[str, Any] = field(default_factory=dict)
     time_scale: float = 1.0
     at_once: bool = True
+    pace: float = 1.0
     policies: Mapping[str, dict[str, str]] = field(default_factory=dict)
 
 
@@ -94,18 +96,22 @@ def works(max_model_len: int, starved_blocks: int, traces: Mapping[str, str] | N
             {"prefix_caching": True},
             time_scale=0.04,
             at_once=False,
+            pace=1.5,
         ),
         "starved": Work(
-            {"name": "chat", **common, "seed": 1, "arrivals": "poisson"}, {"num_blocks": starved_blocks}, policies=swap
+            {"name": "chat", **common, "seed": 1, "arrivals": "poisson"},
+            {"num_blocks": starved_blocks},
+            pace=0.45,
+            policies=swap,
         ),
-        "sharegpt": Work({"name": "sharegpt", **common, "arrivals": "poisson"}),
+        "sharegpt": Work({"name": "sharegpt", **common, "arrivals": "poisson"}, pace=0.45),
         "bursts": Work({"name": "chat", **common, "seed": 2, "arrivals": "gamma", "cv": 3.0}),
     }
     for name, file in (traces or {}).items():
         if name not in found:
             raise SpecError(f"there is no workload {name!r} in the matrix; it has {', '.join(found)}")
         work = found[name]
-        found[name] = Work({**work.workload, "name": file}, work.limits, at_once=True, policies=work.policies)
+        found[name] = replace(work, workload={**work.workload, "name": file}, time_scale=1.0, at_once=True)
     return found
 
 
