@@ -25,6 +25,8 @@ from experiments.fidelity.archive import pack, unpack
 from experiments.fidelity.sim_half import evaluate
 from experiments.fidelity.tables import markdown
 from experiments.fidelity.validation import full, measure, quick
+from experiments.records import RunError
+from experiments.spec import SpecError
 
 MODELS = ("llama-3.1-8b", "qwen3-0.6b")
 EVALUATION_S = 40.0
@@ -97,4 +99,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (SpecError, RunError) as error:
+        sys.exit(f"fidelity: {error}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from experiments.spec import SpecError
+from experiments.workloads import WorkloadSpec, make_workload
 
 SLOS = [
     {"ttft_ms": 500, "tpot_ms": 50, "priority": 0},
@@ -40,8 +41,8 @@ class Work:
     Attributes:
         workload: fields of a WorkloadSpec, but for how many and when.
         limits: fields of a LimitsSpec in place of the base's.
-        time_scale: arrivals are drawn at a rate lower by this, and then moved together: for sessions whose turns lie
-            minutes apart.
+        drawn_at: req/s that arrivals are drawn at, before they are moved to the rate of a load: low for sessions whose
+            turns lie minutes apart.
         at_once: its requests can all come at once; else they come 10 times faster than expected.
         pace: its capacity beside that of chat, roughly: how many requests there are.
         policies: names of policies beside the usual ones, for this one alone.
@@ -49,7 +50,7 @@ class Work:
 
     workload: Mapping[str, Any]
     limits: Mapping[str, Any] = field(default_factory=dict)
-    time_scale: float = 1.0
+    drawn_at: float = 10.0
     at_once: bool = True
     pace: float = 1.0
     policies: Mapping[str, dict[str, str]] = field(default_factory=dict)
@@ -90,11 +91,11 @@ def works(max_model_len: int, starved_blocks: int, traces: Mapping[str, str] | N
     found = {
         "chat": Work({"name": "chat", **common, "arrivals": "poisson"}),
         "code": Work({"name": "code", **common, "arrivals": "poisson"}),
-        # Blocks of 512 tokens become 64; turns are 134 s apart in the middle, and become 5.
+        # Blocks of 512 tokens become 64; turns are 134 s apart in the middle, and become 5 at 30 req/s.
         "prefix": Work(
             {"name": "prefix-chat", **common, "length_scale": 0.125},
             {"prefix_caching": True},
-            time_scale=0.04,
+            drawn_at=1.2,
             at_once=False,
             pace=1.5,
         ),
@@ -111,8 +112,14 @@ def works(max_model_len: int, starved_blocks: int, traces: Mapping[str, str] | N
         if name not in found:
             raise SpecError(f"there is no workload {name!r} in the matrix; it has {', '.join(found)}")
         work = found[name]
-        found[name] = replace(work, workload={**work.workload, "name": file}, time_scale=1.0, at_once=True)
+        found[name] = replace(work, workload={**work.workload, "name": file}, at_once=True)
     return found
+
+
+def arrivals_at(rate: float, fields: Mapping[str, Any], work: Work) -> dict[str, float]:
+    """Arrivals at exactly this rate from the first to the last: always drawn alike, then moved together or apart."""
+    drawn = make_workload(WorkloadSpec.model_validate({**fields, "rate": work.drawn_at}))
+    return {"rate": work.drawn_at, "time_scale": drawn.rate / rate}
 
 
 def ordered(works: Mapping[str, Work], repeats: int = 3) -> Iterator[Cell]:

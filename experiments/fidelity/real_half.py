@@ -21,13 +21,13 @@ from typing import Any
 
 from experiments.fidelity.archive import SCRATCH
 from experiments.fidelity.capacity import capacity, card, saturated
-from experiments.fidelity.matrix import POLICIES, Cell, Work
+from experiments.fidelity.matrix import POLICIES, Cell, Work, arrivals_at
 from experiments.metrics import summarize
 from experiments.profiling import profile
 from experiments.real import Prepared, load, prepare, run_prepared, start_runner
 from experiments.records import Run, compact_run, describe_environment, read_run
 from experiments.spec import LimitsSpec, RunSpec, check_spec
-from experiments.workloads import WorkloadSpec, make_workload
+from experiments.workloads import make_workload
 from policies.replica_state import Limits
 from simulator.costs.fitted import FittedCost
 
@@ -173,9 +173,9 @@ class RealHalf:
                 fields["arrivals"] = "at-once"
                 fields.pop("cv", None)
             else:
-                fields |= _at(SPEED_UP * sizes.guess * work.pace, fields, work)
+                fields |= arrivals_at(SPEED_UP * sizes.guess * work.pace, fields, work)
         else:
-            fields |= _at(rate, fields, work)
+            fields |= arrivals_at(rate, fields, work)
         content = self._prepared.spec.model_dump(mode="json")
         limits = LimitsSpec.model_validate({**content["limits"], **work.limits})
         policies = {**POLICIES, **work.policies}[cell.policy]
@@ -224,13 +224,6 @@ class RealHalf:
 def folder_bytes(folder: Path) -> int:
     """Of all files in it."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _at(rate: float, fields: Mapping[str, Any], work: Work) -> dict[str, float]:
-    """Arrivals at exactly this rate from the first to the last: drawn at about it, then moved together or apart."""
-    drawn = {"rate": rate * work.time_scale, "time_scale": work.time_scale}
-    about = make_workload(WorkloadSpec.model_validate({**fields, **drawn})).rate
-    return {**drawn, "time_scale": work.time_scale * about / rate}
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -45,7 +45,7 @@ def quick() -> tuple[RunSpec, dict[str, Work], tuple[Cell, ...]]:
         name: Work(
             {**work.workload, "length_scale": 0.1 * work.workload.get("length_scale", 1.0)},
             work.limits,
-            work.time_scale,
+            work.drawn_at,
             work.at_once,
             policies=work.policies,
         )
