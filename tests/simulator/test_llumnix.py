@@ -56,8 +56,8 @@ def first_tokens(migrate: bool) -> np.ndarray:
 
 
 def test_with_heavy_tails_of_lengths_moving_cuts_the_99th_percentile_of_the_time_to_first_token_by_30_percent() -> None:
-    """0.11 s and 0.18 s; the paper has up to 15 times. Blocks are free here and there, and a long prompt fits nowhere until
-    somebody is moved out of its way."""
+    """0.11 s and 0.18 s; the paper has up to 15 times. Blocks are free here and there, and a long prompt fits
+    nowhere until somebody is moved out of its way."""
     without, moving = first_tokens(False), first_tokens(True)
     assert len(moving) == len(without) == 400
     assert np.percentile(moving, 99) < 0.7 * np.percentile(without, 99)

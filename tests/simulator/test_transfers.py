@@ -304,7 +304,8 @@ def chaos(
         at += gap
         keys = [f"{prefix}{k}".encode() for k in range(min(prompt, 20) // 4)]
         keys += [f"{i}/{k}".encode() for k in range(len(keys), (prompt + output) // 4)]
-        arrivals.append(Arrival(Request(i, at, prompt, output + 2 * (i % 2), tenant=prefix, priority=i % 3 - 1), output, keys))
+        request = Request(i, at, prompt, output + 2 * (i % 2), tenant=prefix, priority=i % 3 - 1)
+        arrivals.append(Arrival(request, output, keys))
     log, router = Log(), router or Chaos(seed)
     stacks = [stack.build(block_size=4, oracle={i: job[2] for i, job in enumerate(jobs)}, future={}) for _ in range(3)]
     simulation = Simulation(
