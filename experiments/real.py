@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import os
-import threading
+import queue
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from experiments.simulated import GIB, LIMITS, check_swaps, make_costs, oracle_e
 from experiments.spec import LimitsSpec, ModelSpec, RunSpec, SpecError
 from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload, prompt_token_ids
+from experiments.workloads.closed_loop import Followers
 from policies.contract import Recorder
 from policies.replica_state import Limits
 from policies.shapes import default_capture_sizes, default_mixed_capture_sizes
@@ -252,7 +254,12 @@ def run_real(
     with (
         RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer,
         start_engine(
-            loaded, limits, stack, spec.model, recorder=writer, cost=cost, seed=spec.seed, check=check
+            *(loaded, limits, stack, spec.model),
+            recorder=writer,
+            cost=cost,
+            seed=spec.seed,
+            ids_in_any_order=True,
+            check=check,
         ) as engine,
     ):
         if on_start is not None:
@@ -271,6 +278,7 @@ def start_engine(
     recorder: Recorder | None = None,
     cost: CostModel | None = None,
     seed: int = 0,
+    ids_in_any_order: bool = False,
     check: bool = False,
     on_flush: Callable[[], None] | None = None,
 ) -> Engine:
@@ -285,6 +293,7 @@ def start_engine(
             attention=model.attention,
             kv_dtype=kv_dtype(model),
             seed=seed,
+            ids_in_any_order=ids_in_any_order,
             check=check,
             on_flush=on_flush,
         )
@@ -310,22 +319,31 @@ def warm_up(loaded: LoadedModel, limits: Limits, spec: RunSpec, cost: CostModel 
 def _send(
     engine: Engine, spec: RunSpec, workload: Workload, prompts: list[list[int]], on_output: Callable[[Output], None]
 ) -> None:
-    """Hand in each request at its time, counted from now, and wait for the last one to end."""
-    ended = threading.Semaphore(0)
+    """Hand in each request at its time, counted from now, or after those that it follows; wait for the last to end."""
+    ends: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # request, when
+    start = time.monotonic_ns()
 
     def listen(output: Output) -> None:
         on_output(output)
         if output.finish_reason is not None:
-            ended.release()
+            ends.put((output.request_id, time.monotonic_ns() - start))
 
-    start = time.monotonic()
-    for i, arrival_ns in enumerate(workload.arrival_ns.tolist()):
-        delay = start + arrival_ns / 1e9 - time.monotonic()
-        if delay > 0:
-            time.sleep(delay)
-        engine.submit(prompts[i], _params(spec, workload, i), listen, _details(spec, workload, i))
-    for _ in range(len(workload)):
-        ended.acquire()
+    followers, left = Followers(workload), len(workload)
+    alone = range(left) if workload.parents is None else [i for i, of in enumerate(workload.parents) if not of]
+    due = [(int(workload.arrival_ns[i]), i) for i in alone]  # in order, and so a heap
+    while left:
+        now = time.monotonic_ns() - start
+        if due and due[0][0] <= now:
+            _, i = heapq.heappop(due)
+            engine.submit(prompts[i], _params(spec, workload, i), listen, _details(spec, workload, i), i)
+            continue
+        try:
+            ended, at = ends.get(timeout=(due[0][0] - now) / 1e9 if due else None)
+        except queue.Empty:
+            continue
+        left -= 1
+        for soon in followers.ended(ended, at):
+            heapq.heappush(due, soon)
     engine.raise_if_dead()
 
 
@@ -337,5 +355,6 @@ def _details(spec: RunSpec, workload: Workload, i: int) -> Details:
     known = request_details(workload, i)
     forced = int(workload.output_tokens[i]) if spec.forced_lengths else None
     return Details(
-        known.tenant, known.session, known.program, (), known.priority, known.slo, known.hints, forced_length=forced
+        *(known.tenant, known.session, known.program, known.parents, known.priority, known.slo, known.hints),
+        forced_length=forced,
     )
