@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policies import registry
 from policies.contract import LATER, ClusterReplica, Move, Replica, Route
 from policies.random_stream import RandomStream
 from policies.records import REQUESTS
@@ -21,6 +23,7 @@ from simulator.arrivals import Arrival
 from simulator.costs.constant import ConstantCost, LinearCost
 from simulator.links import LinkSpeed
 from simulator.simulation import Simulation
+from tests.policies.fleet import make_router
 from tests.policies.harness import Log
 from tests.policies.library import EVERY
 
@@ -228,7 +231,6 @@ class Chaos:
     def __init__(self, seed: int) -> None:
         self._stream = RandomStream(seed, "chaos")
         self._pulls = 0
-        self.open = Counter[int]()
 
     def route(self, request: Request, keys: Sequence[bytes], replicas: Sequence[Replica], now: int) -> Route:
         ids = [r.id for r in replicas]
@@ -237,7 +239,6 @@ class Chaos:
             return ids[int(self._stream.uniform(request.id, k) * len(ids))]
 
         way = self._stream.uniform(request.id, 9)
-        self.open[request.id] += 1
         decode = draw(1) if way < 0.5 else LATER if way < 0.8 else None
         return Route(draw(0), decode, draw(2) if self._stream.uniform(request.id, 8) < 0.5 else None)
 
@@ -252,8 +253,7 @@ class Chaos:
             Move(r, at, replicas[int(self._stream.uniform(r.id, now) * len(replicas))].id) for r, at in decoding[:3]
         ]
 
-    def on_end(self, request: Request, replica: int, now: int) -> None:
-        self.open[request.id] -= 1
+    def on_end(self, request: Request, replica: int, now: int) -> None: ...
 
 
 JOBS = st.lists(
@@ -277,26 +277,15 @@ WORLDS = st.tuples(
 )
 
 
-class Counted(Llumnix):
-    """Llumnix, that counts what it has routed and not seen end. Its thresholds are high, for it to move many."""
-
-    def __init__(self, pairing: str) -> None:
-        super().__init__(0.0025, migrate_out=9, pairing=pairing, target_tokens=8, drain="1", drain_at_s=4e-5)
-        self.open = Counter[int]()
-
-    def route(self, request: Request, keys: Sequence[bytes], replicas: Sequence[Replica], now: int) -> Route | None:
-        self.open[request.id] += 1
-        return super().route(request, keys, replicas, now)
-
-    def on_end(self, request: Request, replica: int, now: int) -> None:
-        super().on_end(request, replica, now)
-        self.open[request.id] -= 1
+def high_thresholds(pairing: str) -> Llumnix:
+    """Thresholds at which it moves many."""
+    return Llumnix(0.0025, migrate_out=9, pairing=pairing, target_tokens=8, drain="1", drain_at_s=4e-5)
 
 
 def chaos(
-    jobs: Sequence[tuple], world: tuple, stack: StackSpec, router: Chaos | Counted | None = None
+    jobs: Sequence[tuple], world: tuple, stack: StackSpec, router: str | Llumnix | None = None
 ) -> tuple[list[tuple], list[tuple]]:
-    """Three replicas, and `Chaos` or another router. The records."""
+    """Three replicas behind `Chaos`, or a router given or by name. The records."""
     lag, bandwidth, num_blocks, caching, failures, seed = world
     limits = Limits(num_blocks, 4, max_num_seqs=4, max_num_batched_tokens=32, prefix_caching=caching, lag=lag)
     at, arrivals = 0, []
@@ -306,18 +295,24 @@ def chaos(
         keys += [f"{i}/{k}".encode() for k in range(len(keys), (prompt + output) // 4)]
         request = Request(i, at, prompt, output + 2 * (i % 2), tenant=prefix, priority=i % 3 - 1)
         arrivals.append(Arrival(request, output, keys))
-    log, router = Log(), router or Chaos(seed)
-    stacks = [stack.build(block_size=4, oracle={i: job[2] for i, job in enumerate(jobs)}, future={}) for _ in range(3)]
-    simulation = Simulation(
-        limits, stacks, LinearCost(400, 20, 1), router, link=LinkSpeed(bandwidth, 400, 7), recorder=log, check=True
+    log, link, costs = Log(), LinkSpeed(bandwidth, 400, 7), LinearCost(400, 20, 1)
+    made: Any = (
+        Chaos(seed)
+        if router is None
+        else router
+        if isinstance(router, Llumnix)
+        else (make_router(router, block_size=4, cost=costs, transfer=link, seed=seed))
     )
+    open_routes = watch(made)
+    stacks = [stack.build(block_size=4, oracle={i: job[2] for i, job in enumerate(jobs)}, future={}) for _ in range(3)]
+    simulation = Simulation(limits, stacks, costs, made, link=link, recorder=log, check=True)
     for arrival, job in zip(arrivals, jobs, strict=True):
         if job[4] is not None:
             simulation.at(arrival.request.arrival_ns + job[4], lambda i=arrival.request.id: simulation.cancel(i))
     for when, replica in failures:
         simulation.at(when, lambda replica=replica: simulation.fail(replica))
     simulation.run(arrivals)
-    assert not any(router.open.values()), "the router was not told of every end"
+    assert not any(open_routes.values()), "the router was not told of every end"
     for replica in simulation.replicas:
         plane = replica.plane
         assert plane.num_live == 0
@@ -325,6 +320,23 @@ def chaos(
         held = plane.view.num_blocks - plane.num_free_blocks
         assert held == 0, f"{held} blocks are held for nobody"
     return log.requests, log.decisions
+
+
+def watch(router: Any) -> Counter[int]:
+    """By request id, the routes that the router has given and not been told the end of."""
+    open_routes, route, on_end = Counter[int](), router.route, router.on_end
+
+    def routed(request: Request, *more: Any) -> Route | None:
+        answer = route(request, *more)
+        open_routes[request.id] += answer is not None
+        return answer  # type: ignore[no-any-return]
+
+    def ended(request: Request, *more: Any) -> None:
+        open_routes[request.id] -= 1
+        on_end(request, *more)
+
+    router.route, router.on_end = routed, ended
+    return open_routes
 
 
 def check_rows(jobs: Sequence[tuple], rows: Sequence[tuple], may_fail: bool) -> None:
@@ -357,14 +369,33 @@ def test_whatever_moves_fails_or_is_cancelled_every_request_ends_once_and_every_
 def test_whatever_llumnix_moves_every_request_ends_once_and_it_forgets_them_all(
     jobs: list, world: tuple, pairing: str
 ) -> None:
-    router = Counted(pairing)
+    router = high_thresholds(pairing)
     rows, decisions = chaos(jobs, world, StackSpec(queue="priority"), router)
     check_rows(jobs, rows, bool(world[4]))
     assert not router._at
     assert not router._moving
     assert not router._requests
     assert not router._urgent
-    assert chaos(jobs, world, StackSpec(queue="priority"), Counted(pairing)) == (rows, decisions)
+    assert chaos(jobs, world, StackSpec(queue="priority"), high_thresholds(pairing)) == (rows, decisions)
+
+
+ROUTERS = [
+    *(name for name in registry.names("router") if registry.moves_kv(registry.find("router", name))),
+    "distserve,prefill=2,waiting=1",
+    "splitwise,prefill=2,max_pending_tokens=20",
+    "mooncake,prefill=2,threshold=1",
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@settings(max_examples=8, deadline=None)
+@given(JOBS, WORLDS)
+def test_every_router_that_moves_kv_bears_failures_cancellations_and_little_memory(
+    router: str, jobs: list, world: tuple
+) -> None:
+    rows, decisions = chaos(jobs, world, StackSpec(), router)
+    check_rows(jobs, rows, bool(world[4]))
+    assert chaos(jobs, world, StackSpec(), router) == (rows, decisions)
 
 
 @settings(max_examples=25, deadline=None)
