@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.divergence import diff_decisions
+from experiments.metrics import summarize
+from experiments.programs import program_times
 from experiments.real import load, run_real
 from experiments.records import Run, read_run
 from experiments.replaying import replay_run
@@ -169,6 +171,32 @@ def test_every_simulated_program_goes_its_way_to_the_nanosecond_and_replays(
             assert rows[i]["arrival_ns"] == came
             assert rows[i]["status"] in ("stop", "length")
         assert_replays(run, Path(folder, "replay"))
+
+
+def test_a_program_takes_from_its_first_call_s_coming_to_its_last_one_s_end(tmp_path: Path) -> None:
+    """Program 1 as above: 21 ms. Program 2 comes at 2 and has a call that is refused; 3 is one call, from 4 to 5 ms."""
+    workload = Workload.build(
+        [0, 0, 0, 0, 2 * MS, 3 * MS, 4 * MS],
+        [1, 1, 1, 1, 1, 900, 1],
+        [3, 4, 2, 1, 1, 1, 1],
+        parents=[(), (0,), (0,), (1, 2), (), (4,), ()],
+        gap_ns=[0, 2 * MS, 5 * MS, 10 * MS, 0, 0, 0],
+        program=[1, 1, 1, 1, 2, 2, 3],
+    )
+    run_simulated(spec_of(lag=0), tmp_path / "run", workload=workload)
+    run = read_run(tmp_path / "run")
+    frame = program_times(run)
+    assert frame is not None
+    assert frame["calls"].tolist() == [4, 2, 1]
+    assert frame["completed"].tolist() == [True, False, True]
+    assert frame["time_ms"].fillna(-1.0).tolist() == [21.0, -1.0, 1.0]
+    summary = summarize(run)
+    assert (summary["programs"], summary["mean_program_ms"], summary["p99_program_ms"]) == (2, 11.0, 20.8)
+
+
+def test_calls_that_belong_to_nothing_make_no_programs(tmp_path: Path) -> None:
+    run_simulated(spec_of(), tmp_path / "run", workload=Workload.build([0, 5], [3, 3], [2, 2], session=[0, 1]))
+    assert "programs" not in summarize(read_run(tmp_path / "run"))
 
 
 def test_several_replicas_serve_a_closed_loop_and_say_so_twice_alike(tmp_path: Path) -> None:
