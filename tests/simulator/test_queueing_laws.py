@@ -3,17 +3,20 @@ that have the means of the closed forms."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from policies import registry
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.stack import StackSpec
 from simulator.arrivals import Arrival
 from simulator.costs.base import CostModel
 from simulator.costs.constant import ConstantCost, LinearCost
+from simulator.links import LinkSpeed
 from simulator.simulation import Simulation
 from tests.simulator import queues
 from tests.simulator.queues import mean_time
@@ -94,6 +97,22 @@ def test_a_batch_whose_steps_take_as_long_as_they_have_tokens_shares_its_time_am
     ends = serve(StackSpec(), tokens, arrivals, 2_000, LinearCost(0, 1_000))
     expected = mean_time(queues.processor_sharing([1_000 * n for n in tokens], arrivals), arrivals, sizes)
     assert mean_time(ends, arrivals, sizes) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_prefill_and_a_decode_replica_without_a_way_between_them_are_two_queues_in_tandem() -> None:
+    """Each serves one at a time, and a token in a unit of time; the prefill gives the first token."""
+    random, count = np.random.default_rng(3), 150
+    prompts, outputs = random.integers(1, 40, count).tolist(), random.integers(2, 40, count).tolist()
+    arrivals = np.cumsum(random.integers(0, 60, count)).tolist()
+    limits = Limits(4_000, 4, 1, 1_000, 200, prefix_caching=False)
+    stacks = [StackSpec().build(block_size=4) for _ in range(2)]
+    router = registry.make("router", "disaggregated", block_size=4)
+    simulation = Simulation(limits, stacks, LinearCost(0, 1), router, link=LinkSpeed(math.inf, 1))
+    requests = [Request(i, at, n, outputs[i]) for i, (at, n) in enumerate(zip(arrivals, prompts, strict=True))]
+    simulation.run(Arrival(request, request.max_tokens) for request in requests)
+    first = queues.fcfs(prompts, arrivals)
+    assert [request.first_token_ns for request in requests] == first
+    assert [request.finish_ns for request in requests] == queues.fcfs([n - 1 for n in outputs], first)
 
 
 # These queues have the means that theory says
