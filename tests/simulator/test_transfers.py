@@ -17,6 +17,7 @@ from policies.random_stream import RandomStream
 from policies.records import REQUESTS
 from policies.replica_state import Limits
 from policies.request import Request
+from policies.routers.llumnix import PAIRINGS, Llumnix
 from policies.stack import StackSpec
 from simulator.arrivals import Arrival
 from simulator.costs.constant import ConstantCost, LinearCost
@@ -277,10 +278,15 @@ WORLDS = st.tuples(
 )
 
 
+def high_thresholds(pairing: str) -> Llumnix:
+    """Thresholds at which it moves many."""
+    return Llumnix(0.0025, migrate_out=9, pairing=pairing, target_tokens=8, drain="1", drain_at_s=4e-5)
+
+
 def chaos(
-    jobs: Sequence[tuple], world: tuple, stack: StackSpec, router: str | None = None
+    jobs: Sequence[tuple], world: tuple, stack: StackSpec, router: str | Llumnix | None = None
 ) -> tuple[list[tuple], list[tuple]]:
-    """Three replicas behind `Chaos`, or a router by name. The records."""
+    """Three replicas behind `Chaos`, or a router given or by name. The records."""
     lag, bandwidth, num_blocks, caching, failures, seed = world
     limits = Limits(num_blocks, 4, max_num_seqs=4, max_num_batched_tokens=32, prefix_caching=caching, lag=lag)
     at, arrivals = 0, []
@@ -288,9 +294,16 @@ def chaos(
         at += gap
         keys = [f"{prefix}{k}".encode() for k in range(min(prompt, 20) // 4)]
         keys += [f"{i}/{k}".encode() for k in range(len(keys), (prompt + output) // 4)]
-        arrivals.append(Arrival(Request(i, at, prompt, output + 2 * (i % 2), tenant=prefix), output, keys))
+        request = Request(i, at, prompt, output + 2 * (i % 2), tenant=prefix, priority=i % 3 - 1)
+        arrivals.append(Arrival(request, output, keys))
     log, link, costs = Log(), LinkSpeed(bandwidth, 400, 7), LinearCost(400, 20, 1)
-    made = Chaos(seed) if router is None else make_router(router, block_size=4, cost=costs, transfer=link, seed=seed)
+    made: Any = (
+        Chaos(seed)
+        if router is None
+        else router
+        if isinstance(router, Llumnix)
+        else (make_router(router, block_size=4, cost=costs, transfer=link, seed=seed))
+    )
     open_routes = watch(made)
     stacks = [stack.build(block_size=4, oracle={i: job[2] for i, job in enumerate(jobs)}, future={}) for _ in range(3)]
     simulation = Simulation(limits, stacks, costs, made, link=link, recorder=log, check=True)
@@ -350,6 +363,21 @@ def test_whatever_moves_fails_or_is_cancelled_every_request_ends_once_and_every_
     rows, decisions = chaos(jobs, world, StackSpec())
     check_rows(jobs, rows, bool(world[4]))
     assert chaos(jobs, world, StackSpec()) == (rows, decisions)
+
+
+@settings(max_examples=12, deadline=None)
+@given(JOBS, WORLDS, st.sampled_from(PAIRINGS))
+def test_whatever_llumnix_moves_every_request_ends_once_and_it_forgets_them_all(
+    jobs: list, world: tuple, pairing: str
+) -> None:
+    router = high_thresholds(pairing)
+    rows, decisions = chaos(jobs, world, StackSpec(queue="priority"), router)
+    check_rows(jobs, rows, bool(world[4]))
+    assert not router._at
+    assert not router._moving
+    assert not router._requests
+    assert not router._urgent
+    assert chaos(jobs, world, StackSpec(queue="priority"), high_thresholds(pairing)) == (rows, decisions)
 
 
 ROUTERS = [
