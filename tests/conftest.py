@@ -17,6 +17,7 @@ SLOW = (
     "experiments/test_bench.py",
     "experiments/test_bench_records.py",
     "experiments/test_cli.py",  # real commands, many of them processes
+    "experiments/test_fidelity_command.py",  # real runs
     "experiments/test_library_replay.py",
     "experiments/test_replay.py",  # real runs
     "experiments/test_write_a_policy.py",

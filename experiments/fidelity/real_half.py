@@ -101,6 +101,7 @@ class RealHalf:
         return self
 
     def __exit__(self, *_: object) -> None:
+        gc.unfreeze()
         self._runner.close()
 
     def calibrate(self) -> FittedCost:

@@ -24,6 +24,7 @@ from policies.replica_state import Limits
 from simulator.costs.base import CostModel, StepCost
 from simulator.costs.constant import ConstantCost
 from simulator.costs.fitted import FittedCost
+from tests.experiments.command import diptych
 from tests.experiments.fake_run import fake_run
 from tests.simulator.test_costs_fitted import EXACT
 
@@ -65,8 +66,13 @@ def validation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_simulation_of_a_simulation_is_exact_in_every_figure_of_every_level(validation: Path) -> None:
-    found = evaluate(validation)
+def test_a_simulation_of_a_simulation_is_exact_in_every_figure_of_every_level(
+    validation: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("validate", "--from", str(validation), "--processes", "1", "--strict")
+    status, out, _ = diptych(monkeypatch, capsys, *args)
+    assert status == 0
+    found = json.loads((validation / "fidelity.json").read_text())
     assert len(found["cells"]) == 5
     assert not found["failed"]
     for cell in found["cells"].values():
@@ -85,7 +91,8 @@ def test_a_simulation_of_a_simulation_is_exact_in_every_figure_of_every_level(va
     assert sustained[0] == sustained[1] == found["capacities"]["chat"]
     assert set(found["cells"]["chat~0.85~mixed~1"]["floor"].values()) == {0.0}
     assert missed(found) == 0
-    assert "5 of 5 runs decided alike" in markdown(found)
+    assert markdown(found) in out
+    assert "5 of 5 runs decided alike" in out
     assert markdown(found).count("MISS") == 1  # where it says what that is
 
 
