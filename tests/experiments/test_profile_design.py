@@ -93,7 +93,7 @@ class Profiled(StackSpec):
 
 def served(limits: Limits) -> Drive:
     jobs = [
-        Job(prompt, output, arrives=20 * i)
+        Job(prompt, output, arrives=3 * i)
         for i, one in enumerate(drawn(limits, 2))
         for prompt, output in one.requests
         if len(one.requests) <= limits.max_num_seqs
