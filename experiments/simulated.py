@@ -24,6 +24,7 @@ from simulator.arrivals import Arrival
 from simulator.costs.base import CostModel
 from simulator.costs.calibration import Calibration
 from simulator.costs.constant import ConstantCost
+from simulator.costs.earlier import upgraded
 from simulator.costs.fitted import FittedCost
 from simulator.costs.roofline import HostTimes, RooflineCost
 from simulator.devices import Device, load_device
@@ -159,7 +160,7 @@ def costs_as_described(description: dict[str, Any]) -> CostModel:
     try:
         match description.get("kind"):
             case "fitted":
-                return FittedCost(Calibration.model_validate(fields))
+                return FittedCost(Calibration.model_validate(upgraded(fields)))
             case "constant":
                 return ConstantCost(**fields)
             case "roofline":

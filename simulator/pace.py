@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from policies.plan import Step
 from simulator.costs.base import CostModel
+from simulator.costs.history import HasHistory
 
 
 class Timing(NamedTuple):
@@ -42,6 +43,7 @@ class ComputedPace:
     def __init__(self, costs: CostModel, plan_lead_ns: int | None = None) -> None:
         self._costs = costs
         self._lead = plan_lead_ns
+        self._history = costs.history() if isinstance(costs, HasHistory) else None
         self._host_free = 0
         self._device_free = 0
         self._plan_from = 0
@@ -54,10 +56,14 @@ class ComputedPace:
         cost = self._costs.cost(step.shape)
         launch = now + cost.prepare_ns
         self._host_free = launch
-        self._device_free = max(launch, self._device_free) + cost.device_ns
+        start, device_ns = max(launch, self._device_free), cost.device_ns
+        if self._history is not None:
+            start += self._history.delay_ns(self._device_free - launch)
+            device_ns = self._history.device_ns(step.shape, device_ns, start)
+        self._device_free = start + device_ns
         if self._lead is not None:
             self._plan_from = self._device_free - self._lead if step.shape.num_chunks else 0
-        self._timings[step.index] = (Timing(launch, self._device_free, cost.device_ns), cost.finish_ns)
+        self._timings[step.index] = (Timing(launch, self._device_free, device_ns), cost.finish_ns)
 
     def end_of(self, step: Step) -> Timing:
         timing = self._timings[step.index][0]
