@@ -127,7 +127,7 @@ def test_a_few_steps_that_took_ten_times_as_long_hardly_move_the_fit() -> None:
 
 def test_noise_does_not_make_the_fit_come_out_low() -> None:
     random = np.random.default_rng(11)
-    shapes = [chunk(*map(int, random.integers((1, 0, 1), (2000, 2000, 64)))) for _ in range(3000)]
+    shapes = [chunk(*map(int, random.integers((1, 0, 1), (2000, 2000, 64)))) for _ in range(1500)]
     model = fit([machine(shape, lambda: float(random.uniform(0.5, 1.5))) for shape in shapes])
     true = sum(machine(shape).device_ns for shape in shapes)
     assert sum(model.cost(shape).device_ns for shape in shapes) == pytest.approx(true, rel=0.03)
@@ -184,6 +184,8 @@ LARGEST = {
 def test_no_cost_is_negative_and_none_falls_as_a_size_grows(
     sizes: dict[str, int], name: str, more: int, graph: bool
 ) -> None:
+    if name == "num_chunks":  # a first chunk makes it a step of another kind
+        sizes["num_chunks"] += 1
     small = StepShape(**sizes, graph=graph)
     size: Any = {name: sizes[name] + more}
     cost, larger = NOISY.cost(small), NOISY.cost(small._replace(**size))
