@@ -8,11 +8,14 @@ of each kind.
     edge      a batch as large as a captured graph, or larger by one
     skew      one long context among short ones
     prompt    prompts alone, as long as a captured step, one token longer or shorter; or longer than the token budget
-    mixed     prompts that arrive while others decode
+    mixed     a few prompts that arrive together, the first of which decode while the last ones wait for their turn
+    beside    a batch that decodes for a while, and prompts that arrive meanwhile, alone or a few together: so many that
+              the step is as large as a captured one, or a token larger or smaller; or of any length
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,8 +25,10 @@ from policies.replica_state import Limits
 
 EDGE_STEPS = 6
 """Decode steps of a batch of one size."""
-PER_CYCLE = 6
+PER_CYCLE = 4
 """Sizes of batches, and of prompts, for one round of each other kind."""
+BESIDE, ARRIVALS, TOGETHER = 2, 12, 6
+"""Batches that prompts arrive beside, in a cycle; how often they arrive; how many at once, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +55,14 @@ class Design:
     def rounds(self) -> Iterator[Round]:
         """Without an end."""
         edges, prompts = self._endless(self._edge_sizes()), self._endless(self._prompt_sizes())
+        batches, totals = self._endless(self._batches()), self._endless(self._prompt_sizes())
         while True:
             yield self._drain()
             for _ in range(PER_CYCLE):
                 yield self._edge(next(edges))
                 yield Round("prompt", ((next(prompts), 1),))
+            for i in range(BESIDE):
+                yield from self._beside(next(batches), totals, long=i % 2 == 0)
             yield self._mixed()
             yield self._skew()
 
@@ -77,6 +85,11 @@ class Design:
         low, count = max(captured, default=1), max(8, len(captured))
         beyond = np.exp(np.linspace(np.log(low), np.log(max(low, self._longest)), count)).astype(int).tolist()
         return sorted({size for size in (*around, *beyond) if 1 <= size <= self._longest})
+
+    def _batches(self) -> list[int]:
+        """From 1 to nearly as many as can run, each 2.5 times the one before."""
+        most = max(1, self._limits.max_num_seqs - TOGETHER)
+        return sorted({min(most, round(2.5**k)) for k in range(10)})
 
     def _room(self, batch: int) -> int:
         """The longest sequence that each of a batch can have."""
@@ -101,6 +114,22 @@ class Design:
         short = self._size(max(1, self._room(batch) // 8))
         output = min(8, self._room(batch))
         return Round("skew", ((long, output), *((short, output),) * (batch - 1)))
+
+    def _beside(self, batch: int, totals: Iterator[int], *, long: bool) -> Iterator[Round]:
+        half = max(1, self._room(batch) // 2)
+        output = min(half, 4 * ARRIVALS)  # a prompt takes a few steps
+        contexts = [int(self._random.uniform(half / 2, half)) if long else self._size(half) for _ in range(batch)]
+        yield Round("beside", tuple((max(1, context), output) for context in contexts), overlap=batch)
+        for i in range(ARRIVALS):
+            # Every other time the step is as large as one that was captured, at least while the batch lasts.
+            tokens = max(1, next(totals) - batch) if i % 2 else self._size(self._longest)
+            parts = self._split(tokens, self._size(TOGETHER))
+            yield Round("beside", tuple((part, 1) for part in parts), overlap=batch)
+
+    def _split(self, tokens: int, parts: int) -> list[int]:
+        """Into parts of random sizes, none of them empty."""
+        cuts = sorted({0, tokens, *self._random.integers(1, max(2, tokens), size=parts - 1).tolist()})
+        return [after - before for before, after in itertools.pairwise(cuts)]
 
     def _mixed(self) -> Round:
         batch = min(self._size(self._limits.max_num_seqs), 8)

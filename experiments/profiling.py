@@ -1,8 +1,9 @@
 """Measuring a runtime's step times and fitting a cost model to them: `diptych profile`.
 
-The steps measured are the engine's own, under its own scheduler. First come the rounds of `experiments.profile_design`;
-then one trace under one policy, as a server meets it: requests of the `chat` workload, kept at a few levels of
-concurrency. With a host tier, now and then a request that decodes is swapped out, and comes back in the next step.
+The steps measured are the engine's own. First come the rounds of `experiments.profile_design`, under a scheduler whose
+token budget differs from step to step, so that chunks of all sizes begin at all positions; then one trace under one
+policy, as a server meets it: requests of the `chat` workload, kept at a few levels of concurrency. With a host tier,
+now and then a request that decodes is swapped out, and comes back in the next step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from experiments.profile_design import Design, Round
@@ -39,10 +41,11 @@ from simulator.costs.fitted import FittedCost
 from simulator.costs.fitting import fit
 from simulator.costs.samples import samples_from_steps
 
-DESIGN_SHARE = 0.65
+DESIGN_SHARE = 0.7
 """Of the time, for the rounds of the design; the rest is the trace's."""
-CONCURRENCY = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
-"""Of `max_num_seqs`, the requests of the trace that are kept in flight, one share of the time each."""
+CONCURRENCY = ((1 / 64, 1), (1 / 16, 1), (1 / 8, 1), (1 / 4, 1), (1 / 2, 2), (1, 3))
+"""Requests of the trace that are kept in flight, as a share of `max_num_seqs`; and for how long, relatively: many take
+longer until old and young ones are mixed as in the long run."""
 TRACE_REQUESTS = 2000
 
 
@@ -62,19 +65,51 @@ class StepRows:
         """Not needed for a fit."""
 
 
-class SwapNowAndThen(Mixed):
-    """`mixed`, but every so many steps in which requests only decode, one of them is swapped out."""
+class ProfileScheduler(Mixed):
+    """`mixed`, but a step with others beside the prompt that it begins may have a smaller token budget; and with
+    `swaps`, every so many steps in which requests only decode, one of them is swapped out.
+
+    `vary`: whether budgets differ: one step in two has the whole one, the others log-uniform ones.
+    """
 
     EVERY = 6
+    LEAST = 32
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: Queue, seed: int, *, swaps: bool) -> None:
         super().__init__(queue)
+        self.vary = True
+        self._swaps = swaps
+        self._random = np.random.default_rng(seed)
         self._num_plans = 0
 
     def plan(self, view: View, now: int) -> Plan:
         self._num_plans += 1
-        if self._num_plans % self.EVERY or view.swapped or view.prefilling or view.num_waiting or view.num_decoding < 2:
+        if view.prefilling or view.num_waiting:
+            others = view.prefilling or view.num_decoding
+            return self._within_budget(view, now) if self.vary and others else super().plan(view, now)
+        if not self._swaps or self._num_plans % self.EVERY or view.swapped or view.num_decoding < 2:
             return super().plan(view, now)
+        return self._swap_one(view, now)
+
+    def _within_budget(self, view: View, now: int) -> Plan:
+        """Decodes, and chunks as far as the budget goes."""
+        whole = view.max_num_batched_tokens
+        budget = whole
+        if self._random.random() < 0.5 and whole > self.LEAST:
+            budget = int(np.exp(self._random.uniform(np.log(self.LEAST), np.log(whole))))
+        draft = self.start(view, now)
+        draft.run_decodes(now)
+        # Of decodes alone there is no harm in one more token: somebody has to go on.
+        draft.tokens_left = min(draft.tokens_left, max(1, budget - draft.num_tokens))
+        for request in list(view.prefilling.values()):
+            tokens = min(request.num_pending_tokens, draft.tokens_left)
+            if tokens > 0 and request.id not in draft.preempted:
+                draft.run_or_preempt(request, tokens, now)
+        if not draft.preempted:
+            self.admit_from_queue(draft, now)
+        return draft.finish()
+
+    def _swap_one(self, view: View, now: int) -> Plan:
         draft = self.start(view, now)
         running = [r for r in view.running.values() if r.num_output_tokens < r.max_tokens and draft.can_swap(r)]
         if running:
@@ -108,15 +143,17 @@ def profile(
     uncached = replace(limits, prefix_caching=False, plan_lead_ns=None)
     recorder = StepRows()
     stack = StackSpec().build(block_size=limits.block_size)
-    if limits.num_host_blocks:
-        stack.scheduler = SwapNowAndThen(Fcfs())
+    scheduler = ProfileScheduler(Fcfs(), spec.seed, swaps=limits.num_host_blocks > 0)
+    stack.scheduler = scheduler
     with start_engine(loaded, uncached, stack, spec.model, recorder=recorder, runner=runner) as engine:
         if on_start is not None:
             on_start({**prepared.seconds, **engine.startup_seconds})
         before = gpu_state()
         stream = _Stream(engine, seconds, on_progress or (lambda share: None))
         stream.rounds(Design(uncached, spec.seed).rounds(), DESIGN_SHARE)
-        stream.trace(_trace(uncached, spec.seed), [max(1, round(s * uncached.max_num_seqs)) for s in CONCURRENCY])
+        scheduler.vary = False
+        levels = [(max(1, round(share * uncached.max_num_seqs)), time) for share, time in CONCURRENCY]
+        stream.trace(_trace(uncached, spec.seed), levels)
         after = gpu_state()
     if steps_to is not None:
         _save_steps(recorder.rows, steps_to)
@@ -164,11 +201,12 @@ class _Stream:
                 break
         self._wait_for(0)
 
-    def trace(self, requests: Iterator[tuple[int, int]], levels: Sequence[int]) -> None:
+    def trace(self, requests: Iterator[tuple[int, int]], levels: Sequence[tuple[int, int]]) -> None:
         """So many in flight, each level for its share of what is left of the time."""
-        left = 1 - self._passed()
-        for i, level in enumerate(levels):
-            until = 1 - left * (1 - (i + 1) / len(levels))
+        left, total = 1 - self._passed(), sum(weight for _, weight in levels)
+        until = 1 - left
+        for level, weight in levels:
+            until += left * weight / total
             while self._passed() < until:
                 while len(self._running) < level:
                     self._submit(*next(requests))

@@ -23,9 +23,10 @@ def capacity(folder: Path, work: str) -> float | None:
 
 
 def saturated(run: Run) -> float:
-    """Requests a second that ended while somebody waited, once a quarter of them had: before that the replica fills.
+    """Sustained capacity: requests a second that ended while somebody waited, after as many had ended as ran at once.
 
-    Of a run in which hardly anybody waited, of all requests.
+    Before that the replica fills, and its requests are younger than in the long run; but no more than half of the ends
+    are left out. Of a run in which hardly anybody waited, of all requests.
     """
     states, ends = timeline(run), np.sort(run.requests["finish_ns"].dropna().to_numpy(np.int64))
     waiting = states["t_ns"][states["waiting"] > 0]
@@ -33,7 +34,7 @@ def saturated(run: Run) -> float:
     ended = ends[ends <= until]
     if len(ended) < FEWEST_ENDS:
         ended = ends
-    first = len(ended) // 4
+    first = min(int(states["running"].max()), len(ended) // 2)
     return (len(ended) - 1 - first) / (int(ended[-1] - ended[first]) / 1e9)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from experiments.spec import SpecError
+from experiments.workloads import WorkloadSpec, make_workload
 
 SLOS = [
     {"ttft_ms": 500, "tpot_ms": 50, "priority": 0},
@@ -15,7 +16,7 @@ SLOS = [
 """Half of the requests each, for policies that go by objectives."""
 TENANTS = {"a": 8.0, "b": 4.0, "c": 2.0, "d": 1.0}
 CAPACITY = "capacity"
-"""In place of a load: all requests at once, to see how many end a second while somebody waits."""
+"""In place of a load: all requests at once, for the sustained capacity (see `experiments.fidelity.capacity`)."""
 LOADS = (0.5, 0.7, 0.85, 0.95, 1.1)
 """Shares of that. Above 1 requests pile up: that is where objectives are missed, and so where an SLO's capacity is."""
 USUAL, BUSY = 0.85, 0.95
@@ -40,16 +41,18 @@ class Work:
     Attributes:
         workload: fields of a WorkloadSpec, but for how many and when.
         limits: fields of a LimitsSpec in place of the base's.
-        time_scale: arrivals are drawn at a rate lower by this, and then moved together: for sessions whose turns lie
-            minutes apart.
-        at_once: its requests can all come at once; else they come 50 times faster than expected.
+        drawn_at: req/s that arrivals are drawn at, before they are moved to the rate of a load: low for sessions whose
+            turns lie minutes apart.
+        at_once: its requests can all come at once; else they come 10 times faster than expected.
+        pace: its capacity beside that of chat, roughly: how many requests there are.
         policies: names of policies beside the usual ones, for this one alone.
     """
 
     workload: Mapping[str, Any]
     limits: Mapping[str, Any] = field(default_factory=dict)
-    time_scale: float = 1.0
+    drawn_at: float = 10.0
     at_once: bool = True
+    pace: float = 1.0
     policies: Mapping[str, dict[str, str]] = field(default_factory=dict)
 
 
@@ -88,25 +91,35 @@ def works(max_model_len: int, starved_blocks: int, traces: Mapping[str, str] | N
     found = {
         "chat": Work({"name": "chat", **common, "arrivals": "poisson"}),
         "code": Work({"name": "code", **common, "arrivals": "poisson"}),
-        # Blocks of 512 tokens become 64; turns are 134 s apart in the middle, and become 5.
+        # Blocks of 512 tokens become 64; turns are 134 s apart in the middle, and become 5 at 30 req/s.
         "prefix": Work(
             {"name": "prefix-chat", **common, "length_scale": 0.125},
             {"prefix_caching": True},
-            time_scale=0.04,
+            drawn_at=1.2,
             at_once=False,
+            pace=1.5,
         ),
         "starved": Work(
-            {"name": "chat", **common, "seed": 1, "arrivals": "poisson"}, {"num_blocks": starved_blocks}, policies=swap
+            {"name": "chat", **common, "seed": 1, "arrivals": "poisson"},
+            {"num_blocks": starved_blocks},
+            pace=0.45,
+            policies=swap,
         ),
-        "sharegpt": Work({"name": "sharegpt", **common, "arrivals": "poisson"}),
+        "sharegpt": Work({"name": "sharegpt", **common, "arrivals": "poisson"}, pace=0.45),
         "bursts": Work({"name": "chat", **common, "seed": 2, "arrivals": "gamma", "cv": 3.0}),
     }
     for name, file in (traces or {}).items():
         if name not in found:
             raise SpecError(f"there is no workload {name!r} in the matrix; it has {', '.join(found)}")
         work = found[name]
-        found[name] = Work({**work.workload, "name": file}, work.limits, at_once=True, policies=work.policies)
+        found[name] = replace(work, workload={**work.workload, "name": file}, at_once=True)
     return found
+
+
+def arrivals_at(rate: float, fields: Mapping[str, Any], work: Work) -> dict[str, float]:
+    """Arrivals at exactly this rate from the first to the last: always drawn alike, then moved together or apart."""
+    drawn = make_workload(WorkloadSpec.model_validate({**fields, "rate": work.drawn_at}))
+    return {"rate": work.drawn_at, "time_scale": drawn.rate / rate}
 
 
 def ordered(works: Mapping[str, Work], repeats: int = 3) -> Iterator[Cell]:

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.fidelity.capacity import capacity, card
-from experiments.fidelity.matrix import POLICIES, Cell, Work
+from experiments.fidelity.archive import SCRATCH
+from experiments.fidelity.capacity import capacity, card, saturated
+from experiments.fidelity.matrix import POLICIES, Cell, Work, arrivals_at
 from experiments.metrics import summarize
 from experiments.profiling import profile
 from experiments.real import Prepared, load, prepare, run_prepared, start_runner
@@ -30,20 +31,26 @@ from experiments.workloads import make_workload
 from policies.replica_state import Limits
 from simulator.costs.fitted import FittedCost
 
-SPEED_UP = 2.0
+SPEED_UP = 10.0
 """How much faster than expected requests come that are to come at once and cannot."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How long things take. `capacity_requests`: that come at once to measure capacity; `guess`: of it, req/s."""
+    """How long things take.
 
-    profile_seconds: float = 60.0
-    cell_seconds: float = 15.0
-    capacity_requests: int = 350
-    fewest_requests: int = 100
-    timeout_factor: float = 4.0
+    A workload has the same requests at every load, so many as take `cell_seconds` at a capacity of `guess` req/s (for
+    chat), and `fewest_requests`; the run that measures capacity has these and as many more as run at once.
+    """
+
+    profile_seconds: float = 100.0
+    cell_seconds: float = 20.0
+    fewest_requests: int = 250
+    timeout_factor: float = 5.0
     guess: float = 20.0
+
+    def num_requests(self, work: Work) -> int:
+        return max(self.fewest_requests, round(self.guess * work.pace * self.cell_seconds))
 
 
 class Clock:
@@ -63,13 +70,20 @@ class RealHalf:
         base: model, limits and seed; every cell has these, with its own workload and policies.
         folder: where records go.
         say: gets one line about each thing that was done.
+        kept: called when there is more in the folder.
     """
 
     def __init__(
-        self, base: RunSpec, works: Mapping[str, Work], folder: Path, sizes: Sizes, say: Callable[[str], None]
+        self,
+        base: RunSpec,
+        works: Mapping[str, Work],
+        folder: Path,
+        sizes: Sizes,
+        say: Callable[[str], None],
+        kept: Callable[[], None] = lambda: None,
     ) -> None:
-        self._base, self._works, self._folder, self._sizes, self._say = base, works, folder, sizes, say
-
+        self._base, self._works, self._folder, self._sizes = base, works, folder, sizes
+        self._say, self._kept = say, kept
         self._costs: FittedCost | None = None
 
     def __enter__(self) -> RealHalf:
@@ -107,7 +121,8 @@ class RealHalf:
         )
         fitted.save(path)
         self._costs = fitted
-        self._say(f"profiled in {time.monotonic() - started:.1f} s: {path}")
+        self._say(f"profiled {fitted.calibration.provenance['num_steps']} steps in {time.monotonic() - started:.1f} s")
+        self._kept()
         return fitted
 
     def run(self, cells: Iterable[Cell], clock: Clock) -> int:
@@ -121,7 +136,7 @@ class RealHalf:
             capacity = None if cell.load is None else self.capacity(cell.work)
             if cell.load is not None and capacity is None:
                 continue  # its measurement failed
-            if clock.left() < self._expected_seconds(cell):
+            if clock.left() < self._expected_seconds(cell, capacity):
                 self._say(f"no time left for {cell.name}")
                 break
             started = time.monotonic()
@@ -133,11 +148,13 @@ class RealHalf:
                 self._say(f"{cell.name}: {failed[cell.name]}")
                 continue
             summary = summarize(run)
+            pace = f"{saturated(run):.2f} ended" if cell.load is None else f"{_arrival_rate(run):.2f} came"
             self._say(
-                f"{cell.name}: {len(run.requests)} requests, {time.monotonic() - started:.1f} s, "
-                f"{summary['request_throughput']:.2f} req/s, TTFT p99 {_ms(summary['p99_ttft_ms'])}, "
-                f"TPOT p99 {_ms(summary['p99_tpot_ms'])}, {folder_bytes(path) / 1e3:.0f} kB"
+                f"{cell.name}: {len(run.requests)} requests, {pace} a second, {time.monotonic() - started:.1f} s, "
+                f"TTFT p99 {_ms(summary['p99_ttft_ms'])}, TPOT p99 {_ms(summary['p99_tpot_ms'])}, "
+                f"{folder_bytes(path) / 1e3:.0f} kB"
             )
+            self._kept()
             done += 1
         return done
 
@@ -149,16 +166,16 @@ class RealHalf:
         """The specification of a cell; `rate` in req/s, None for the run that measures capacity."""
         work, sizes = self._works[cell.work], self._sizes
         fields: dict[str, Any] = dict(work.workload)
+        fields["n"] = sizes.num_requests(work)
         if rate is None:
-            fields["n"] = sizes.capacity_requests
+            fields["n"] += self._prepared.limits.max_num_seqs
             if work.at_once:
                 fields["arrivals"] = "at-once"
                 fields.pop("cv", None)
             else:
-                fields |= _at(SPEED_UP * sizes.guess, work)
+                fields |= arrivals_at(SPEED_UP * sizes.guess * work.pace, fields, work)
         else:
-            fields["n"] = max(sizes.fewest_requests, round(rate * sizes.cell_seconds))
-            fields |= _at(rate, work)
+            fields |= arrivals_at(rate, fields, work)
         content = self._prepared.spec.model_dump(mode="json")
         limits = LimitsSpec.model_validate({**content["limits"], **work.limits})
         policies = {**POLICIES, **work.policies}[cell.policy]
@@ -171,15 +188,20 @@ class RealHalf:
             }
         )
 
-    def _expected_seconds(self, cell: Cell) -> float:
-        return 1.6 * self._sizes.cell_seconds + 5
+    def _expected_seconds(self, cell: Cell, capacity: float | None) -> float:
+        """All arrive, and the last ones take a while."""
+        work = self._works[cell.work]
+        count = self._sizes.num_requests(work)
+        if cell.load is None or capacity is None:
+            return (count + self._prepared.limits.max_num_seqs) / (self._sizes.guess * work.pace) + 5
+        return count / (min(1.0, cell.load) * capacity) + 8
 
     def _run(self, cell: Cell, capacity: float | None, clock: Clock) -> Run:
         rate = None if cell.load is None or capacity is None else cell.load * capacity
         spec = self.spec_of(cell, rate)
         workload = make_workload(spec.workload)
         limits = self._limits(spec)
-        scratch = self._folder / "scratch" / cell.name
+        scratch = self._folder / SCRATCH / cell.name
         shutil.rmtree(scratch, ignore_errors=True)
         timeout = min(self._sizes.timeout_factor * self._sizes.cell_seconds + 20, clock.left())
         prepared = Prepared(spec, limits, self._costs, {})  # for policies that plan by it, as in the other panel
@@ -204,15 +226,16 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _at(rate: float, work: Work) -> dict[str, float]:
-    return {"rate": rate * work.time_scale, "time_scale": work.time_scale}
-
-
 def _write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     partial.replace(path)
+
+
+def _arrival_rate(run: Run) -> float:
+    arrivals = run.requests["arrival_ns"]
+    return (len(arrivals) - 1) / max(1e-9, (arrivals.max() - arrivals.min()) / 1e9)
 
 
 def _ms(value: float | None) -> str:

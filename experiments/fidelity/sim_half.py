@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from experiments.compare import Comparison, compare
 from experiments.divergence import diff_decisions
-from experiments.fidelity.capacity import capacity, card
+from experiments.fidelity.capacity import capacity, card, saturated
 from experiments.fidelity.matrix import Cell
 from experiments.fidelity.steps import step_errors
 from experiments.records import Run, RunError, read_run
@@ -38,33 +38,46 @@ FIGURES = {
 def evaluate(folder: Path, *, processes: int = 1, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Everything that the records in a folder tell, as JSON values; also written to FOLDER/fidelity.json.
 
-    Raises RunError where there is nothing to evaluate.
+    A record that cannot be evaluated is among the failed ones, with the reason. Raises RunError where there is none.
     """
     names = sorted(path.parent.name for path in (folder / "runs").glob("*/run.json"))
     if not names:
         raise RunError(f"{folder} holds no runs; make some with diptych validate on the machine to be measured")
     if processes > 1:
         with ProcessPoolExecutor(min(processes, len(names)), mp_context=get_context("spawn")) as pool:
-            results = dict(zip(names, pool.map(evaluate_cell, [folder] * len(names), names), strict=True))
+            tried = dict(zip(names, pool.map(_try_cell, [folder] * len(names), names), strict=True))
     else:
-        results = {}
+        tried = {}
         for name in names:
-            results[name] = evaluate_cell(folder, name)
+            tried[name] = _try_cell(folder, name)
             say(f"{name}: evaluated")
-    cells = [Cell.parse(name) for name in names]
+    results = {name: result for name, result in tried.items() if not isinstance(result, str)}
+    cells = [Cell.parse(name) for name in results]
     for cell in cells:
         results[cell.name]["floor"] = _floor(folder, cell, cells)
-    failed = folder / "failed.json"
+    path = folder / "failed.json"
+    failed = json.loads(path.read_text()) if path.exists() else {}
+    failed |= {name: result for name, result in tried.items() if isinstance(result, str)}
     found = {
         "format": "diptych-fidelity-1",
         "calibrations": {path.stem: _calibration(path) for path in sorted((folder / "calibrations").glob("*.json"))},
         "capacities": {work: capacity(folder, work) for work in sorted({cell.work for cell in cells})},
         "cells": results,
-        "failed": json.loads(failed.read_text()) if failed.exists() else {},
+        "failed": failed,
     }
     partial = folder / "fidelity.json.partial"
     partial.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     os.replace(partial, folder / "fidelity.json")
+    return found
+
+
+def _try_cell(folder: Path, name: str) -> dict[str, Any] | str:
+    """What `evaluate_cell` found, as long as it is JSON, or why there is nothing: the other cells are kept."""
+    try:
+        found = evaluate_cell(folder, name)
+        json.dumps(found, allow_nan=False)
+    except Exception as error:
+        return f"not evaluated: {type(error).__name__}: {' '.join(str(error).split())}"
     return found
 
 
@@ -79,6 +92,7 @@ def evaluate_cell(folder: Path, name: str) -> dict[str, Any]:
         simulated = read_run(Path(scratch) / "sim")
         check_same_limits(run, simulated, costs)
         comparison = compare(run, simulated, decisions=False)
+        sustained = [saturated(run), saturated(simulated)] if Cell.parse(name).load is None else None
         figures = figures_of(comparison)
         spreads = {key: spread.p90_ape for key, spread in comparison.spreads.items() if spread.p90_ape is not None}
     cell = Cell.parse(name)
@@ -97,6 +111,7 @@ def evaluate_cell(folder: Path, name: str) -> dict[str, Any]:
             "different": 0 if divergence is None else divergence.num_steps,
         },
         "steps": step_errors(run, costs),
+        "sustained": sustained,
         "figures": figures,
         "per_request_p90": spreads,
         "goodput": [comparison.summary_a["slo_goodput"], comparison.summary_b["slo_goodput"]],

@@ -21,6 +21,9 @@ from simulator.costs.base import CostModel, regime
 from simulator.pace import ComputedPace
 
 Float64 = NDArray[np.float64]
+_FLOOR_NS = 100_000.0
+"""A step that took less counts as one that took so long: the device may have ended it before the host was done with
+launching it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +45,13 @@ class StepError:
 
     @classmethod
     def of(cls, predicted: Float64, measured: Float64, outside: NDArray[np.bool_]) -> StepError:
-        errors = np.abs(predicted - measured) / np.maximum(measured, 1_000.0)
+        errors = np.abs(predicted - measured) / np.maximum(measured, _FLOOR_NS)
         return cls(
             num_steps=len(measured),
             measured_ms=float(measured.mean()) / 1e6,
             mean=float(errors.mean()),
             p90=float(np.quantile(errors, 0.9)),
-            bias=float(predicted.sum() / measured.sum() - 1),
+            bias=float(predicted.sum() / np.maximum(measured, _FLOOR_NS).sum() - 1),
             outside=float(outside.mean()),
         )
 

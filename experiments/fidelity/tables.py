@@ -54,9 +54,19 @@ def _origin(found: Mapping[str, Any]) -> Iterator[str]:
         about = calibration["provenance"]
         gpus = [gpu["name"] for gpu in about.get("hardware", {}).get("gpus", [])] or [about["hardware"].get("cpu", "")]
         yield f"{about['model']} in {about['dtype']} on {', '.join(gpus)} ({name}), {about.get('started_at', '')}"
-    measured = [f"{work} {rate:.2f}" for work, rate in found["capacities"].items() if rate is not None]
     yield ""
-    yield f"Capacity in requests/s, measured with all requests at once: {', '.join(measured)}."
+    yield (
+        "Loads are shares of sustained capacity: requests/s that end while somebody waits, all having come at once, "
+        "after as many have ended as run at once. A workload has the same requests at every load."
+    )
+    rows = []
+    for title, cell in _cells(found):
+        if cell["sustained"] is not None:
+            real, simulated = cell["sustained"]
+            rows.append(
+                [title, f"{cell['requests']:,}", f"{real:.2f}", f"{simulated:.2f}", f"{simulated / real - 1:+.1%}"]
+            )
+    yield from _table(["run", "requests", "capacity, req/s", "simulated", "error"], rows)
 
 
 def _decisions(found: Mapping[str, Any]) -> Iterator[str]:

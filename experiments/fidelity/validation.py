@@ -45,9 +45,9 @@ def quick() -> tuple[RunSpec, dict[str, Work], tuple[Cell, ...]]:
         name: Work(
             {**work.workload, "length_scale": 0.1 * work.workload.get("length_scale", 1.0)},
             work.limits,
-            work.time_scale,
+            work.drawn_at,
             work.at_once,
-            work.policies,
+            policies=work.policies,
         )
         for name, work in works(max_model_len=256, starved_blocks=40).items()
     }
@@ -55,8 +55,9 @@ def quick() -> tuple[RunSpec, dict[str, Work], tuple[Cell, ...]]:
 
 
 def full(model: str, device: str, traces: Mapping[str, str]) -> tuple[RunSpec, dict[str, Work], tuple[Cell, ...]]:
-    """The whole matrix, for a card."""
-    base = base_spec(model, device, max_model_len=4096, num_host_blocks=1000)
+    """The whole matrix, for a card. At 128 requests at once, not the usual 256, a replica that is full turns them over
+    in seconds, so that runs of half a minute get past the start."""
+    base = base_spec(model, device, max_num_seqs=128, max_model_len=4096, num_host_blocks=1000)
     found = works(max_model_len=4096, starved_blocks=1600, traces=traces)
     return base, found, tuple(ordered(found))
 
@@ -70,6 +71,7 @@ def measure(
     *,
     limit_s: float | None = None,
     say: Callable[[str], None] = lambda line: None,
+    kept: Callable[[], None] = lambda: None,
 ) -> int:
     """The real half: profile the device and run what the folder lacks, for `limit_s` at most. Returns how many cells
     were run. Raises SpecError for a folder of another matrix."""
@@ -77,7 +79,7 @@ def measure(
 
     clock = Clock(limit_s)
     _same_matrix(folder, {"base": base.model_dump(mode="json"), "works": {n: asdict(w) for n, w in works.items()}})
-    with RealHalf(base, works, folder, sizes, say) as half:
+    with RealHalf(base, works, folder, sizes, say, kept) as half:
         half.calibrate()
         return half.run(cells, clock)
 
