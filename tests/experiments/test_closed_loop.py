@@ -153,7 +153,7 @@ def test_whoever_ends_badly_is_followed_all_the_same(lag: int, replicas: int, tm
     assert rows[3]["arrival_ns"] == rows[2]["finish_ns"]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(0, 99), st.sampled_from(STACKS), st.integers(0, 1), st.booleans())
 def test_every_simulated_program_goes_its_way_to_the_nanosecond_and_replays(
     seed: int, policies: dict[str, str], lag: int, caching: bool
@@ -257,7 +257,7 @@ def test_clients_that_have_no_answer_in_time_give_up_and_try_again(tmp_path: Pat
     assert_replays(run, tmp_path / "replay")
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(0, 99), st.integers(0, 1), st.integers(0, 2), st.integers(1, 2), st.sampled_from([4, 12, 40]))
 def test_whoever_gives_up_is_tried_as_often_as_asked_for_and_the_rest_of_its_program_follows(
     seed: int, lag: int, retries: int, replicas: int, timeout_ms: int
