@@ -97,8 +97,9 @@ def _swap_fit(model: FittedCost, points: Sequence[_Point], corrections: Correcti
         for shape in (point.shape for point in points)
     ]
     plain = [model.cost(point.shape._replace(swapped_out=0, swapped_in=0)).device_ns for point in points]
-    beyond = [max(0.0, _device_ns(point, corrections) - base) for point, base in zip(points, plain, strict=True)]
-    copies, out, back = robust_nnls(np.array(columns), beyond, _counts(points))
+    times = [_device_ns(point, corrections) for point in points]
+    # Noise is that of whole steps: some take less than the same without copies, and count like those that take more.
+    copies, out, back = robust_nnls(np.array(columns), times, _counts(points), plain)
     count = sum(len(point.samples) for point in points)
     return SwapFit(num_samples=count, copies=copies, swapped_out=out, swapped_in=back)
 

@@ -17,8 +17,11 @@ _REWEIGHTINGS = 8
 _OUTLIER = 3.0  # spreads beyond which a sample's influence falls
 
 
-def robust_nnls(features: Array, times: Sequence[float], counts: Sequence[int]) -> list[float]:
-    """Coefficients >= 0, one a column, that minimise relative errors; far-off times count less and less.
+def robust_nnls(
+    features: Array, times: Sequence[float], counts: Sequence[int], known: Sequence[float] = ()
+) -> list[float]:
+    """Coefficients >= 0, one a column, that minimise relative errors; far-off times count less and less. `known`: the
+    part of each time that is priced already.
 
     Iteratively reweighted. Errors are relative to the measured times at first, which no large outlier survives, then
     to the fitted ones: relative to measured times alone, noise would make every fit come out low. Beyond 3 spreads
@@ -29,11 +32,13 @@ def robust_nnls(features: Array, times: Sequence[float], counts: Sequence[int]) 
         return [0.0] * features.shape[1]
     measured = np.asarray(times, dtype=np.float64)
     unit = np.maximum(measured, FLOOR_NS)
+    priced = np.asarray(known, dtype=np.float64) if len(known) else np.zeros(len(measured))
+    measured = measured - priced
     weights = np.sqrt(np.asarray(counts, dtype=np.float64))
     solution = _nnls(features * (weights / unit)[:, None], measured * weights / unit)
     for _ in range(_REWEIGHTINGS):
         fitted = features @ solution
-        unit = np.maximum(fitted, FLOOR_NS)
+        unit = np.maximum(priced + fitted, FLOOR_NS)
         residual = np.abs(fitted - measured) / unit
         limit = _OUTLIER * 1.4826 * float(np.median(residual))
         if limit < 1e-6:  # more than half of the rows are met exactly
