@@ -23,6 +23,7 @@ from experiments.real import Prepared, load, prepare, start_engine
 from experiments.records import describe_environment, write_compact
 from experiments.records.environment import gpu_state
 from experiments.records.schema import to_table
+from experiments.refitting import DESIGN_SHARE
 from experiments.spec import RunSpec
 from experiments.workloads import WorkloadSpec, make_workload
 from policies.contract import Queue, View
@@ -41,8 +42,6 @@ from simulator.costs.fitted import FittedCost
 from simulator.costs.fitting import fit
 from simulator.costs.samples import samples_from_steps
 
-DESIGN_SHARE = 0.7
-"""Of the time, for the rounds of the design; the rest is the trace's."""
 CONCURRENCY = ((1 / 64, 1), (1 / 16, 1), (1 / 8, 1), (1 / 4, 1), (1 / 2, 2), (1, 3))
 """Requests of the trace that are kept in flight, as a share of `max_num_seqs`; and for how long, relatively: many take
 longer until old and young ones are mixed as in the long run."""
@@ -152,6 +151,7 @@ def profile(
         stream = _Stream(engine, seconds, on_progress or (lambda share: None))
         stream.rounds(Design(uncached, spec.seed).rounds(), DESIGN_SHARE)
         scheduler.vary = False
+        serving_from_ns = engine.now()
         levels = [(max(1, round(share * uncached.max_num_seqs)), time) for share, time in CONCURRENCY]
         stream.trace(_trace(uncached, spec.seed), levels)
         after = gpu_state()
@@ -172,8 +172,10 @@ def profile(
         "seconds": seconds,
         "seed": spec.seed,
         "num_steps": len(steps),
+        "serving_from_ns": serving_from_ns,
     }
-    return fit(samples_from_steps({name: steps[name].to_numpy() for name in STEPS}), provenance)
+    samples = samples_from_steps({name: steps[name].to_numpy() for name in STEPS}, serving_from_ns)
+    return fit(samples, provenance)
 
 
 class _Stream:

@@ -1,8 +1,9 @@
 """Step times, given the real plans: what the cost model says of the very steps that a real run took.
 
-Two clocks are compared. The device's: how long it had each step whose end the host was waiting for, and knows. And the replica's: how long each step took from the
-end of the one before, while the replica was busy, with the host's own work beside the device's; for that the real plans
-are timed by the simulator's own two clocks (`simulator.pace.ComputedPace`), restarted whenever the real replica idled.
+Two clocks are compared. The device's: how long it had each step, of those whose end the host was waiting for (else it
+is not known). And the replica's: how long each step took from the end of the one before, while the replica was busy,
+with the host's own work beside the device's; for that the real plans are timed by the simulator's own two clocks
+(`simulator.pace.ComputedPace`), restarted whenever the real replica idled.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def step_errors(run: Run, costs: CostModel) -> dict[str, dict[str, Any]]:
     outside = np.array([not costs.inside(shape) for shape in shapes])
     predicted = [costs.cost(shape) for shape in shapes]
     measured = ran["device_ns"].to_numpy(np.float64)
-    exact = np.array([s.waited for s in samples_from_steps({name: table[name].to_numpy() for name in table})])
+    exact = np.array(
+        [s.waited for s in samples_from_steps({str(name): column.to_numpy() for name, column in table.items()})]
+    )
     if not exact.any():
         exact[:] = True
     periods = busy_periods(run, costs)

@@ -157,8 +157,8 @@ class HeldOutError(_Part):
 class Calibration(_Part):
     """A fitted cost model in full.
 
-    `decode` is of captured steps of decodes alone, `chunked` of captured ones with chunks; `other` of eager ones, and of
-    captured ones of which too few were measured for a fit of their own.
+    `decode` is of captured steps of decodes alone, `chunked` of captured ones with chunks; `other` of eager ones,
+    and of captured ones of which too few were measured for a fit of their own.
     """
 
     format: Literal["diptych-calibration-2"] = "diptych-calibration-2"

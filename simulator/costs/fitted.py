@@ -74,8 +74,9 @@ class FittedCost:
     Copies to host memory and back cost nothing where the calibration has no price for them (`prices_swaps`).
 
     So no prediction is negative, and among steps that run the same way none falls when a size grows, but for padded
-    tokens: the larger a captured batch, the better a card may divide its context. Steps that ran in different ways have prices of their own; where one was
-    not measured another stands in for it, and `inside` says no. Raises CalibrationError for a calibration with none.
+    tokens: the larger a captured batch, the better a card may divide its context. Steps that ran in different ways have
+    prices of their own; where one was not measured another stands in for it, and `inside` says no. Raises
+    CalibrationError for a calibration with none.
     """
 
     def __init__(self, calibration: Calibration) -> None:

@@ -1,8 +1,8 @@
 """Fits step times: non-negative least squares on sizes of the step, robust, and checked on what was held out.
 
-Errors are relative: a fit that is 1% off is as good at 1 ms as at 100 ms. Captured steps of decodes alone, captured ones
-with chunks, and the others are fitted each by themselves. What a device took is known from the steps whose end the host
-was waiting for; what the host took, from all of them, and in the mean as it was among a server's requests.
+Errors are relative: a fit that is 1% off is as good at 1 ms as at 100 ms. Captured steps of decodes alone, captured
+ones with chunks, and the others are fitted each by themselves. What a device took is known from the steps whose end the
+host was waiting for; what the host took, from all of them, and in the mean as it was among a server's requests.
 """
 
 from __future__ import annotations

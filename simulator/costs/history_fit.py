@@ -1,4 +1,4 @@
-"""Fits what steps take beside their own cost (`simulator.costs.history`): the slowdown under load, the host's delays."""
+"""Fits what steps take beside their own cost (`simulator.costs.history`): the slowdown under load, a host's delays."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def fit_load(
     residuals = np.array([sample.device_ns for sample in ordered]) / costs - 1
     tokens = np.array([sample.shape.padded_tokens for sample in ordered])
     full_rate = float(np.quantile(tokens / costs, 0.99))
-    known = np.array([sample.waited and not (sample.shape.swapped_out or sample.shape.swapped_in) for sample in ordered])
+    known = np.array(
+        [sample.waited and not (sample.shape.swapped_out or sample.shape.swapped_in) for sample in ordered]
+    )
     known &= np.abs(residuals) < _FAR_OFF
     modes = np.array([mode_of(sample.shape) for sample in ordered])
     serving = np.array([sample.serving for sample in ordered])

@@ -40,7 +40,7 @@ def samples_from_steps(steps: Mapping[str, Any], serving_from_ns: int | None = N
 
     Prepare is launch_ns - plan_ns; finish is from end_ns to the next plan of the same replica, which comes as soon as
     the host can plan again (before it idles, it makes a plan of nothing). Raises ValueError for missing columns, those
-    excepted that runs of earlier versions lack. `serving_from_ns`: plans from then on were made for a server's requests.
+    excepted that runs of earlier versions lack. `serving_from_ns`: plans from then on were for a server's requests.
     """
     added = ADDED["steps"]
     missing = [name for name in _COLUMNS if name not in steps and name not in added]

@@ -177,9 +177,7 @@ def test_context_that_costs_differently_by_the_size_of_the_batch_is_recovered() 
     prices = {1: 90.0, 2: 20.0, 4: 60.0, 8: 30.0}
 
     def sample(size: int, context: int) -> StepSample:
-        shape = StepShape(
-            num_decodes=size, decode_context=context, max_context=context, padded_tokens=size, graph=True
-        )
+        shape = StepShape(num_decodes=size, decode_context=context, max_context=context, padded_tokens=size, graph=True)
         return StepSample(shape, 0, round(1_000_000 + 50_000 * size + prices[size] * context), 0)
 
     model = fit([sample(size, int(context)) for size in prices for context in random.integers(100, 40_000, 120)])
