@@ -46,12 +46,13 @@ class To:
         self.rebalance_ns = every or self.rebalance_ns
         self.ended: list[tuple[int, int]] = []
         self.open = True
+        self.pulls_to = 1
 
     def route(self, request: Request, keys: Sequence[bytes], replicas: Sequence[Replica], now: int) -> Route:
         return self.routes[request.id] if isinstance(self.routes, dict) else self.routes
 
     def pull(self, request: Request, replicas: Sequence[ClusterReplica], now: int) -> int | None:
-        return 1 if self.open else None
+        return self.pulls_to if self.open else None
 
     def rebalance(self, replicas: Sequence[ClusterReplica], now: int) -> list[Move]:
         alive = {r.id: r for replica in replicas for r in replica.decoding()}
@@ -68,6 +69,7 @@ def simulate(
     costs: object = None,
     replicas: int = 2,
     keys: Sequence[Sequence[bytes]] | None = None,
+    check: bool = True,
     **limits: int,
 ) -> tuple[list[Request], Log, Simulation]:
     """Serve (arrival, prompt, output) with 4-token blocks and steps of 1,000 ns unless told otherwise."""
@@ -80,7 +82,7 @@ def simulate(
         router,  # type: ignore[arg-type]
         link=link,
         recorder=log,
-        check=True,
+        check=check,
     )
     made = [Request(i, at, prompt, output) for i, (at, prompt, output) in enumerate(requests)]
     simulation.run(Arrival(request, request.max_tokens, keys[request.id] if keys else ()) for request in made)
@@ -175,6 +177,15 @@ def test_a_prefill_that_nobody_takes_while_nothing_runs_goes_on_where_it_is() ->
     router = To(Route(0, LATER))
     router.open = False
     [request], log, _ = simulate(router, [(0, 8, 3)])
+    assert happened(log, 0) == [(0, "export", 8), (0, "take_back", 8)]
+    assert request.finish_ns == 3_000
+
+
+def test_a_prefill_that_its_own_replica_pulls_stays_there() -> None:
+    """Without being copied: it goes on at 1,000, though replica 1 works."""
+    router = To({0: Route(0, LATER), 1: Route(1)})
+    router.pulls_to = 0
+    (request, _), log, _ = simulate(router, [(0, 8, 3), (0, 8, 9)], LinkSpeed(1e9, 1_000))
     assert happened(log, 0) == [(0, "export", 8), (0, "take_back", 8)]
     assert request.finish_ns == 3_000
 
