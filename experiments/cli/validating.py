@@ -32,9 +32,7 @@ def validate(
         Path | None,
         typer.Option("--from", help="Only the simulated half: of such a folder, or of one packed as a .tar."),
     ] = None,
-    time_limit: Annotated[
-        float | None, typer.Option(help="Seconds for the runs; rest: next time.", min=1)
-    ] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds for the runs; rest: next time.", min=1)] = None,
     profile_seconds: Annotated[float | None, typer.Option(help="Of calibration (100; --quick: 3).", min=1)] = None,
     cell_seconds: Annotated[float | None, typer.Option(help="Of arrivals a run (20; --quick: 1.5).", min=0.1)] = None,
     guess: Annotated[float, typer.Option(help="The capacity in chats a second, roughly.", min=0.01)] = 20.0,

@@ -3,8 +3,8 @@
 Capacity under an SLO is where the line between two measured loads crosses the objective: the largest load up to which
 every objective is met. A ranking counts pairs of policies that are further apart in the real panel than its noise:
 than the largest difference between repeats of a cell, and than the half width of a 95% paired bootstrap over the
-requests; one that the simulation puts the other way round counts against it, and one that it cannot tell apart counts as nothing:
-Kendall's tau over the pairs that there is something to say of. Regret is how much worse the policy that the
+requests; one that the simulation puts the other way round counts against it, and one that it cannot tell apart counts
+as nothing: Kendall's tau over the pairs that there is something to say of. Regret is how much worse the policy that the
 simulation puts first is in the real panel than the one that is best there.
 """
 

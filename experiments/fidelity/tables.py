@@ -236,8 +236,8 @@ def _rankings(found: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield (
             f"Ranking of policies (targets: tau {TAU}, regret {REGRET:.0%}). Two tie unless they differ by more than "
-            "the noise floor (the largest difference between repeats) and than half the width of a 95% paired bootstrap "
-            "over the requests:"
+            "the noise floor (the largest difference between repeats) and than half the width of a 95% paired "
+            "bootstrap over the requests:"
         )
         head = ["cell", "by", "policies", "noise floor", "pairs apart", "tau", "regret", ""]
         yield from _table(head, rows, left=2)
