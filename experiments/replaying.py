@@ -53,7 +53,7 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
         clairvoyant=run.clairvoyant,
         workload=run.info["workload"],
         replay_of=run.name,
-        **{name: run.info[name] for name in ("oracle", "cost") if name in run.info},
+        **{name: run.info[name] for name in ("oracle", "cost", "clients") if name in run.info},
     )
     try:
         with RunWriter(folder, info, overwrite=overwrite) as writer:

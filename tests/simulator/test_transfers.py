@@ -48,12 +48,13 @@ class To:
         self.rebalance_ns = every or self.rebalance_ns
         self.ended: list[tuple[int, int]] = []
         self.open = True
+        self.pulls_to = 1
 
     def route(self, request: Request, keys: Sequence[bytes], replicas: Sequence[Replica], now: int) -> Route:
         return self.routes[request.id] if isinstance(self.routes, dict) else self.routes
 
     def pull(self, request: Request, replicas: Sequence[ClusterReplica], now: int) -> int | None:
-        return 1 if self.open else None
+        return self.pulls_to if self.open else None
 
     def rebalance(self, replicas: Sequence[ClusterReplica], now: int) -> list[Move]:
         alive = {r.id: r for replica in replicas for r in replica.decoding()}
@@ -201,6 +202,15 @@ def test_who_is_cancelled_while_it_waits_for_a_slot_to_go_on_in_is_recorded_as_a
     assert [row[name] for name in columns] == ["cancelled", 0, 2, [], 40]
     counted = [sum(dict(zip(STEPS, step, strict=True))[name] for name in ALIVE) for step in desk.log.steps]
     assert counted == [1, 1, 1, 1], "the first, then the second"
+
+
+def test_a_prefill_that_its_own_replica_pulls_stays_there() -> None:
+    """Without being copied: it goes on at 1,000, though replica 1 works."""
+    router = To({0: Route(0, LATER), 1: Route(1)})
+    router.pulls_to = 0
+    (request, _), log, _ = simulate(router, [(0, 8, 3), (0, 8, 9)], LinkSpeed(1e9, 1_000))
+    assert happened(log, 0) == [(0, "export", 8), (0, "take_back", 8)]
+    assert request.finish_ns == 3_000
 
 
 def test_a_running_request_migrates_while_it_decodes_and_stands_still_for_the_last_block_only() -> None:

@@ -12,8 +12,6 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from experiments.replicas import check_served_router
-from experiments.spec import SpecError
 from policies import registry
 from policies.contract import Replica, Route
 from policies.replica_state import Limits
@@ -328,12 +326,6 @@ def test_a_router_that_names_a_replica_which_takes_nothing_hears_of_the_end() ->
 
 
 MOVING = [name for name in registry.names("router") if registry.moves_kv(registry.find("router", name))]
-
-
-@pytest.mark.parametrize("name", MOVING)
-def test_no_server_starts_with_a_router_that_moves_kv_between_replicas(name: str) -> None:
-    with pytest.raises(SpecError, match=f"router {name},prefill=2 moves KV cache between replicas"):
-        check_served_router(f"{name},prefill=2")
 
 
 def test_a_router_that_cannot_be_made_is_the_operators_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
