@@ -1,6 +1,6 @@
 """Writing a run's records while it goes.
 
-Rows are collected in lists. By row count, and by age in a thread of its own, they go to disk as whole Parquet files
+Rows are collected, steps and decisions packed. By row count, and by age in a thread of its own, they go to disk as whole Parquet files
 in `parts/`, each under its name only once it is complete, so that a run that is killed keeps what it had. `close` joins
 the parts into one file a table. Those depend on the rows alone: row groups have a fixed size, each is written at once.
 """
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments.records.environment import KINDS
+from experiments.records.packing import PackedRows
 from experiments.records.schema import SCHEMAS, RunError, tables_of, to_table
 
 Row = tuple[object, ...]
@@ -29,6 +30,8 @@ ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072, "client": 
 
 PART_ROWS = {"requests": 1024, "steps": 16_384, "decisions": 32_768}
 """Rows at which a table is flushed, whatever its age."""
+MANY_NAMES = 4096
+"""Different reasons at which decisions are flushed."""
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -70,8 +73,8 @@ class RunWriter:
         self._parts = self.folder / "parts"
         self._make_folder(text, overwrite)
         self._requests: list[Row] = []
-        self._steps: list[Row] = []
-        self._decisions: list[Row] | None = [] if "decisions" in self.tables else None
+        self._steps = PackedRows("steps")
+        self._decisions = PackedRows("decisions") if "decisions" in self.tables else None
         self._client: list[Row] = []
         self._num_requests = 0  # rows so far
         self._settled = 0  # leading request rows whose last step's row is here too
@@ -113,6 +116,9 @@ class RunWriter:
             rows.append(row)
             if len(rows) >= PART_ROWS["decisions"]:
                 self.flush()
+            elif rows.num_names > MANY_NAMES:
+                self.flush()
+                rows.forget_names()
 
     def request_seen(self, row: Row, client_row: Row) -> None:
         """A request of a client's run has ended, or the run has: its rows of requests and client.
@@ -140,22 +146,29 @@ class RunWriter:
         # Requests last: whoever reads the parts finds the steps that a request refers to. How many was read before the
         # steps are counted, so a step that comes in meanwhile makes no difference.
         if self._decisions is not None:
-            self._write_part("decisions", self._decisions, len(self._decisions))
-        self._write_part("steps", self._steps, len(self._steps))
+            self._write_packed("decisions", self._decisions)
+        self._write_packed("steps", self._steps)
         self._write_part("client", self._client, len(self._client))
         self._write_part("requests", self._requests, num_requests - self._written)
         self._written = num_requests
 
+    def _write_packed(self, table: str, rows: PackedRows) -> None:
+        count = len(rows)
+        if count:
+            self._write_rows(table, rows.take(count))
+            rows.remove(count)
+
     def _write_part(self, table: str, rows: list[Row], count: int) -> None:
-        if not count:
-            return
+        if count:
+            self._write_rows(table, to_table(table, rows[:count]))
+            del rows[:count]  # not a new list: rows may be appended to this one meanwhile
+
+    def _write_rows(self, table: str, rows: pa.Table) -> None:
         path = self._parts / f"{table}-{self._part_numbers[table]:06d}.parquet"
-        taken = rows[:count]
         try:
-            _write(path, table, iter([to_table(table, taken)]), compression="lz4")
+            _write(path, table, iter([rows]), compression="lz4")
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-        del rows[:count]  # not a new list: rows may be appended to this one meanwhile
         self._part_numbers[table] += 1
 
     def _flush_by_age(self, seconds: float) -> None:
@@ -242,9 +255,12 @@ def _run_json(info: Mapping[str, Any], tables: list[str]) -> str:
 
 
 def _write(path: Path, table: str, groups: Iterator[pa.Table], compression: str) -> None:
-    """One row group a table; the file appears under its name once it is whole."""
+    """One row group a table; the file appears under its name once it is whole.
+
+    No dictionaries: to look for repeated values takes longer than all else, and what is compressed is smaller without.
+    """
     unfinished = path.absolute().with_name(path.name + ".tmp")  # pyarrow takes a relative one with a colon for a URI
-    with pq.ParquetWriter(unfinished, SCHEMAS[table], compression=compression) as writer:
+    with pq.ParquetWriter(unfinished, SCHEMAS[table], compression=compression, use_dictionary=False) as writer:
         for group in groups:
             writer.write_table(group, row_group_size=max(1, len(group)))
     os.replace(unfinished, path)
