@@ -1,8 +1,9 @@
 """Writing a run's records while it goes.
 
-Rows are collected, steps and decisions packed. By row count, and by age in a thread of its own, they go to disk as whole Parquet files
-in `parts/`, each under its name only once it is complete, so that a run that is killed keeps what it had. `close` joins
-the parts into one file a table. Those depend on the rows alone: row groups have a fixed size, each is written at once.
+Rows are collected, steps and decisions as packed numbers. By row count, and by age in a thread of its own, they go to
+disk as whole Parquet files in `parts/`, each under its name only once it is complete, so that a run that is killed
+keeps what it had. `close` joins the parts into one file a table. Those depend on the rows alone: row groups have a
+fixed size, each is written at once.
 """
 
 from __future__ import annotations
