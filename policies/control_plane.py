@@ -10,6 +10,7 @@ from typing import Any
 
 from policies import swapping
 from policies.contract import CostModel, Recorder, View
+from policies.decoding import run_decodes
 from policies.enactment import Enactment
 from policies.plan import FOREVER, Plan, Report, Step
 from policies.recording import Recording
@@ -64,6 +65,7 @@ class ControlPlane:
         self._last_ns = 0
         self._num_repeated = 0
         self._repeats = 0  # times the last plan may be taken again without asking
+        self._last_plan = Plan()
 
     # What a panel may look at
 
@@ -235,7 +237,7 @@ class ControlPlane:
             self._recording.planned(plan, step)
         self._verify()
         self._watch(step)
-        self._repeats = plan.repeats - 1 if _only_decodes(step) else 0
+        self._repeats, self._last_plan = plan.repeats - 1 if _only_decodes(step) else 0, plan
         return step
 
     def repeat(self, now: int) -> Step | None:
@@ -250,12 +252,12 @@ class ControlPlane:
         if decodes > (free := state.pool.num_free) and len(state.decodes_that_need_a_block()) > free:
             return None
         self._advance(now)
-        step = Enactment(state, _DECODES, self._next_index, now).run_decodes()
+        step = run_decodes(state, self._next_index, now)
         self._next_index += 1
         self._num_repeated += 1
         self._repeats -= 1
         if self._recording is not None:
-            self._recording.planned(_DECODES, step)
+            self._recording.planned(self._last_plan, step)
         self._verify()
         return step
 
@@ -265,7 +267,7 @@ class ControlPlane:
         plan, name = self.stack.scheduler.plan(self._state, now), type(self.stack.scheduler).__name__
         if not isinstance(plan, Plan):
             raise TypeError(f"{name}.plan answered {plan!r}; it must return a Plan")
-        for at in (plan.wake_at, *(until for _, until in plan.pin)):
+        for at in (plan.wake_at, *(until for _, until in plan.pin)) if plan.pin else (plan.wake_at,):
             if at is not None and not isinstance(at, int):
                 raise TypeError(
                     f"{name}.plan named the time {at!r}; times are nanoseconds as int, not {type(at).__name__}"
@@ -406,8 +408,11 @@ class ControlPlane:
     def _watch(self, step: Step) -> None:
         """Work conservation: a policy that plans nothing while it could must say when to ask again."""
         state = self._state
+        if step.num_decodes or step.chunks:
+            self._empty_plans = 0
+            return
         waits_for_a_time = step.wake_at is not None and step.wake_at > step.plan_ns
-        idle = not step.runs and state.last_launched == state.last_reported and not waits_for_a_time
+        idle = state.last_launched == state.last_reported and not waits_for_a_time
         moves = step.preempted or step.dropped or self.transfers.underway
         if not idle or not state.requests or moves or self._held:
             self._empty_plans = 0
@@ -424,9 +429,6 @@ class ControlPlane:
     def _verify(self) -> None:
         if self._check:
             self._state.check()
-
-
-_DECODES = Plan(decode_all=True)
 
 
 def _only_decodes(step: Step) -> bool:

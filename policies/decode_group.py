@@ -9,6 +9,7 @@ cap (a heap by clock), and the sums that a step's cost depends on.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection
 
 from policies.request import Request
 
@@ -56,9 +57,9 @@ class DecodeGroup:
         request._group = None
         request._decode_runs.append(clock)
 
-    def on_block_boundary(self) -> list[Request]:
-        """Members whose next token opens a new block."""
-        return list(self._ring[-self.clock % self._block_size].values())
+    def at_block_boundary(self) -> Collection[Request]:
+        """Members whose next token opens a new block, as they stand: not to be kept."""
+        return self._ring[-self.clock % self._block_size].values()
 
     def advance(self) -> list[Request]:
         """One token for every member. Returns those that have now reached their cap; they have left."""

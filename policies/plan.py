@@ -88,6 +88,9 @@ class BlockCopy:
     host: tuple[int, ...]
 
 
+_NO_WORK = StepShape()
+
+
 @dataclass(slots=True)
 class Step:
     """A plan as enacted: what a panel has to run. Counts and shapes are those after the plan's preemptions."""
@@ -118,7 +121,7 @@ class Step:
     dropped: list[tuple[Request, str]] = field(default_factory=list)
     refused: list[tuple[Request, str]] = field(default_factory=list)
     wake_at: int | None = None
-    shape: StepShape = field(default_factory=StepShape)
+    shape: StepShape = _NO_WORK
     filled: list[tuple[Request, int, int]] = field(default_factory=list)
     """(request, block index, block id): blocks that generated tokens fill in this step."""
 
