@@ -22,7 +22,7 @@ class Recording:
         self._before_step: dict[int, int] = {}  # live request -> the plan before which it came
         self._blocked: dict[int, str] = {}
         self._empty_rows: list[tuple[object, ...]] = []
-        self._plan_rows: dict[int, tuple[object, ...]] = {}
+        self._plan_rows: dict[int, tuple[tuple[object, ...], tuple[object, ...], tuple[object, ...]]] = {}
 
     def submitted(self, request: Request, next_step: int) -> None:
         """It came before the plan with this index."""
@@ -117,16 +117,16 @@ class Recording:
             self._passed_over({request.id: reason for request, reason in plan.blocked}, index)
         state = self._state
         self._plan_rows[index] = (
-            len(step.admitted),
-            len(step.preempted),
-            state.pool.num_unused,
-            state.pool.num_idle,
-            len(state.running),
-            state.num_waiting,
-            len(state.paused),
-            step.wake_at,
-            len(state.swapped),
-            state.num_free_host_blocks,
+            (len(step.admitted), len(step.preempted)),
+            (
+                state.pool.num_unused,
+                state.pool.num_idle,
+                len(state.running),
+                state.num_waiting,
+                len(state.paused),
+                step.wake_at,
+            ),
+            (len(state.swapped), state.host.num_free),
         )
         if not step.runs:
             row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0)
@@ -158,8 +158,8 @@ class Recording:
     def _step_row(
         self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int
     ) -> tuple[object, ...]:
-        admitted, preempted, free, idle, running, waiting, paused, wake, *host = self._plan_rows.pop(step.index)
-        s = step.shape
+        changes, after, host = self._plan_rows.pop(step.index)
+        shape = step.shape
         return (
             self._replica,
             step.index,
@@ -167,28 +167,12 @@ class Recording:
             launch_ns,
             end_ns,
             device_ns,
-            s.num_decodes,
-            s.decode_context,
-            s.max_context,
-            s.num_chunks,
-            s.chunk_tokens,
-            s.chunk_pairs,
-            s.chunk_context,
-            s.chunk_squares,
-            s.num_samples,
-            s.padded_tokens,
-            s.graph,
+            *shape[:11],  # the columns from num_decodes to graph
             step.decode_clock,
-            admitted,
-            preempted,
+            *changes,
             num_finished,
-            free,
-            idle,
-            running,
-            waiting,
-            paused,
-            wake,
-            s.swapped_out,
-            s.swapped_in,
+            *after,
+            shape.swapped_out,
+            shape.swapped_in,
             *host,
-        )  # fmt: skip
+        )

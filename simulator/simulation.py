@@ -33,8 +33,8 @@ class Simulation:
         recorder: takes the rows of the run; None records nothing.
         on_end: called with every request that ends.
         check: verify the invariants after every step (slow).
-        together: with one replica and neither a router, an end in time nor an interference (`at`), take decode steps
-            that its policy would plan alike in one event; the records are the same without, bit for bit.
+        together: do not ask a policy for decode steps that it would plan alike, and take many of them in one event; the
+            records are the same without, bit for bit. Not where KV moves between replicas.
     """
 
     def __init__(
@@ -69,8 +69,7 @@ class Simulation:
             )
             for i, stack in enumerate(stacks)
         ]
-        # Only where nobody looks at the replica, or does anything to it, but the arrivals.
-        self._together = together and len(stacks) == 1 and router is None
+        self._watched = len(stacks) > 1 or router is not None  # by others than the arrivals
         self._movements: Movements | None = None
         self._num_alive = 0
         self._more_to_come = True
@@ -80,6 +79,8 @@ class Simulation:
                 replica.movements = self._movements
             if isinstance(router, RebalancingRouter):
                 self.env.process(self._rebalance(router))
+        for replica in self.replicas:
+            replica.together = together and self._movements is None
 
     def run(self, arrivals: Iterable[Arrival], until_ns: int | None = None) -> int:
         """Simulate until every request has ended, or until `until_ns`. Returns the simulated time in nanoseconds.
@@ -87,14 +88,15 @@ class Simulation:
         `arrivals` come in the order of their stamps and may be endless with `until_ns`. What is unfinished at the end,
         or at an interruption, is recorded as such.
         """
-        self.replicas[0].together = self._together and until_ns is None
+        for replica in self.replicas:
+            replica.watched = self._watched or until_ns is not None
         try:
             self.env.process(self._source(arrivals))
             self.env.run(until=until_ns)
         finally:
             for replica in self.replicas:
                 replica.plane.close()
-        return int(self.env.now)
+        return max(int(self.env.now), *(replica.now for replica in self.replicas))
 
     def _source(self, arrivals: Iterable[Arrival]) -> Generator[simpy.Event, None, None]:
         env = self.env
@@ -156,7 +158,9 @@ class Simulation:
 
     def at(self, time_ns: int, do: Callable[[], None]) -> None:
         """Have something happen at a time, such as `cancel` or `fail`."""
-        self._together = self.replicas[0].together = False  # it is to find the replica as it is then
+        self._watched = True
+        for replica in self.replicas:
+            replica.watched = True
         callbacks = self.env.timeout(time_ns - int(self.env.now)).callbacks
         assert callbacks is not None
         callbacks.append(lambda _: do())
@@ -186,7 +190,7 @@ class Simulation:
             self._movements.forget(request)
         replica = self._replica_of.pop(request.id, None)
         if self._router is not None and replica is not None:  # None: the router itself has refused it
-            self._router.on_end(request, replica, int(self.env.now))
+            self._router.on_end(request, replica, max(int(self.env.now), self.replicas[replica].now))
         if self._user_on_end is not None:
             self._user_on_end(request)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +25,13 @@ class _Codes(dict[str, int]):
 
 
 class PackedRows:
-    """Rows of a table whose columns are whole numbers, truth values and strings that repeat.
+    """Rows of a table whose columns are whole numbers, truth values and strings that repeat; `many` is for `append`.
 
     One thread may append while another takes: a row is added, and rows are removed, at one stroke. A row that does not
     fit its schema is told by `take`, as `to_table` tells it.
     """
 
-    def __init__(self, table: str) -> None:
+    def __init__(self, table: str, many: int) -> None:
         self._table = table
         self._schema = SCHEMAS[table]
         self._row = struct.Struct(f"{len(self._schema)}q")
@@ -38,8 +39,9 @@ class PackedRows:
         self._nullable = [i for i, field in enumerate(self._schema) if field.nullable]
         assert all(field.type in (*_WHOLE, pa.string()) for field in self._schema), f"{table} has other columns, too"
         self._rows = bytearray()
+        self._bytes_of_many = many * self._row.size
         self._codes = _Codes()
-        self._misfits: list[tuple[object, ...]] = []
+        self._misfits: list[Sequence[object]] = []
 
     def __len__(self) -> int:
         return len(self._rows) // self._row.size + len(self._misfits)
@@ -49,8 +51,8 @@ class PackedRows:
         """Different strings so far."""
         return len(self._codes)
 
-    def append(self, row: tuple[object, ...]) -> None:
-        """Take in a row."""
+    def append(self, row: Sequence[object]) -> bool:
+        """Take in a row. Whether there are `many` by now."""
         try:
             values, codes = list(row), self._codes
             for i in self._strings:
@@ -61,8 +63,10 @@ class PackedRows:
             packed = self._row.pack(*values)
         except (struct.error, TypeError, IndexError):
             self._misfits.append(row)
-            return
-        self._rows += packed
+            return False
+        rows = self._rows
+        rows += packed
+        return len(rows) >= self._bytes_of_many
 
     def take(self, count: int) -> pa.Table:
         """The first `count` rows, which stay until `remove`. Raises RunError for one that does not fit."""

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +24,7 @@ from experiments.records.environment import KINDS
 from experiments.records.packing import PackedRows
 from experiments.records.schema import SCHEMAS, RunError, tables_of, to_table
 
-Row = tuple[object, ...]
+Row = Sequence[object]
 
 ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072, "client": 4096}
 """Rows of a row group in the final files. Requests carry their block keys: tens of kilobytes each for long prompts."""
@@ -74,8 +74,8 @@ class RunWriter:
         self._parts = self.folder / "parts"
         self._make_folder(text, overwrite)
         self._requests: list[Row] = []
-        self._steps = PackedRows("steps")
-        self._decisions = PackedRows("decisions") if "decisions" in self.tables else None
+        self._steps = PackedRows("steps", PART_ROWS["steps"])
+        self._decisions = PackedRows("decisions", PART_ROWS["decisions"]) if "decisions" in self.tables else None
         self._client: list[Row] = []
         self._num_requests = 0  # rows so far
         self._settled = 0  # leading request rows whose last step's row is here too
@@ -94,7 +94,10 @@ class RunWriter:
     def request(self, row: Row) -> None:
         """A request has ended. Its lists are copied: the request may live on in a step in flight."""
         self._check_open()
-        self._requests.append(tuple(list(value) if isinstance(value, list) else value for value in row))
+        values = list(row)
+        for i in _LISTS:
+            values[i] = list(values[i])  # type: ignore[call-overload]
+        self._requests.append(values)
         self._num_requests += 1
         if self._settled == self._num_requests - 1 and row[_FIRST_TOKEN] is None:
             self._settled += 1  # no step is needed to read it
@@ -103,19 +106,18 @@ class RunWriter:
 
     def step(self, row: Row) -> None:
         """A step was reported, or a call of plan() planned nothing."""
-        self._check_open()
-        rows = self._steps
-        rows.append(row)
+        if self._closed.is_set():
+            self._check_open()
+        many = self._steps.append(row)
         self._settled = self._num_requests
-        if len(rows) >= PART_ROWS["steps"]:
+        if many:
             self.flush()
 
     def decision(self, row: Row) -> None:
         """A decision of a plan."""
         rows = self._decisions
         if rows is not None:
-            rows.append(row)
-            if len(rows) >= PART_ROWS["decisions"]:
+            if rows.append(row):
                 self.flush()
             elif rows.num_names > MANY_NAMES:
                 self.flush()
@@ -243,6 +245,7 @@ class RunWriter:
             raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
+_LISTS = [i for i, field in enumerate(SCHEMAS["requests"]) if pa.types.is_nested(field.type)]
 _FIRST_TOKEN = SCHEMAS["requests"].names.index("first_token_ns")
 
 
