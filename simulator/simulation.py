@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
@@ -19,6 +20,10 @@ from simulator.movements import Movements
 from simulator.network import Network
 from simulator.pace import ComputedPace, RecordedPace, Timing
 from simulator.replica import SimulatedReplica
+
+
+_FEW_COLLECTIONS = (100_000, 20, 100)
+"""Thresholds of the garbage collector. A simulation makes millions of small objects and next to no cycles."""
 
 
 class Simulation:
@@ -90,10 +95,13 @@ class Simulation:
         """
         for replica in self.replicas:
             replica.watched = self._watched or until_ns is not None
+        thresholds = gc.get_threshold()
+        gc.set_threshold(*_FEW_COLLECTIONS)
         try:
             self.env.process(self._source(arrivals))
             self.env.run(until=until_ns)
         finally:
+            gc.set_threshold(*thresholds)
             for replica in self.replicas:
                 replica.plane.close()
         return max(int(self.env.now), *(replica.now for replica in self.replicas))
