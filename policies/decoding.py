@@ -59,11 +59,13 @@ def note_filled(state: ReplicaState, step: Step, request: Request) -> None:
 
 def finish(state: ReplicaState, step: Step, contexts: list[int]) -> None:
     """Give the step its shape, and note who has left. `contexts`: of the decodes that are in the group no more."""
-    context, longest = sum(contexts), max(contexts, default=0)
+    context = longest = 0
     if step.decode_all:
-        context, longest = context + state.group.context, max(longest, state.group.longest)
+        context, longest = state.group.context, state.group.longest
     else:
         step.num_decodes = len(step.decodes)
+    if contexts:
+        context, longest = context + sum(contexts), max(longest, *contexts)
     if step.num_decodes or step.chunks:
         # A step that runs nothing is not reported: who left before it is named by the next that does.
         step.left, state.left_group = state.left_group, []
@@ -79,6 +81,9 @@ def finish(state: ReplicaState, step: Step, contexts: list[int]) -> None:
 
 def _shape(state: ReplicaState, step: Step, context: int, longest: int, out: int, back: int) -> StepShape:
     limits, decodes, chunks = state.limits, step.num_decodes, step.chunks
+    if not chunks:
+        padded, graph = padded_batch(decodes, 0, 0, limits.capture_sizes)
+        return StepShape(decodes, context, longest, 0, 0, 0, 0, 0, decodes, padded, graph, out, back)
     tokens = pairs = ends = squares = samples = 0
     for _, start, count, last in chunks:
         end = start + count

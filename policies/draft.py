@@ -23,6 +23,22 @@ IN_FLIGHT = "in flight"
 class Draft:
     """One step's plan and what is left of the step's budgets."""
 
+    __slots__ = (
+        "_given",
+        "_released",
+        "admission",
+        "admitted",
+        "blocks_left",
+        "host_blocks_left",
+        "num_tokens",
+        "plan",
+        "preempted",
+        "preemption",
+        "seqs_left",
+        "tokens_left",
+        "view",
+    )
+
     def __init__(self, view: View, admission: Admission, preemption: Preemption) -> None:
         self.view = view
         self.plan = Plan()
@@ -247,8 +263,7 @@ class Draft:
             and not (plan.chunks or view.num_waiting or view.paused or view.swapped or view.prefilling)
         ):
             plan.repeats = FOREVER
-        rest = view.num_decoding - self._num_decodes_stopped()
-        if plan.decodes and not plan.resume and len(plan.decodes) == rest:
+        if plan.decodes and not plan.resume and len(plan.decodes) == view.num_decoding - self._num_decodes_stopped():
             plan.decodes = []
             plan.decode_all = True
         return plan

@@ -22,6 +22,20 @@ from policies.request import Request, State
 class Enactment:
     """One plan on its way to a step. `back_to_queue`: requests that wait again, for the scheduler to take back."""
 
+    __slots__ = (
+        "_contexts",
+        "_hits",
+        "_hold",
+        "_returns",
+        "_seen",
+        "_set_back",
+        "_tokens_left",
+        "now",
+        "plan",
+        "state",
+        "step",
+    )
+
     def __init__(self, state: ReplicaState, plan: Plan, index: int, now: int) -> None:
         self.state = state
         self.plan = plan

@@ -144,10 +144,11 @@ class Recording:
     def reported(self, report: Report, num_finished: int) -> None:
         """The step's result is known. `num_finished`: of those that had not left before."""
         row = self._step_row(report.step, report.launch_ns, report.end_ns, report.device_ns, num_finished)
-        if self._empty_rows and self._empty_rows[0][1] < report.step.index:  # type: ignore[operator]
+        empty = self._empty_rows
+        if empty and empty[0][1] < report.step.index:  # type: ignore[operator]
             self._flush_empty_rows()
         self._recorder.step(row)
-        if self._state.last_launched == self._state.last_reported:
+        if empty and self._state.last_launched == self._state.last_reported:
             self._flush_empty_rows()
 
     def _flush_empty_rows(self) -> None:

@@ -145,14 +145,15 @@ class SimulatedReplica:
 
     def _deliver(self, now: int) -> None:
         """Submissions in the order of their stamps, then cancellations by id: the engine's order too."""
-        for arrival in self._arrivals:
+        arrivals, self._arrivals = self._arrivals, []
+        for arrival in arrivals:
             with suppress(RequestRefused):  # which the control plane has recorded
                 self.plane.submit(arrival.request, now, arrival.keys, hands_off=arrival.hands_off)
                 self._endings.expect(arrival)
-        self._arrivals = []
-        for request_id in sorted(self._cancellations):
-            self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
-        self._cancellations = []
+        if self._cancellations:
+            for request_id in sorted(self._cancellations):
+                self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
+            self._cancellations = []
         if self.movements is not None:
             self.plane.transfers.let_run(now)
             self.movements.look()

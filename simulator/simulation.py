@@ -21,7 +21,6 @@ from simulator.network import Network
 from simulator.pace import ComputedPace, RecordedPace, Timing
 from simulator.replica import SimulatedReplica
 
-
 _FEW_COLLECTIONS = (100_000, 20, 100)
 """Thresholds of the garbage collector. A simulation makes millions of small objects and next to no cycles."""
 

@@ -1,9 +1,8 @@
 """Writing a run's records while it goes.
 
-Rows are collected, steps and decisions as packed numbers. By row count, and by age in a thread of its own, they go to
-disk as whole Parquet files in `parts/`, each under its name only once it is complete, so that a run that is killed
-keeps what it had. `close` joins the parts into one file a table. Those depend on the rows alone: row groups have a
-fixed size, each is written at once.
+Rows are collected in lists. By row count, and by age in a thread of its own, they go to disk as whole Parquet files
+in `parts/`, each under its name only once it is complete, so that a run that is killed keeps what it had. `close` joins
+the parts into one file a table. Those depend on the rows alone: row groups have a fixed size, each is written at once.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments.records.environment import KINDS
-from experiments.records.packing import PackedRows
 from experiments.records.schema import SCHEMAS, RunError, tables_of, to_table
 
 Row = Sequence[object]
@@ -31,8 +29,6 @@ ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072, "client": 
 
 PART_ROWS = {"requests": 1024, "steps": 16_384, "decisions": 32_768}
 """Rows at which a table is flushed, whatever its age."""
-MANY_NAMES = 4096
-"""Different reasons at which decisions are flushed."""
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -74,8 +70,8 @@ class RunWriter:
         self._parts = self.folder / "parts"
         self._make_folder(text, overwrite)
         self._requests: list[Row] = []
-        self._steps = PackedRows("steps", PART_ROWS["steps"])
-        self._decisions = PackedRows("decisions", PART_ROWS["decisions"]) if "decisions" in self.tables else None
+        self._steps: list[Row] = []
+        self._decisions: list[Row] | None = [] if "decisions" in self.tables else None
         self._client: list[Row] = []
         self._num_requests = 0  # rows so far
         self._settled = 0  # leading request rows whose last step's row is here too
@@ -96,7 +92,7 @@ class RunWriter:
         self._check_open()
         values = list(row)
         for i in _LISTS:
-            values[i] = list(values[i])  # type: ignore[call-overload]
+            values[i] = list(row[i])  # type: ignore[call-overload]
         self._requests.append(values)
         self._num_requests += 1
         if self._settled == self._num_requests - 1 and row[_FIRST_TOKEN] is None:
@@ -108,20 +104,19 @@ class RunWriter:
         """A step was reported, or a call of plan() planned nothing."""
         if self._closed.is_set():
             self._check_open()
-        many = self._steps.append(row)
+        rows = self._steps
+        rows.append(row)
         self._settled = self._num_requests
-        if many:
+        if len(rows) >= PART_ROWS["steps"]:
             self.flush()
 
     def decision(self, row: Row) -> None:
         """A decision of a plan."""
         rows = self._decisions
         if rows is not None:
-            if rows.append(row):
+            rows.append(row)
+            if len(rows) >= PART_ROWS["decisions"]:
                 self.flush()
-            elif rows.num_names > MANY_NAMES:
-                self.flush()
-                rows.forget_names()
 
     def request_seen(self, row: Row, client_row: Row) -> None:
         """A request of a client's run has ended, or the run has: its rows of requests and client.
@@ -149,29 +144,22 @@ class RunWriter:
         # Requests last: whoever reads the parts finds the steps that a request refers to. How many was read before the
         # steps are counted, so a step that comes in meanwhile makes no difference.
         if self._decisions is not None:
-            self._write_packed("decisions", self._decisions)
-        self._write_packed("steps", self._steps)
+            self._write_part("decisions", self._decisions, len(self._decisions))
+        self._write_part("steps", self._steps, len(self._steps))
         self._write_part("client", self._client, len(self._client))
         self._write_part("requests", self._requests, num_requests - self._written)
         self._written = num_requests
 
-    def _write_packed(self, table: str, rows: PackedRows) -> None:
-        count = len(rows)
-        if count:
-            self._write_rows(table, rows.take(count))
-            rows.remove(count)
-
     def _write_part(self, table: str, rows: list[Row], count: int) -> None:
-        if count:
-            self._write_rows(table, to_table(table, rows[:count]))
-            del rows[:count]  # not a new list: rows may be appended to this one meanwhile
-
-    def _write_rows(self, table: str, rows: pa.Table) -> None:
+        if not count:
+            return
         path = self._parts / f"{table}-{self._part_numbers[table]:06d}.parquet"
+        taken = rows[:count]
         try:
-            _write(path, table, iter([rows]), compression="lz4")
+            _write(path, table, iter([to_table(table, taken)]), compression="lz4")
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+        del rows[:count]  # not a new list: rows may be appended to this one meanwhile
         self._part_numbers[table] += 1
 
     def _flush_by_age(self, seconds: float) -> None:
