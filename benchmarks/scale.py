@@ -3,8 +3,8 @@
 Requests with the lengths of conversations, as Poisson arrivals, on replicas of an 8B model on an H100 (roofline) behind
 a router that looks at two of them; every record is written, in a folder that is thrown away. Each row is a process of
 its own, one core, one after another: seconds are of its processor, from the workload's making to the joined files, and
-its memory is the most that it ever had. How busy the machine is shows in what bare SimPy does in the same process, before
-and after; speeds are given for the reference machine too, on which that is 1.48 million timeouts a second.
+its memory is the most that it ever had. How busy the machine is shows in what bare SimPy does in the same process,
+before and after; times are given for the reference machine too, on which that is 1.48 million timeouts a second.
 """
 
 from __future__ import annotations
@@ -100,7 +100,17 @@ _ONE_CORE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ARROW_NUM
 def show(rows: Sequence[Row], console: Console) -> None:
     """A row a simulation, times also as they would be on the reference machine."""
     table = Table(title="Simulations on one core, records written")
-    for heading in ("replicas", "requests", "steps", "seconds", "reference s", "us/request", "to first", "steps/s", "MiB"):
+    for heading in (
+        "replicas",
+        "requests",
+        "steps",
+        "seconds",
+        "reference s",
+        "us/request",
+        "to first",
+        "steps/s",
+        "MiB",
+    ):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
