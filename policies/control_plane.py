@@ -279,6 +279,10 @@ class ControlPlane:
         self._advance(report.end_ns)
         state, step = self._state, report.step
         state.last_reported = step.index
+        if report.finished and state.num_waiting:
+            # There may be room for the first who waits. Until then there is not: a block that is filled may be one of
+            # its prompt and save it one, but whoever filled it takes another.
+            self._repeats = 0
         if step.chunks or step.joined or step.decodes:
             firsts = [chunk.request for chunk in step.chunks if chunk.samples]
             for request in (*firsts, *step.joined, *step.decodes):

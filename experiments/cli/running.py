@@ -170,7 +170,7 @@ def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits:
             ended += 1
             if ended % every == 0 and request.finish_ns is not None:
                 speed = request.finish_ns / 1e9 / (time.perf_counter() - started)
-                bar.update(TaskID(0), completed=ended, description=f"simulating, {speed:,.3g} times as fast as it runs")
+                bar.update(TaskID(0), completed=ended, description=f"simulating, {speed:,.3g} x real time")
 
         simulated_ns = run_simulated(
             spec, folder, workload=workload, costs=costs, limits=limits, overwrite=overwrite, check=check, on_end=on_end
