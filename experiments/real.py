@@ -18,13 +18,15 @@ from experiments.spec import LimitsSpec, ModelSpec, RunSpec, SpecError
 from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload, prompt_token_ids
 from policies.contract import Recorder
+from policies.control_plane import ControlPlane
 from policies.replica_state import Limits
 from policies.shapes import default_capture_sizes, default_mixed_capture_sizes
-from policies.stack import PolicyStack
+from policies.stack import PolicyStack, StackSpec
 from runtime.attention import AttentionShape, get_backend
 from runtime.engine import GPU_PLAN_LEAD_NS, Details, Engine, EngineDead
 from runtime.kv_cache import bytes_per_block, num_blocks_that_fit
 from runtime.memory import free_bytes, profile_num_blocks
+from runtime.model_runner import ModelRunner
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Output
 from runtime.startup import timed
@@ -232,6 +234,28 @@ def run_real(
     workload = workload or make_workload(spec.workload)
     loaded = loaded or load(spec.model)
     prepared = prepare(spec, loaded, cost)
+    run_prepared(
+        prepared, loaded, folder, workload, overwrite=overwrite, check=check, on_output=on_output, on_start=on_start
+    )
+
+
+def run_prepared(
+    prepared: Prepared,
+    loaded: LoadedModel,
+    folder: Path,
+    workload: Workload,
+    *,
+    runner: ModelRunner | None = None,
+    overwrite: bool = False,
+    check: bool = False,
+    on_output: Callable[[Output], None] | None = None,
+    on_start: Callable[[dict[str, float]], None] | None = None,
+    timeout_s: float | None = None,
+) -> None:
+    """As `run_real`, with what is prepared already, on a runner that is there already (`start_runner`).
+
+    Raises TimeoutError where the requests have not ended after `timeout_s`; the record is then incomplete.
+    """
     spec, limits, cost = prepared.spec, prepared.limits, prepared.cost
     oracle = dict(enumerate(workload.output_tokens.tolist()))
     build = spec.policies.stack.build
@@ -252,12 +276,12 @@ def run_real(
     with (
         RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer,
         start_engine(
-            loaded, limits, stack, spec.model, recorder=writer, cost=cost, seed=spec.seed, check=check
+            loaded, limits, stack, spec.model, recorder=writer, cost=cost, seed=spec.seed, check=check, runner=runner
         ) as engine,
     ):
         if on_start is not None:
             on_start({**prepared.seconds, **engine.startup_seconds})
-        _send(engine, spec, workload, prompts, on_output or (lambda output: None))
+        _send(engine, spec, workload, prompts, on_output or (lambda output: None), timeout_s)
     if check:
         check_books(read_run(folder))
 
@@ -272,9 +296,11 @@ def start_engine(
     cost: CostModel | None = None,
     seed: int = 0,
     check: bool = False,
+    runner: ModelRunner | None = None,
     on_flush: Callable[[], None] | None = None,
 ) -> Engine:
-    """An engine with the specification's attention and KV cache. Raises SpecError where the memory runs out."""
+    """An engine with the specification's attention and KV cache, or on a runner that is there already. Raises SpecError
+    where the memory runs out."""
     with explained("starting the engine"):
         return Engine(
             loaded,
@@ -286,8 +312,19 @@ def start_engine(
             kv_dtype=kv_dtype(model),
             seed=seed,
             check=check,
+            runner=runner,
             on_flush=on_flush,
         )
+
+
+def start_runner(loaded: LoadedModel, limits: Limits, model: ModelSpec) -> ModelRunner:
+    """A runner for several engines, one after another: KV cache and graphs are made once. To be closed by the caller.
+
+    Raises SpecError where the memory runs out.
+    """
+    with explained("starting the runner"):
+        plane = ControlPlane(limits, StackSpec().build(block_size=limits.block_size))
+        return ModelRunner(loaded, plane, attention=model.attention, kv_dtype=kv_dtype(model))
 
 
 def warm_up(loaded: LoadedModel, limits: Limits, spec: RunSpec, cost: CostModel | None = None) -> None:
@@ -308,9 +345,15 @@ def warm_up(loaded: LoadedModel, limits: Limits, spec: RunSpec, cost: CostModel 
 
 
 def _send(
-    engine: Engine, spec: RunSpec, workload: Workload, prompts: list[list[int]], on_output: Callable[[Output], None]
+    engine: Engine,
+    spec: RunSpec,
+    workload: Workload,
+    prompts: list[list[int]],
+    on_output: Callable[[Output], None],
+    timeout_s: float | None = None,
 ) -> None:
-    """Hand in each request at its time, counted from now, and wait for the last one to end."""
+    """Hand in each request at its time, counted from now, and wait for the last one to end: TimeoutError where that is
+    after `timeout_s`."""
     ended = threading.Semaphore(0)
 
     def listen(output: Output) -> None:
@@ -325,7 +368,9 @@ def _send(
             time.sleep(delay)
         engine.submit(prompts[i], _params(spec, workload, i), listen, _details(spec, workload, i))
     for _ in range(len(workload)):
-        ended.acquire()
+        left = None if timeout_s is None else max(0.0, start + timeout_s - time.monotonic())
+        if not ended.acquire(timeout=left):
+            raise TimeoutError(f"the requests have not ended after {timeout_s:.0f} s")
     engine.raise_if_dead()
 
 

@@ -15,6 +15,7 @@ from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload
 from experiments.workloads.block_keys import block_keys
 from policies import registry
+from policies.contract import Router
 from policies.model_shape import ModelShape
 from policies.registry import PolicySpec
 from policies.replica_state import Limits
@@ -73,10 +74,7 @@ def run_simulated(
     stacks = [
         build(block_size=limits.block_size, seed=spec.seed, oracle=oracle, future=future) for _ in range(spec.replicas)
     ]
-    link = link_of(spec, costs, limits) if registry.moves_kv(router_class(spec)) else None
-    router = registry.make(
-        "router", spec.policies.router, seed=spec.seed, block_size=limits.block_size, cost=costs, transfer=link
-    )
+    router, link = make_router(spec, costs, limits)
     info = run_info(
         "sim",
         spec=spec.model_dump(mode="json"),
@@ -99,6 +97,15 @@ def run_simulated(
 def router_class(spec: RunSpec) -> type:
     """The class of a specification's router."""
     return registry.find("router", PolicySpec.parse(spec.policies.router).name)
+
+
+def make_router(spec: RunSpec, costs: CostModel, limits: Limits) -> tuple[Router, LinkSpeed | None]:
+    """A specification's router, and the speed of the links where it moves KV. Raises PolicyError, SpecError."""
+    link = link_of(spec, costs, limits) if registry.moves_kv(router_class(spec)) else None
+    router = registry.make(
+        "router", spec.policies.router, seed=spec.seed, block_size=limits.block_size, cost=costs, transfer=link
+    )
+    return router, link
 
 
 def link_of(spec: RunSpec, costs: CostModel, limits: Limits) -> LinkSpeed:

@@ -75,6 +75,8 @@ class Engine:
         kv_dtype: of the KV cache; the model's own where None.
         seed: of the random draws of requests without a seed of their own.
         check: verify the control plane's invariants after every step (slow).
+        runner: one to run the steps with, its KV cache and captured graphs as they are (`ModelRunner.serve`); it is
+            still open when the engine is closed. None: a new one, by `attention` and `kv_dtype`.
         on_flush: called on the engine's thread when `on_output` has been called for all that there is to tell for now,
             once a step and before the engine sleeps: so that what belongs together can be sent together.
     """
@@ -91,6 +93,7 @@ class Engine:
         kv_dtype: torch.dtype | None = None,
         seed: int = 0,
         check: bool = False,
+        runner: ModelRunner | None = None,
         on_flush: Callable[[], None] | None = None,
     ) -> None:
         if limits.max_model_len > loaded.config.max_model_len:
@@ -104,7 +107,10 @@ class Engine:
         self._eos = frozenset(loaded.config.eos_token_ids)
         self._start = time.monotonic_ns()
         self._plane = ControlPlane(limits, stack, cost=cost, recorder=recorder, on_end=self._on_end, check=check)
-        self._runner = ModelRunner(loaded, self._plane, attention=attention, kv_dtype=kv_dtype)
+        self._lent = runner is not None
+        if runner is not None:
+            runner.serve(self._plane)
+        self._runner = runner or ModelRunner(loaded, self._plane, attention=attention, kv_dtype=kv_dtype)
         self.startup_seconds = self._runner.startup_seconds
         """What the parts of the start took."""
         self._sequences: dict[int, Sequence] = {}
@@ -296,7 +302,10 @@ class Engine:
             self._error = error
             traceback.clear_frames(error.__traceback__)  # which hold the KV cache
         try:
-            self._runner.close()
+            if self._lent:
+                self._runner.wait()
+            else:
+                self._runner.close()
         except Exception:
             logger.exception("the device did not close well")  # after an error on a card, every call fails
         self._end_everybody()

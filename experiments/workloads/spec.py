@@ -15,7 +15,7 @@ from experiments.workloads.loaders import load
 from experiments.workloads.request import Workload
 from policies.request import Slo
 
-GENERATORS = ("chat", "code", "prefix-chat", "multi-tenant", "reasoning", "fixed", "uniform")
+GENERATORS = ("chat", "code", "sharegpt", "prefix-chat", "multi-tenant", "reasoning", "fixed", "uniform")
 
 
 def _no_flag(value: object) -> object:
@@ -184,7 +184,12 @@ def _generate(spec: WorkloadSpec) -> Workload:
     elif spec.name == "reasoning":
         made = named.reasoning(size, process, spec.cv)
     else:
-        makers = {"chat": named.chat, "code": named.code, "multi-tenant": named.multi_tenant}
+        makers = {
+            "chat": named.chat,
+            "code": named.code,
+            "sharegpt": named.sharegpt,
+            "multi-tenant": named.multi_tenant,
+        }
         make = makers[spec.name]
         made = make(size) if process is None else make(size, process, spec.cv)
     fields = {"n", "duration_s", "rate", "arrivals", "cv", "prompt_tokens", "output_tokens", "low", "high"}

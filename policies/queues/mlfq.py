@@ -24,9 +24,9 @@ class Mlfq(KeyQueue):
 
     Where code and paper differ: the paper promotes after 300 ms, the code after 3 s and looks every 1000 iterations by
     the wall clock; here as the paper, with a plan asked for at that time. Where this departs from both: service beyond
-    a quantum counts in the next level instead of being forgotten, and KV stays on the device (KEEP) or is recomputed:
-    there is no host memory to swap to, nor proactive swapping. With `quantum_ms=0` there is one level, and whoever ran
-    goes to its end: round robin. One level is first come, first served.
+    a quantum counts in the next level instead of being forgotten, and KV stays on the device (KEEP), is recomputed or
+    goes to host memory as `preemptive` is told, but not proactively. With `quantum_ms=0` there is one level, and
+    whoever ran goes to its end: round robin. One level is first come, first served.
     Cost: O(running) a plan, O(log n) an arrival or a promotion.
     Source: Wu et al., "Fast Distributed Inference Serving for Large Language Models", arXiv 2305.05920.
     """

@@ -10,6 +10,7 @@ from policies.plan import Mode, Plan, Report
 from policies.queued import QueuedScheduler
 from policies.registry import register
 from policies.request import Request, State
+from policies.victims import MODES, Taking
 
 
 @register("scheduler", "preemptive")
@@ -32,7 +33,9 @@ class Preemptive(QueuedScheduler):
     only so many tokens. While there are none, those without one stop only those admitted after them: the one admitted
     first is never stopped while others run, and alone it fits, so it gets to its token.
 
-    `mode`: `recompute` frees a stopped request's blocks; `keep` leaves them to it while only slots are wanted.
+    `mode`: `recompute` frees a stopped request's blocks; `swap` moves them to host memory, and `cheapest` does what the
+    cost model says is cheaper for each (both as in the rules for victims: `recompute` where the host has no room);
+    `keep` leaves them to it while only slots are wanted, and recomputes where blocks are.
     Cost: O(prefills + decodes that open a block) while nobody lacks anything, else O(running log running).
     """
 
@@ -40,15 +43,19 @@ class Preemptive(QueuedScheduler):
         super().__init__(queue)
         if not isinstance(queue, RankedQueue):
             raise ValueError(f"it needs a queue that orders running requests too; {type(queue).__name__} does not")
-        if mode not in ("recompute", "keep"):
-            raise ValueError(f"mode must be recompute or keep, not {mode!r}")
+        if mode not in (*MODES, "keep"):
+            raise ValueError(f"mode must be {', '.join(MODES)} or keep, not {mode!r}")
         if long_prefill_threshold < 0:
             raise ValueError(f"long_prefill_threshold must be 0 or more, not {long_prefill_threshold}")
         self._order: RankedQueue = queue
-        self._for_slot = Mode.KEEP if mode == "keep" else Mode.RECOMPUTE
-        self._for_blocks = Mode.RECOMPUTE
+        self._keeps = mode == "keep"
+        self._taking = Taking("recompute" if self._keeps else mode)
         self._max_chunk = long_prefill_threshold or None
         self._outputs: dict[int, int] = {}  # running request -> output tokens that it had when it was started last
+
+    @property
+    def needs_cost(self) -> bool:
+        return self._taking.needs_cost or super().needs_cost
 
     def add(self, request: Request, now: int) -> None:
         super().add(request, now)
@@ -99,7 +106,7 @@ class Preemptive(QueuedScheduler):
 
         enough = self._stop(draft, self._victims(line, draft, request), fits)
         if enough is None:
-            draft.preempt(request, self._for_blocks)
+            self._take(draft, request)
         return enough or draft
 
     def _prefill(self, line: Line, draft: Draft, now: int) -> Draft:
@@ -135,7 +142,7 @@ class Preemptive(QueuedScheduler):
         if enough is not None:
             enough.run(request, tokens)
         elif not draft.admitted:
-            draft.preempt(request, self._for_blocks)
+            self._take(draft, request)
         return enough or draft
 
     def _admit(self, line: Line, draft: Draft, head: Request) -> Draft | None:
@@ -150,7 +157,10 @@ class Preemptive(QueuedScheduler):
             if victim is None:
                 return None
             draft = draft.copy()
-            draft.preempt(victim, self._for_slot)
+            if self._keeps:
+                draft.preempt(victim, Mode.KEEP)
+            else:
+                self._take(draft, victim)
         victims = self._stoppable(line, draft, head)
         started = self._stop(draft, victims, lambda trial: trial.admit(head, max_chunk=self._max_chunk))
         if started is not None:
@@ -158,6 +168,10 @@ class Preemptive(QueuedScheduler):
         return started
 
     # Who is stopped
+
+    def _take(self, draft: Draft, victim: Request) -> None:
+        """Stop one, and take its blocks."""
+        draft.preempt(victim, self._taking.mode_for(victim, draft.view, draft))
 
     def _stop(self, draft: Draft, victims: Iterator[Request], fits: Callable[[Draft], bool]) -> Draft | None:
         """The draft with as many stopped as it takes for something to fit; None if all are not enough."""
@@ -167,7 +181,7 @@ class Preemptive(QueuedScheduler):
         for victim in victims:
             if victim.id not in stopped:
                 stopped[victim.id] = victim
-                trial.preempt(victim, self._for_blocks)
+                self._take(trial, victim)
                 if fits(trial):
                     break
         else:

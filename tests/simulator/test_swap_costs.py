@@ -56,7 +56,7 @@ def test_a_roofline_moves_swapped_kv_at_what_the_host_link_reaches() -> None:
     # Section 7.3 of the vLLM paper, for this model and card: the longer the context, the more swapping saves.
     gains = [prefill_ns(cost, n) / swap_ns(cost, n) for n in (2048, 8192, 32_768)]
     assert 1 < gains[0] < gains[1] < gains[2]
-    assert Cheapest.needs_cost
+    assert Cheapest().needs_cost
 
 
 def decodes(batch: int, context: int, out: int = 0, back: int = 0) -> StepSample:
