@@ -26,11 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.saving import save
-from benchmarks.vidur import timeouts_per_s
+from benchmarks.vidur import REFERENCE_TIMEOUTS_PER_S, timeouts_per_s
 from experiments.simulated import run_simulated
 from experiments.spec import check_spec
 
-REFERENCE_TIMEOUTS_PER_S = 1.48e6
 RATE = 12.0
 """Requests a second on each replica: about two thirds of what it can do, and some seven steps a request."""
 FULL = ((64, 10_000), (64, 100_000), (64, 1_000_000), (1_000, 100_000))
