@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from policies import swapping
+from policies.coasting import Times, coast
 from policies.contract import CostModel, Recorder, View
 from policies.decoding import run_decodes
 from policies.enactment import Enactment
@@ -16,6 +17,7 @@ from policies.plan import FOREVER, Plan, Report, Step
 from policies.recording import Recording
 from policies.replica_state import Limits, ReplicaState
 from policies.request import Request, State
+from policies.shapes import StepShape
 from policies.stack import PolicyStack
 from policies.transfers import Transfers
 
@@ -260,6 +262,24 @@ class ControlPlane:
             self._recording.planned(self._last_plan, step)
         self._verify()
         return step
+
+    def coast(self, until_clock: int, time: Callable[[StepShape], Times | None]) -> None:
+        """With `lag=0` and no step in flight: what `repeat`, launch and `report` come to, as long as steps change
+        nothing but counts, the decode group's clock stays below `until_clock`, and `time` has times for their shapes.
+        """
+        state, group = self._state, self._state.group
+        most = min(until_clock, group.next_cap()) - group.clock - 1
+        if min(most, self._repeats) < 1 or not group.members or not self.stack.ignores_reports():
+            return
+        if state.loose or state.left_group or state.copies or len(group) > self.limits.max_num_batched_tokens:
+            return
+        taken = coast(state, self._recording, self._next_index, min(most, self._repeats), time)
+        self._next_index += taken
+        self._num_repeated += taken
+        self._repeats -= taken
+        if taken:
+            state.last_launched = state.last_reported = self._next_index - 1
+        self._verify()
 
     def _ask(self, now: int) -> Plan:
         if self._held:

@@ -13,6 +13,9 @@ from collections.abc import Collection
 
 from policies.request import Request
 
+NEVER = 1 << 62
+"""A clock that is not reached."""
+
 
 class DecodeGroup:
     """Members in order of joining. Costs: join and leave O(log n), a step O(members it changes)."""
@@ -72,6 +75,16 @@ class DecodeGroup:
                 self.leave(request)
                 capped.append(request)
         return capped
+
+    def next_cap(self) -> int:
+        """The clock at which a member reaches its cap."""
+        caps = self._caps
+        while caps:
+            member = self.members.get(caps[0][1])
+            if member is not None and self._cap_of(member) == caps[0]:
+                return caps[0][0]
+            heapq.heappop(caps)  # that of one who has left
+        return NEVER
 
     def _cap_of(self, member: Request) -> tuple[int, int]:
         return (self.clock + member.max_tokens - member.num_output_tokens, member.id)

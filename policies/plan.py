@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from policies.request import Request, State
 from policies.shapes import StepShape
@@ -125,13 +125,15 @@ class Step:
     filled: list[tuple[Request, int, int]]
     """(request, block index, block id): blocks that generated tokens fill in this step."""
 
-    def __init__(self, index: int, plan_ns: int, wake_at: int | None = None) -> None:
+    def __init__(self, index: int, plan_ns: int, wake_at: int | None = None, **others: Any) -> None:
         # By hand: every step makes one, and a dozen calls of factories take three times as long.
         self.index, self.plan_ns, self.wake_at = index, plan_ns, wake_at
         self.decode_all, self.num_decodes, self.decode_clock, self.shape = False, 0, 0, _NO_WORK
         self.chunks, self.decodes, self.joined, self.left, self.capped = [], [], [], [], []
         self.admitted, self.resumed, self.grown, self.copies, self.filled = [], [], [], [], []
         self.preempted, self.dropped, self.refused = [], [], []
+        for name, value in others.items():
+            setattr(self, name, value)
 
     @property
     def runs(self) -> bool:

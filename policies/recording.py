@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from policies.contract import Recorder
 from policies.plan import Plan, Report, Step
 from policies.replica_state import ReplicaState
 from policies.request import Request, Slo, State
+from policies.shapes import StepShape
 
 
 class Recording:
@@ -134,6 +137,29 @@ class Recording:
                 self._recorder.step(row)
             else:
                 self._empty_rows.append(row)  # behind the row of the step in flight
+
+    def coasting(self) -> Callable[[int, tuple[int, int, int, int], StepShape, int, int], None]:
+        """What records steps that change nothing but counts (`policies.coasting`): told each one's index, times, shape,
+        decode clock and unused blocks."""
+        replica, state = self._replica, self._state
+        decision, step = self._recorder.decision, self._recorder.step
+        after = (
+            state.pool.num_idle,
+            len(state.running),
+            state.num_waiting,
+            len(state.paused),
+            None,
+            0,
+            0,
+            len(state.swapped),
+            state.host.num_free,
+        )
+
+        def record(index: int, times: tuple[int, int, int, int], shape: StepShape, clock: int, unused: int) -> None:
+            decision((replica, index, -1, "decode", shape[0], ""))
+            step((replica, index, *times, *shape[:11], clock, 0, 0, 0, unused, *after))
+
+        return record
 
     def _passed_over(self, blocked: dict[int, str], index: int) -> None:
         for request_id, reason in blocked.items():

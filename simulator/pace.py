@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from policies.coasting import Times
 from policies.plan import Step
+from policies.shapes import StepShape
 from simulator.costs.base import CostModel
 
 
@@ -64,6 +66,20 @@ class ComputedPace:
 
     def reported(self, step: Step, now: int) -> None:
         self._host_free = now + self._timings.pop(step.index)[3]
+
+    def coast(self, shape: StepShape, now: int, horizon: float, watched: bool) -> Times | None:
+        """With no step in flight: plan, launch and report the next one, as soon as that can be; None, with nothing
+        changed, where it is planned, or if `watched` ends, at `horizon` or later."""
+        plan = max(now, self._host_free, self._plan_from)
+        if plan >= horizon:
+            return None
+        prepare, device, finish = self._costs.cost(shape)
+        launch = plan + prepare
+        end = max(launch, self._device_free) + device
+        if watched and end >= horizon:
+            return None
+        self._device_free, self._host_free, self._plan_from = end, end + finish, 0
+        return plan, launch, end, device
 
     def waits_when_idle(self) -> bool:
         return True

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import simpy
 
+from policies.coasting import Times
 from policies.control_plane import ControlPlane, RequestRefused
 from policies.loop import Action, Answer, Collect, Deliver, Idle, Launch, send, step_loop
 from policies.plan import Report, Step
 from policies.request import Request, State
+from policies.shapes import StepShape
 from simulator.arrivals import Arrival
 from simulator.endings import Endings
-from simulator.pace import Pace, Timing
+from simulator.pace import ComputedPace, Pace, Timing
 
 if TYPE_CHECKING:
     from simulator.movements import Movements
@@ -267,6 +269,8 @@ class SimulatedReplica:
             return None
         horizon, lag, taken = self._env.peek(), plane.limits.lag, False
         while True:
+            if not (lag or self._in_flight) and isinstance(pace, ComputedPace):
+                self._coast(pace, horizon)
             plan_at = pace.plan_at(plane.next_step, self.now)
             if plan_at is None or plan_at >= horizon or (step := plane.repeat(plan_at)) is None:
                 break
@@ -280,6 +284,17 @@ class SimulatedReplica:
                 self.now = max(plan_at, timing.end_ns)
                 plane.report(self._report(due, timing, self.now))
         return self._in_flight[:] if taken and self._in_flight else None
+
+    def _coast(self, pace: ComputedPace, horizon: float) -> None:
+        """The same for steps that change nothing but counts."""
+
+        def time(shape: StepShape) -> Times | None:
+            times = pace.coast(shape, self.now, horizon, self.watched)
+            if times is not None:
+                self.now = times[2]
+            return times
+
+        self.plane.coast(self._endings.next_due(), time)
 
     def _report(self, step: Step, timing: Timing, now: int) -> Report:
         """Its result is known to the host."""
