@@ -53,8 +53,9 @@ class Plan:
     wake_at: int | None = None
     """Ask again at this time even if nothing happens; without effect once no request is alive."""
     repeats: int = 1
-    """Steps in which this would be the plan, this one included, as long as nothing arrives, ends or runs out: the
-    simulator takes the others without asking. Only of a plan that runs every decode and does nothing else."""
+    """Steps in which this would be the plan, this one included, as long as nothing comes in from outside and blocks
+    suffice, and where somebody waits, nobody ends: the simulator takes the others without asking. Only of a plan that
+    runs every decode and does nothing else."""
     blocked: list[tuple[Request, str]] = field(default_factory=list)
     """(request, reason): waiting requests that were looked at and passed over. For the record only."""
 

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from policies.control_plane import ControlPlane
+from policies.plan import Report, Step
 from policies.prefix import chain_key, root_key
+from policies.queues.fcfs import Fcfs
 from policies.records import STEPS
 from policies.registry import make
 from policies.replica_state import Limits
 from policies.request import Request
+from policies.schedulers.mixed import Mixed
 from policies.stack import StackSpec
 from simulator.arrivals import Arrival
 from simulator.costs.constant import LinearCost
@@ -156,6 +159,53 @@ def test_an_end_in_time_finds_the_replica_as_it_is_then(lag: int) -> None:
             ends.append((simulation.run(arrivals(5), until_ns), rows.rows))
         found.append(ends)
     assert found[0] == found[1]
+
+
+class Hearing(Fcfs):
+    """The same order by a queue that listens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[int] = []
+
+    def on_report(self, report: Report) -> None:
+        super().on_report(report)
+        self.heard.append(report.step.index)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_policy_that_listens_hears_of_every_step(lag: int) -> None:
+    limits = Limits(**{**_fields(LIMITS), "num_blocks": 400, "lag": lag})
+    found = []
+    for listens in (True, False):
+        rows, stack, queue = Rows(), StackSpec().build(block_size=4), Hearing()
+        if listens:
+            stack.scheduler = Mixed(queue)
+        assert stack.ignores_reports() != listens
+        simulation = Simulation(limits, [stack], COST, recorder=rows, check=True)
+        simulation.run(arrivals(5))
+        found.append(rows.rows)
+        if listens:
+            ran = [row[1] for row in rows.rows if len(row) > 30 and row[STEP["padded_tokens"]]]  # type: ignore[operator]
+            assert queue.heard == ran
+            assert simulation.replicas[0].plane.num_asked < 0.7 * len(ran)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_where_nobody_listens_most_steps_make_no_step_object(monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+    made = 0
+    init = Step.__init__
+
+    def counted(self: Step, *given: int, **named: int) -> None:
+        nonlocal made
+        made += 1
+        init(self, *given, **named)
+
+    monkeypatch.setattr(Step, "__init__", counted)
+    limits = Limits(**{**_fields(LIMITS), "num_blocks": 400, "prefix_caching": cached})
+    rows, _ = run(StackSpec("sarathi", admission="watermark"), limits, arrivals(5), together=True)
+    assert 0 < made < 0.5 * sum(len(row) > 30 for row in rows)
 
 
 def test_a_plan_that_repeats_is_taken_no_more_often_than_it_says() -> None:
