@@ -147,8 +147,8 @@ class SimulatedReplica:
 
     def _deliver(self, now: int) -> None:
         """Submissions in the order of their stamps, then cancellations by id: the engine's order too."""
-        arrivals, self._arrivals = self._arrivals, []
-        for arrival in arrivals:
+        arrivals, self._arrivals = self._arrivals, []  # who is refused may have others come: before the next plan
+        for arrival in sorted(arrivals, key=lambda arrival: arrival.request.key):
             with suppress(RequestRefused):  # which the control plane has recorded
                 self.plane.submit(arrival.request, now, arrival.keys, hands_off=arrival.hands_off)
                 self._endings.expect(arrival)
@@ -267,8 +267,9 @@ class SimulatedReplica:
         plane, pace = self.plane, self._pace
         if self._arrivals or self._cancellations:
             return None
-        horizon, lag, taken = self._env.peek(), plane.limits.lag, False
+        lag, taken = plane.limits.lag, False
         while True:
+            horizon = self._env.peek()  # looked up each time: who ends here may have others come
             if not (lag or self._in_flight) and isinstance(pace, ComputedPace):
                 self._coast(pace, horizon)
             plan_at = pace.plan_at(plane.next_step, self.now)

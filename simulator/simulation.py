@@ -26,7 +26,7 @@ _FEW_COLLECTIONS = (100_000, 20, 100)
 
 
 class Simulation:
-    """Replicas behind a router, fed by open-loop arrivals.
+    """Replicas behind a router, fed by arrivals, and by those that follow from ends.
 
     Args:
         limits: what each replica holds and runs.
@@ -36,9 +36,12 @@ class Simulation:
         link: of each replica, for KV that moves between them; None: a route that would move any is refused.
         recorder: takes the rows of the run; None records nothing.
         on_end: called with every request that ends.
+        followers: called with every request that ends and the time; answers who arrives because of that, at stamps that
+            are not earlier.
         check: verify the invariants after every step (slow).
         together: do not ask a policy for decode steps that it would plan alike, and take many of them in one event; the
-            records are the same without, bit for bit. Not where KV moves between replicas.
+            records are the same without, bit for bit. Not where KV moves between replicas, nor
+            behind a router with followers.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Simulation:
         link: LinkSpeed | None = None,
         recorder: Recorder | None = None,
         on_end: Callable[[Request], None] | None = None,
+        followers: Callable[[Request, int], Iterable[Arrival]] | None = None,
         check: bool = False,
         together: bool = True,
     ) -> None:
@@ -63,6 +67,7 @@ class Simulation:
         self._block_size = limits.block_size
         self._recorder = recorder
         self._user_on_end = on_end
+        self._followers = followers
         self._replica_of: dict[int, int] = {}
         self.replicas = [
             SimulatedReplica(
@@ -84,7 +89,8 @@ class Simulation:
             if isinstance(router, RebalancingRouter):
                 self.env.process(self._rebalance(router))
         for replica in self.replicas:
-            replica.together = together and self._movements is None
+            # Behind a router, who follows from an end would come in another order than the plan of that instant.
+            replica.together = together and self._movements is None and (router is None or followers is None)
 
     def run(self, arrivals: Iterable[Arrival], until_ns: int | None = None) -> int:
         """Simulate until every request has ended, or until `until_ns`. Returns the simulated time in nanoseconds.
@@ -111,11 +117,11 @@ class Simulation:
             wait = arrival.request.arrival_ns - env.now
             if wait > 0:
                 yield env.timeout(wait)
+            self._num_alive += 1
             self._admit(arrival)
         self._more_to_come = False
 
     def _admit(self, arrival: Arrival) -> None:
-        self._num_alive += 1
         if self._router is None:
             self.replicas[0].receive(arrival)
             return
@@ -200,6 +206,22 @@ class Simulation:
             self._router.on_end(request, replica, max(int(self.env.now), self.replicas[replica].now))
         if self._user_on_end is not None:
             self._user_on_end(request)
+        if self._followers is not None:
+            # Where a replica goes on by itself, it has ended, or been refused, at a time to come.
+            ended = max(int(self.env.now), request.finish_ns or 0, self.replicas[0].now if self._router is None else 0)
+            for arrival in self._followers(request, ended):
+                self._num_alive += 1
+                self._follow(arrival)
+
+    def _follow(self, arrival: Arrival) -> None:
+        """Have it come. What is due now is in the plan that follows in this instant, where no router is to be asked."""
+        wait = max(0, arrival.request.arrival_ns - int(self.env.now))
+        if not wait and self._router is None:
+            self._admit(arrival)
+            return
+        callbacks = self.env.timeout(wait).callbacks
+        assert callbacks is not None
+        callbacks.append(lambda _: self._admit(arrival))
 
 
 Intervention = Callable[[ControlPlane, int], object]

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies import registry
+from policies import random_stream, registry
+from policies.plan import Step
+from policies.records import ALIVE
 from policies.registry import PolicyError
 from policies.replica_state import Limits
-from policies.request import Request
+from policies.request import Request, State
 from policies.stack import StackSpec
-from tests.policies.decisions import assert_same_run, decisions
+from tests.policies.decisions import assert_same_run, decisions, steps
 from tests.policies.harness import STEP_NS, Drive, Job
 
 ALONE = Limits(400, 4, 1, 64, 110, prefix_caching=False)
@@ -114,6 +116,34 @@ def test_work_times_wait_is_the_same_for_every_order_on_one_server(work: list[tu
         done = Drive(ALONE, StackSpec(queue=queue), jobs).requests
         sums[queue] = sum(j.output * (r.first_scheduled_ns - r.arrival_ns) for r, j in zip(done, jobs, strict=True))
     assert len(set(sums.values())) == 1, sums
+
+
+class Memoryless(Drive):
+    """Whether a service ends is drawn step by step, the same whoever is served: sizes have no memory."""
+
+    def _execute(self, step: Step) -> list[tuple[Request, State, int]]:
+        super()._execute(step)
+        ends = random_stream.RandomStream(3, "coin").uniform(len(self.running)) < 0.2
+        running = list(self.plane.view.running.values())
+        return [(r, State.STOPPED, r.num_output_tokens) for r in running if ends and r.num_output_tokens]
+
+
+def test_if_sizes_have_no_memory_as_many_are_there_at_any_time_whatever_the_order() -> None:
+    """Oracle B3, exact where the draws are the same: one at a time, with and without being stopped."""
+    work = [Job(1, 500, 3 * i, tenant="ab"[i % 2], program=i % 3) for i in range(30)]
+    limits = Limits(400, 64, 1, 64, 600, prefix_caching=False)
+    stacks = [StackSpec(queue=queue) for queue in ("fcfs", "vtc", "drr")]
+    stacks += [
+        StackSpec("preemptive,mode=keep", q) for q in ("las,quantum_ms=0", "mlfq,quantum_ms=0.002", "plas", "ltr")
+    ]
+    present, finished = set(), set()
+    for stack in stacks:
+        drive = Memoryless(limits, stack, work)
+        present.add(tuple(sum(step[place] for place in ALIVE) for step in steps(drive)))
+        finished.add(tuple(request.finish_ns for request in drive.requests))
+    assert len(present) == 1
+    assert max(*present.pop()) > 3
+    assert len(finished) >= 4, "else the orders do not differ"
 
 
 FIVE = [(14, 3), (17, 5), (16, 4), (3, 5), (5, 4)]  # prompt, output

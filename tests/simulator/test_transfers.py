@@ -68,6 +68,7 @@ def simulate(
     costs: object = None,
     replicas: int = 2,
     keys: Sequence[Sequence[bytes]] | None = None,
+    check: bool = True,
     **limits: int,
 ) -> tuple[list[Request], Log, Simulation]:
     """Serve (arrival, prompt, output) with 4-token blocks and steps of 1,000 ns unless told otherwise."""
@@ -80,7 +81,7 @@ def simulate(
         router,  # type: ignore[arg-type]
         link=link,
         recorder=log,
-        check=True,
+        check=check,
     )
     made = [Request(i, at, prompt, output) for i, (at, prompt, output) in enumerate(requests)]
     simulation.run(Arrival(request, request.max_tokens, keys[request.id] if keys else ()) for request in made)

@@ -8,6 +8,8 @@
 | `multi-tenant` | VTC's Chatbot Arena log | Gamma, CV 1.10, and that log's 27 client shares (2.5) |
 | `reasoning` | ServeGen deepseek-r1 | 73 bursty clients of very different rates (13.4) |
 | `prefix-chat` | Mooncake conversation, with prefix blocks | Poisson sessions with turns (3.4) |
+| `sessions` | Azure 2023 conversation, growing by turns | Poisson sessions, turns after think times (2) |
+| `agents` | mini-swe-agent's, growing by tools' answers | Poisson programs, calls after tools and each other (2) |
 | `fixed` | constant | Poisson at a given rate, or all at once |
 | `uniform` | uniform in a range | Poisson at a given rate, or all at once |
 """
