@@ -76,6 +76,10 @@ class BlockPool:
         taken.reverse()
         return taken
 
+    def allocate_one(self, now: int) -> int:
+        """`allocate` of a single block."""
+        return self._free.pop() if self._free else self._evict(now)
+
     def _evict(self, now: int) -> int:
         assert self.eviction is not None  # without a cache there is no idle block to need
         victim = self.eviction.pop_victim(now)

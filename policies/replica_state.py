@@ -151,7 +151,7 @@ class ReplicaState:
 
     def decodes_that_need_a_block(self) -> list[Request]:
         size, clock = self.limits.block_size, self.group.clock
-        needy = [r for r in self.group.on_block_boundary() if r._computed + clock >= len(r._blocks) * size]
+        needy = [r for r in self.group.at_block_boundary() if r._computed + clock >= len(r._blocks) * size]
         if self.loose:
             needy += [r for r in self.loose.values() if r._computed >= len(r._blocks) * size]
         return needy

@@ -8,6 +8,7 @@ from typing import Any
 
 from policies import registry
 from policies.contract import Admission, Eviction, Preemption, Scheduler
+from policies.queued import QueuedScheduler
 from policies.registry import PolicySpec
 
 
@@ -30,6 +31,13 @@ class PolicyStack:
         """The name of a policy that plans by a cost model (it says `needs_cost = True`), or None."""
         roles = (self.scheduler, self.admission, self.preemption, self.eviction)
         return next((type(role).__name__ for role in roles if getattr(role, "needs_cost", False)), None)
+
+    def ignores_reports(self) -> bool:
+        """Whether `on_report` of none of them does anything."""
+        told: Any = self.scheduler
+        if getattr(told.on_report, "__func__", None) is QueuedScheduler.on_report:  # which tells its queue
+            told = told.queue
+        return all(getattr(policy.on_report, "does_nothing", False) for policy in (told, self.admission))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 
+from policies.decode_group import NEVER
 from policies.plan import Step
 from policies.request import Request, State
 from simulator.arrivals import Arrival
@@ -48,6 +49,15 @@ class Endings:
             if not self._check(member, ended):
                 self._push(member, step.decode_clock)
         return ended
+
+    def next_due(self) -> int:
+        """The decode clock at which the next member of the group may end."""
+        due = self._due
+        while due:
+            if due[0][1] in self._members and due[0][1] in self._truth:
+                return due[0][0]
+            heapq.heappop(due)
+        return NEVER
 
     def _push(self, request: Request, clock: int) -> None:
         left = self._truth[request.id][0] - request.num_output_tokens
