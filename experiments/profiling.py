@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -89,7 +90,9 @@ def profile(
     The result's provenance has the device, the software, the
     model and the limits; its held-out error is in its description.
     """
-    loaded = loaded or load(spec.model)
+    if loaded is None:
+        with closing(load(spec.model)) as loaded:
+            return profile(spec, seconds, loaded=loaded, on_progress=on_progress, on_start=on_start)
     parts = {"load": loaded.load_seconds}
     spec = resolved(spec, loaded)
     with timed(parts, "memory_profile"):
@@ -125,6 +128,7 @@ def profile(
         "dtype": spec.model.dtype,
         "quantization": spec.model.quantization,
         "kv_cache_dtype": spec.model.kv_cache_dtype,
+        "tensor_parallel": spec.model.tensor_parallel,
         "limits": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(limits).items()},
         "seconds": seconds,
         "seed": spec.seed,

@@ -157,6 +157,7 @@ def _start(loaded: LoadedModel, limits: Limits, attention: str, kv_dtype: torch.
     try:
         executor = Executor(loaded, limits, attention=attention, kv_dtype=kv_dtype)
         ranks.wait(started)
+        ranks.serving = True
         return executor
     except Exception as error:
         if executor is not None:
@@ -217,8 +218,10 @@ class ModelRunner:
                 self._thread.shutdown(wait=True)
         finally:
             self._executor.close()
-            if isinstance(self._ranks, Leader) and not self._ranks.failed:
-                self._ranks.wait(self._ranks.order("stop"))
+            if isinstance(self._ranks, Leader):
+                self._ranks.serving = False
+                if not self._ranks.failed:
+                    self._ranks.wait(self._ranks.order("stop"))
 
     @property
     def kv_cache(self) -> PagedKVCache:

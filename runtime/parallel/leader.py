@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 SILENCE_S = 10.0
 """Without a sign of life for so long a rank counts as hanging; they come twice a second."""
+PATIENCE = 6
+"""So many times as long while nothing is served yet: libraries that are being loaded may hold a process up."""
+STUCK_S = 20.0
+"""After a rank has failed, this process is ended where it does not come back from its card for so long."""
 END_S = 10.0
 """What a rank may take to end when it is told to."""
 EXPLAIN_S = 5.0
@@ -101,6 +105,8 @@ class Leader(Ranks):
         self._failure: str | None = None
         self._closed = False
         self._calls = 0
+        self.serving = False
+        """Whether steps may be on their way: then somebody looks for failures."""
         self.on_failure: Callable[[], None] = lambda: None
         """Called when a rank has failed, on a thread of ours."""
         self._folder = tempfile.TemporaryDirectory(prefix="diptych-ranks-", ignore_cleanup_errors=True)
@@ -172,7 +178,9 @@ class Leader(Ranks):
 
     def _watch(self) -> None:
         by_life = {follower.life: follower for follower in self.followers}
+        now = time.monotonic()
         while True:
+            before = now
             for ready in connection.wait(list(by_life), timeout=0.5):
                 follower = by_life[ready]  # type: ignore[index]
                 try:
@@ -184,11 +192,12 @@ class Leader(Ranks):
                 if self._closed and not by_life:
                     return
             now = time.monotonic()
+            limit = self._silence_s * (1 if self.serving else PATIENCE)
             for follower in by_life.values():
-                if now - follower.heard > self._silence_s and follower.answers:
-                    self._fail(
-                        f"rank {follower.shard.rank} has given no sign of life for {self._silence_s:g} s and was killed"
-                    )
+                if now - before > self._silence_s / 2:
+                    follower.heard = now  # it is this process that was held up
+                if now - follower.heard > limit and follower.answers:
+                    self._fail(f"rank {follower.shard.rank} has given no sign of life for {limit:g} s and was killed")
 
     def _hear(self, follower: _Follower, message: tuple[str, str]) -> None:
         follower.heard = time.monotonic()
@@ -209,8 +218,16 @@ class Leader(Ranks):
         logger.critical("%s; the model serves nothing any more", self._failure)
         for follower in self.followers:
             follower.process.kill()
+        if self.device.type == "cuda":
+            threading.Thread(target=self._end_if_stuck, daemon=True).start()
         ranks.abort()
         self.on_failure()
+
+    def _end_if_stuck(self) -> None:
+        time.sleep(STUCK_S)
+        if self.serving:
+            logger.critical("%s, and the card does not come back; the process ends", self._failure)
+            os._exit(1)
 
     def close(self) -> None:
         """End the other ranks. Nothing may be on its way."""

@@ -64,8 +64,9 @@ class Layout:
             self.heads = range(head * group + own.start, head * group + own.stop)
         self.inner = shard.share(config.intermediate_size, UNIT)
         self.vocab_rows = -(-config.vocab_size // shard.size)
-        if shard.size > 1:
-            self.vocab_rows = -(-self.vocab_rows // UNIT) * UNIT
+        rounded = -(-self.vocab_rows // UNIT) * UNIT
+        if shard.size > 1 and rounded * (shard.size - 1) < config.vocab_size:
+            self.vocab_rows = rounded
         start = shard.rank * self.vocab_rows
         self.vocab = range(start, max(start, min(config.vocab_size, start + self.vocab_rows)))
         """The rank's tokens; its tables have `vocab_rows` rows, as many on every rank."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,13 @@ import pytest
 import torch
 import transformers
 
+from policies.replica_state import Limits
+from policies.stack import StackSpec
+from runtime.engine import Engine, EngineDead
 from runtime.parallel.leader import Leader
+from runtime.sampling.params import SamplingParams
 from runtime.weights import LoadedModel, load_model
-from tests.runtime.engines import Rows, greedy, serve, tokens_of
+from tests.runtime.engines import Listener, Rows, greedy, serve, submit_together, tokens_of
 from tests.runtime.tiny_models import TINY
 
 EXPERTS = {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
@@ -46,8 +53,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: pytest.FixtureRequest) -> Iterator[Leader]:
-    """Rank 0, this process, with one and with three others."""
-    with Leader(request.param, "cpu") as leader:
+    """Rank 0, this process, with one and with three others. The last tests of each end them."""
+    with Leader(request.param, "cpu", silence_s=4.0) as leader:
         yield leader
 
 
@@ -73,3 +80,58 @@ def test_tokens_survive_preemption_and_prefix_hits(ranks: Leader, folders: dict[
     assert again == [[alone[4]]] * 2
     assert rows.num_preemptions > 0
     assert found[0][0].num_cached_tokens >= 40
+
+
+SAMPLED = {
+    "temperature": {"temperature": 0.9, "seed": 3},
+    "everything": {
+        "temperature": 0.8, "seed": 4, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "repetition_penalty": 1.2,
+        "min_tokens": 3, "logprobs": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SAMPLED)
+def test_sampled_tokens_equal_those_of_one_rank(ranks: Leader, folders: dict[str, str], how: str) -> None:
+    params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, **SAMPLED[how])  # type: ignore[arg-type]
+    found = []
+    for loaded in (load_model(folders["Qwen2"]), load_model(folders["Qwen2"], ranks=ranks)):
+        with serve(loaded, lag=1) as engine:
+            found.append([completion for (completion,) in engine.generate(PROMPTS, params)])
+    alone, shared = found
+    assert [c.token_ids for c in shared] == [c.token_ids for c in alone]
+    logprobs = [[one.sampled for one in c.logprobs] for c in alone]
+    assert [[one.sampled for one in c.logprobs] for c in shared] == [pytest.approx(some, abs=1e-3) for some in logprobs]
+
+
+def test_tokens_survive_swaps_to_the_memory_of_the_host(ranks: Leader, folders: dict[str, str]) -> None:
+    rows = Rows()
+    shared = load_model(folders["Llama"], ranks=ranks)
+    stack = StackSpec(preemption="last_admitted,mode=swap", admission="full_prompt").build(block_size=8)
+    limits = Limits(16, 8, max_model_len=256, lag=1, num_host_blocks=40)
+    with Engine(shared, limits, stack, recorder=rows, check=True) as engine:
+        assert tokens_of(engine.generate(PROMPTS, greedy(TOKENS))) == generate(load_model(folders["Llama"]))
+    assert sum(step["swapped_in"] for step in rows.steps) > 0
+
+
+def test_a_rank_that_dies_or_hangs_ends_every_request_with_an_error(ranks: Leader, folders: dict[str, str]) -> None:
+    """Of two ranks one is killed, of four one is stopped."""
+    last = ranks.followers[-1]
+    engine = serve(load_model(folders["Llama"], ranks=ranks), max_model_len=256)
+    with engine:
+        running = submit_together(engine, [[1, 2, 3]] * 3, greedy(200))
+        for listener in running:
+            listener.wait_for_tokens(2)
+        before = time.monotonic()
+        last.process.send_signal(signal.SIGKILL if ranks.size == 2 else signal.SIGSTOP)
+        errors = [listener.last().error for listener in running]
+        assert time.monotonic() - before < 20  # seconds, on a machine that may be busy
+        engine.wait()
+        reason = "was killed by signal 9" if ranks.size == 2 else "has given no sign of life for 4 s and was killed"
+        assert errors == [f"the engine has stopped: RankFailed: tensor-parallel rank {ranks.size - 1} {reason}"] * 3
+        with pytest.raises(EngineDead, match=reason):
+            engine.submit([1], greedy(1), Listener())
+    ranks.close()
+    for follower in ranks.followers:  # not even as zombies
+        with pytest.raises(ProcessLookupError):
+            os.kill(follower.process.pid, 0)
