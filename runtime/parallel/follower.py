@@ -94,6 +94,7 @@ def main(orders_fd: str, life_fd: str, rank: str, size: str, device_name: str, m
         ranks.join(int(rank), int(size), device, Path(meeting_place))
         follower = Follower(Shard(int(rank), int(size)), device)
         _obey(follower, orders, life)
+        follower.stop()  # a communicator does not go while there are graphs that use it
     except Exception as error:
         logger.debug("rank %s fails", rank, exc_info=True)
         life.say("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")

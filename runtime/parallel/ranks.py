@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runtime.parallel.shard import Shard
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 120.0
 """For ranks to find each other, and for what a rank waits of another on a CPU where nobody notices that it hangs."""
@@ -102,4 +105,7 @@ def leave() -> None:
 def abort() -> None:
     """Have what waits for another rank on this one's card come back, whatever is in its memory. From any thread."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
-        dist.distributed_c10d._abort_process_group()
+        try:
+            dist.distributed_c10d._abort_process_group()
+        except Exception:
+            logger.exception("the exchange between the cards cannot be broken off")

@@ -45,8 +45,8 @@ class PlainSampler:
         scores, tokens = score_chunks(own, temperature, keys, draws, self._hashed, width=self._rows)
         if self._ranks.size > 1:
             pairs = torch.stack((scores.view(torch.int32), tokens + self._vocab.start))
-            gathered = self._ranks.all_gather(pairs).permute(1, 2, 0, 3).flatten(2)  # [2, R, chunks of all]
-            scores, tokens = gathered[0].view(torch.float32), gathered[1]
+            gathered = self._ranks.all_gather(pairs).permute(1, 2, 0, 3).flatten(2).contiguous()
+            scores, tokens = gathered[0].view(torch.float32), gathered[1]  # [R, chunks of all ranks]
         merge_chunks(scores, tokens, self._vocab_size, out)
 
     def _by_torch(self, own: Tensor, temperature: Tensor, keys: Tensor, draws: Tensor, out: Tensor) -> None:

@@ -139,15 +139,15 @@ def test_a_decode_of_256_sequences_is_told_in_9_kilobytes() -> None:
 
 
 class OtherRanks(Ranks):
-    """Gathers what the others would say."""
+    """Gathers what the others have said; who speaks before them hears himself in their place."""
 
     def __init__(self, shard: Shard, said: list[torch.Tensor]) -> None:
         super().__init__(shard)
         self.said = said
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        self.said.append(x)
-        return torch.stack(self.said)
+        self.said[self.shard.rank] = x
+        return torch.stack([other if len(other) else x for other in self.said])
 
 
 class Rows:
@@ -163,18 +163,24 @@ class Rows:
         return self.parts[name][:count]
 
 
-def test_tokens_drawn_from_parts_of_the_vocabulary_are_those_drawn_from_the_whole() -> None:
+def draw_from_parts(seed: int, *, fused: bool) -> tuple[list[int], list[int], int]:
+    """Tokens of three rows drawn by one rank, and by three; and the most probable one of the first row."""
     whole, device, rows = config(4, 4), torch.device("cpu"), Rows()
-    for seed in range(20):
-        logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(seed)).round(decimals=1)  # with ties
-        expected, tokens = torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.int64)
-        PlainSampler(Layout(whole, Shard()), Ranks(), device, fused=False)(logits, rows, expected)  # type: ignore[arg-type]
-        assert expected[0] == logits[0].argmax()
-        said: list[torch.Tensor] = []
-        for rank in range(3):
-            layout = Layout(whole, Shard(rank, 3))
-            own = torch.full((3, layout.vocab_rows), torch.nan)  # what follows its own tokens is nothing
-            own[:, : len(layout.vocab)] = logits[:, layout.vocab.start : layout.vocab.stop]
-            sampler = PlainSampler(layout, OtherRanks(layout.shard, said), device, fused=False)
-            sampler(own, rows, tokens)  # type: ignore[arg-type]
-        assert tokens.tolist() == expected.tolist()
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(seed)).round(decimals=1)  # with ties
+    alone, together = torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.int64)
+    PlainSampler(Layout(whole, Shard()), Ranks(), device, fused=fused)(logits, rows, alone)  # type: ignore[arg-type]
+    said: list[torch.Tensor] = [torch.empty(0)] * 3
+    for rank in (2, 1, 0):  # the last one hears them all
+        layout = Layout(whole, Shard(rank, 3))
+        own = torch.full((3, layout.vocab_rows), torch.nan)  # what follows its own tokens is nothing
+        own[:, : len(layout.vocab)] = logits[:, layout.vocab.start : layout.vocab.stop]
+        sampler = PlainSampler(layout, OtherRanks(layout.shard, said), device, fused=fused)
+        sampler(own, rows, together)  # type: ignore[arg-type]
+    return alone.tolist(), together.tolist(), int(logits[0].argmax())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tokens_drawn_from_parts_of_the_vocabulary_are_those_drawn_from_the_whole(seed: int) -> None:
+    alone, together, best = draw_from_parts(seed, fused=False)
+    assert together == alone
+    assert alone[0] == best
