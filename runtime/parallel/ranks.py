@@ -16,8 +16,8 @@ from runtime.parallel.shard import Shard
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 120.0
-"""For ranks to find each other, and for what a rank waits of another on a CPU where nobody notices that it hangs."""
+TIMEOUT_S = 300.0
+"""For ranks to find each other, and for one to wait for another where nobody has noticed that it hangs."""
 
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in PyTorch 2.13

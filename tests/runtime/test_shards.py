@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from runtime.device_state import Arrived, StepRows
 from runtime.model_config import PRESETS, ModelConfig, ModelError
+from runtime.parallel.leader import Leader
 from runtime.parallel.ranks import Ranks
 from runtime.parallel.shard import Layout, Shard, layout_of
 from runtime.parallel.wire import Copied, StepWork, pack, unpack
@@ -64,6 +65,12 @@ def test_nine_heads_in_three_groups_are_split_as_evenly_as_groups_allow(
 def test_a_model_with_too_little_for_each_rank_is_refused_in_one_line(model: ModelConfig, size: int, what: str) -> None:
     with pytest.raises(ModelError, match=f"too few {what}.* for {size} ranks; lower --tensor-parallel$"):
         layout_of(model, Shard(0, size))
+
+
+def test_more_ranks_than_cards_are_refused_in_one_line() -> None:
+    cards = torch.cuda.device_count()
+    with pytest.raises(ModelError, match=rf"^{cards + 1} ranks from cuda:0 on need .* has {cards}; lower --tensor-par"):
+        Leader(cards + 1, "cuda:0")
 
 
 def test_random_weights_are_the_same_however_many_ranks_share_them() -> None:
