@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from experiments.backlog import ServiceGap, largest_gap
 from experiments.fairness import jain_index, service_difference, service_received
+from experiments.programs import program_samples_ms
 from experiments.records import Run
 from experiments.timeline import LittlesLaw, littles_law, time_average, timeline
 from experiments.token_times import COMPLETED, TokenTimes, token_times
@@ -102,8 +103,10 @@ def summarize(
         percentiles: which pNN_*_ms to give.
 
     `largest_service_gap` is that of `experiments.backlog`, in weighted tokens, None where no two tenants ever waited at
-    once. `slo_attainment` and `slo_goodput` go by the objectives that requests came with. `duration` (seconds) runs
-    from the first arrival to the last end. What there is nothing to compute from is None.
+    once. `slo_attainment` and `slo_goodput` go by the objectives that requests came with. Where programs have several
+    calls, `programs` counts those whose calls all completed, and `mean_program_ms` and so on are their times
+    (`experiments.programs`). `duration` (seconds) runs from the first arrival to the last end. What there is nothing to
+    compute from is None.
     Raises ValueError for an unknown objective, RunError for records that contradict themselves.
     """
     requests, frame = run.requests, per_request(run)
@@ -143,6 +146,9 @@ def summarize(
     summary["preemptions"] = int(requests["preemptions"].sum()) if run.has_steps else None
     gap = largest_gap(run)
     summary["largest_service_gap"] = None if gap is None else gap.service
+    programs = program_samples_ms(run)
+    if programs is not None:
+        summary |= {"programs": len(programs), **statistics("program", programs, percentiles)}
     return summary | _memory(run)
 
 

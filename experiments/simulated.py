@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from experiments.spec import CostSpec, RunSpec, SpecError
 from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload
 from experiments.workloads.block_keys import block_keys
+from experiments.workloads.closed_loop import Followers
 from policies import registry
+from policies.contract import Router
 from policies.model_shape import ModelShape
 from policies.registry import PolicySpec
 from policies.replica_state import Limits
@@ -73,10 +75,7 @@ def run_simulated(
     stacks = [
         build(block_size=limits.block_size, seed=spec.seed, oracle=oracle, future=future) for _ in range(spec.replicas)
     ]
-    link = link_of(spec, costs, limits) if registry.moves_kv(router_class(spec)) else None
-    router = registry.make(
-        "router", spec.policies.router, seed=spec.seed, block_size=limits.block_size, cost=costs, transfer=link
-    )
+    router, link = make_router(spec, costs, limits)
     info = run_info(
         "sim",
         spec=spec.model_dump(mode="json"),
@@ -89,8 +88,16 @@ def run_simulated(
     )
     with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions, flush_seconds=flush_seconds) as writer:
         routing = router if spec.replicas > 1 else None  # the real panel, which has one, routes nothing either
-        simulation = Simulation(limits, stacks, costs, routing, link=link, recorder=writer, on_end=on_end, check=check)
-        simulated_ns = simulation.run(arrivals_of(workload, limits))
+        arrivals, followers = arrivals_of(workload, limits)
+        simulation = Simulation(
+            *(limits, stacks, costs, routing),
+            link=link,
+            recorder=writer,
+            on_end=on_end,
+            followers=followers,
+            check=check,
+        )
+        simulated_ns = simulation.run(arrivals)
     if check:
         check_books(read_run(folder))
     return simulated_ns
@@ -99,6 +106,15 @@ def run_simulated(
 def router_class(spec: RunSpec) -> type:
     """The class of a specification's router."""
     return registry.find("router", PolicySpec.parse(spec.policies.router).name)
+
+
+def make_router(spec: RunSpec, costs: CostModel, limits: Limits) -> tuple[Router, LinkSpeed | None]:
+    """A specification's router, and the speed of the links where it moves KV. Raises PolicyError, SpecError."""
+    link = link_of(spec, costs, limits) if registry.moves_kv(router_class(spec)) else None
+    router = registry.make(
+        "router", spec.policies.router, seed=spec.seed, block_size=limits.block_size, cost=costs, transfer=link
+    )
+    return router, link
 
 
 def link_of(spec: RunSpec, costs: CostModel, limits: Limits) -> LinkSpeed:
@@ -120,6 +136,8 @@ def _future(spec: RunSpec, workload: Workload, limits: Limits) -> dict[int, list
         raise SpecError(
             "a policy that is told the block keys to come needs one replica: a router decides who gets what"
         )
+    if workload.parents is not None:
+        raise SpecError("a policy that is told the block keys to come needs arrivals that are known: no closed loop")
     return dict(enumerate(_keys(workload, limits)))
 
 
@@ -233,7 +251,27 @@ def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
     return blocks
 
 
-def arrivals_of(workload: Workload, limits: Limits) -> Iterator[Arrival]:
+Follow = Callable[[Request, int], list[Arrival]]
+
+
+def arrivals_of(workload: Workload, limits: Limits) -> tuple[Iterable[Arrival], Follow | None]:
+    """The requests that come at their times, and in a closed loop who follows from whose end."""
+    everybody = _arrivals(workload, limits)
+    if workload.parents is None:
+        return everybody, None
+    made, followers = list(everybody), Followers(workload)
+
+    def follow(request: Request, now: int) -> list[Arrival]:
+        come = []
+        for at, i in followers.ended(request.id, now):
+            made[i].request.arrival_ns = at
+            come.append(made[i])
+        return come
+
+    return [arrival for arrival in made if not arrival.request.parents], follow
+
+
+def _arrivals(workload: Workload, limits: Limits) -> Iterator[Arrival]:
     """The workload's requests, ids 0, 1, ... in order, with block keys where prefixes are cached."""
     keys = _keys(workload, limits)
     rows = zip(
@@ -243,7 +281,8 @@ def arrivals_of(workload: Workload, limits: Limits) -> Iterator[Arrival]:
     for i, ((arrival_ns, prompt, cap), known) in enumerate(zip(rows, keys, strict=False)):
         told = request_details(workload, i)
         request = Request(
-            i, arrival_ns, prompt, cap, told.tenant, told.session, told.program, (), told.priority, told.slo, told.hints
+            *(i, arrival_ns, prompt, cap, told.tenant, told.session, told.program, told.parents),
+            *(told.priority, told.slo, told.hints),
         )
         yield Arrival(request, outputs[i], known)
 
@@ -255,20 +294,27 @@ class RequestDetails:
     tenant: str
     session: int | None
     program: int | None
+    parents: tuple[int, ...]
     priority: int
     slo: Slo | None
     hints: dict[str, float]
 
 
 def request_details(workload: Workload, i: int) -> RequestDetails:
-    """The details of request i, for both panels. A session is a program too: its turns make one job."""
-    declared = workload.declared_output
+    """The details of request i, for both panels. Where nobody says otherwise a session is a program: its turns make one
+    job. Ids are numbers of the workload's requests in both panels, so parents are these."""
+    hints = {}
+    if workload.declared_output is not None:
+        hints["output_tokens"] = float(workload.declared_output[i])
+    if workload.tool is not None and workload.tool[i] >= 0:
+        hints["tool"] = float(workload.tool[i])
     session = None if workload.session is None else int(workload.session[i])
     return RequestDetails(
         tenant="" if workload.tenant is None else workload.tenant[i],
         session=session,
-        program=session,
+        program=session if workload.program is None else int(workload.program[i]),
+        parents=() if workload.parents is None else workload.parents[i],
         priority=0 if workload.priority is None else int(workload.priority[i]),
         slo=None if workload.slo is None else workload.slo[i],
-        hints={} if declared is None else {"output_tokens": float(declared[i])},
+        hints=hints,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from policies.replica_state import Limits
 from runtime.attention import AttentionShape, get_backend
-from runtime.device_state import DeviceState
+from runtime.device_state import DeviceState, StepRows
 from runtime.host_memory import HostMemory
 from runtime.kv_cache import PagedKVCache
 from runtime.model_config import ModelError
@@ -101,11 +101,15 @@ class Executor:
                     self._model, self._state, self._plain_sampler, decode_sizes, mixed_sizes, self.stream
                 )
 
+    def wait(self) -> None:
+        """Wait for the steps that are queued."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
     def close(self) -> None:
         """Wait for the steps on their way, and let the graphs and the KV cache go."""
         try:
-            if self.stream is not None:
-                self.stream.synchronize()
+            self.wait()
         finally:
             if self._host_memory is not None:
                 self._host_memory.close()
@@ -127,7 +131,7 @@ class Executor:
         if work.copies:
             assert self._host_memory is not None, "a plan without host blocks swaps nobody"
             self._host_memory.make(work.copies)
-        captured = self._captured(work)
+        captured = self.captured(rows, work.padded_tokens)
         padded = None if captured is None else (captured.num_seqs, captured.num_tokens)
         state.send(rows, work.arrived, work.temperature, work.keys, padded=padded)
         if captured is not None:
@@ -160,7 +164,8 @@ class Executor:
         parts = self._ranks.all_gather(logits)  # [size, R, rows]
         return parts.transpose(0, 1).flatten(1)[:, : self._vocab_size]
 
-    def _captured(self, work: StepWork) -> CapturedStep | None:
-        if self._graphs is None or work.padded_tokens is None:
+    def captured(self, rows: StepRows, padded_tokens: int | None) -> CapturedStep | None:
+        """The captured step that runs these rows, if one does."""
+        if self._graphs is None or padded_tokens is None:
             return None
-        return self._graphs.find(len(work.rows.slots) > work.rows.num_decodes, work.padded_tokens)
+        return self._graphs.find(len(rows.slots) > rows.num_decodes, padded_tokens)

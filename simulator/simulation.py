@@ -22,7 +22,7 @@ from simulator.replica import SimulatedReplica
 
 
 class Simulation:
-    """Replicas behind a router, fed by open-loop arrivals.
+    """Replicas behind a router, fed by arrivals, and by those that follow from ends.
 
     Args:
         limits: what each replica holds and runs.
@@ -32,6 +32,8 @@ class Simulation:
         link: of each replica, for KV that moves between them; None: a route that would move any is refused.
         recorder: takes the rows of the run; None records nothing.
         on_end: called with every request that ends.
+        followers: called with every request that ends and the time; answers who arrives because of that, at stamps that
+            are not earlier.
         check: verify the invariants after every step (slow).
         together: with one replica and neither a router, an end in time nor an interference (`at`), take decode steps
             that its policy would plan alike in one event; the records are the same without, bit for bit.
@@ -47,6 +49,7 @@ class Simulation:
         link: LinkSpeed | None = None,
         recorder: Recorder | None = None,
         on_end: Callable[[Request], None] | None = None,
+        followers: Callable[[Request, int], Iterable[Arrival]] | None = None,
         check: bool = False,
         together: bool = True,
     ) -> None:
@@ -59,6 +62,7 @@ class Simulation:
         self._block_size = limits.block_size
         self._recorder = recorder
         self._user_on_end = on_end
+        self._followers = followers
         self._replica_of: dict[int, int] = {}
         self.replicas = [
             SimulatedReplica(
@@ -102,11 +106,11 @@ class Simulation:
             wait = arrival.request.arrival_ns - env.now
             if wait > 0:
                 yield env.timeout(wait)
+            self._num_alive += 1
             self._admit(arrival)
         self._more_to_come = False
 
     def _admit(self, arrival: Arrival) -> None:
-        self._num_alive += 1
         if self._router is None:
             self.replicas[0].receive(arrival)
             return
@@ -189,6 +193,22 @@ class Simulation:
             self._router.on_end(request, replica, int(self.env.now))
         if self._user_on_end is not None:
             self._user_on_end(request)
+        if self._followers is not None:
+            # Where steps are taken together, it has ended at a time to come.
+            ended = max(int(self.env.now), request.finish_ns or 0)
+            for arrival in self._followers(request, ended):
+                self._num_alive += 1
+                self._follow(arrival)
+
+    def _follow(self, arrival: Arrival) -> None:
+        """Have it come. What is due now is in the plan that follows in this instant, where no router is to be asked."""
+        wait = max(0, arrival.request.arrival_ns - int(self.env.now))
+        if not wait and self._router is None:
+            self._admit(arrival)
+            return
+        callbacks = self.env.timeout(wait).callbacks
+        assert callbacks is not None
+        callbacks.append(lambda _: self._admit(arrival))
 
 
 Intervention = Callable[[ControlPlane, int], object]

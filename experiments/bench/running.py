@@ -55,7 +55,12 @@ class Outcome:
 
 
 def prepare(spec: BenchSpec, workload: Workload, api_key: str | None = None) -> Target:
-    """Make the prompts. Raises SpecError where the server cannot be reached or lacks what is needed for them."""
+    """Make the prompts. Raises SpecError where the server cannot be reached or lacks what is needed for them, and for a
+    closed loop, whose requests have no times of their own."""
+    if workload.parents is not None:
+        raise SpecError(
+            f"{workload.name} is a closed loop, which bench does not send; `diptych run` and `diptych simulate` do"
+        )
     with Client(spec.base_url, api_key=api_key) as client:
         try:
             prompts, made_of = make_prompts(workload, spec, client)
