@@ -13,7 +13,16 @@ import torch
 
 from experiments.records import RunWriter, read_run, run_info
 from experiments.sending import send
-from experiments.simulated import GIB, LIMITS, check_swaps, make_costs, oracle_entry
+from experiments.simulated import (
+    GIB,
+    LIMITS,
+    check_swaps,
+    clients_entry,
+    make_costs,
+    oracle_entry,
+    oracle_of,
+    patience_of,
+)
 from experiments.spec import LimitsSpec, ModelSpec, RunSpec, SpecError
 from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload, prompt_token_ids
@@ -275,7 +284,8 @@ def run_prepared(
     Raises TimeoutError where the requests have not ended after `timeout_s`; the record is then incomplete.
     """
     spec, limits, cost = prepared.spec, prepared.limits, prepared.cost
-    oracle = dict(enumerate(workload.output_tokens.tolist()))
+    patience = patience_of(spec)
+    oracle = oracle_of(workload, patience)
     build = spec.policies.stack.build
     stack = build(block_size=limits.block_size, seed=spec.seed, oracle=oracle)
     encode = None if loaded.tokenizer is None else loaded.tokenizer.encode
@@ -287,6 +297,7 @@ def run_prepared(
         stack=spec.policies.stack.as_dict(),
         clairvoyant=stack.clairvoyant,
         **oracle_entry(oracle, stack.clairvoyant),
+        **clients_entry(workload, patience),
         workload=workload.provenance,
         model=loaded.name,
         **({} if cost is None else {"cost": cost.describe()}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from policies import swapping
+from policies import live_change
 from policies.contract import CostModel, Recorder, View
 from policies.enactment import Enactment
 from policies.plan import FOREVER, Plan, Report, Step
@@ -308,14 +308,14 @@ class ControlPlane:
     # What an operator does to a replica that is running. All of it comes after the submissions and cancellations that
     # precede the next plan, and stands among that plan's decisions, so that a replay does it again.
 
-    def swap(self, policies: Mapping[str, Any], names: Mapping[str, str], now: int) -> None:
-        """Let other policy objects, by role, decide from the next plan on. No request is lost (`policies.swapping`).
+    def change_policies(self, policies: Mapping[str, Any], names: Mapping[str, str], now: int) -> None:
+        """Let other policy objects, by role, decide from the next plan on. No request is lost (`policies.live_change`).
 
         `names`: role (a scheduler's queue too) -> the policy as text, for the record.
         """
         self._advance(now)
         self._repeats = 0
-        swapping.swap(self._state, policies, now)
+        live_change.change(self._state, policies, now)
         self._record_event("swap", 0, "; ".join(f"{role}: {name}" for role, name in names.items()))
         self._empty_plans = 0
         self._verify()

@@ -73,10 +73,10 @@ class StackSpec:
     def rebuilt(
         self, changes: Mapping[str, str], *, block_size: int = 16, seed: int = 0
     ) -> tuple[StackSpec, dict[str, Any]]:
-        """The stack with other policies by role, and new objects for those that this replaces (`ControlPlane.swap`).
+        """The stack with other policies by role, and new objects for those that this replaces.
 
-        A new queue comes with a new scheduler around it. Raises `registry.PolicyError`, also for a policy that wants an
-        oracle: what is swapped in while a replica runs gets none.
+        For `ControlPlane.change_policies`. A new queue comes with a new scheduler around it. Raises
+        `registry.PolicyError`, also for a policy that wants an oracle: what is put in while a replica runs gets none.
         """
         known = [f.name for f in fields(self)]
         for role in changes:

@@ -1,9 +1,10 @@
 """What a user would decide by the simulation, and what that would cost: level 4.
 
 Capacity under an SLO is where the line between two measured loads crosses the objective: the largest load up to which
-every objective is met. A ranking counts pairs of policies that are further apart in the real panel than its noise; one
-that the simulation puts the other way round counts against it, and one that it cannot tell apart counts as nothing:
-Kendall's tau over the pairs that there is something to say of. Regret is how much worse the policy that the
+every objective is met. A ranking counts pairs of policies that are further apart in the real panel than its noise:
+than the largest difference between repeats of a cell, and than the half width of a 95% paired bootstrap over the
+requests; one that the simulation puts the other way round counts against it, and one that it cannot tell apart counts
+as nothing: Kendall's tau over the pairs that there is something to say of. Regret is how much worse the policy that the
 simulation puts first is in the real panel than the one that is best there.
 """
 
@@ -45,22 +46,26 @@ def _crossing(points: Sequence[tuple[float, float]], limit: float) -> float | No
     return float("inf")
 
 
-def tau(pairs: Mapping[str, tuple[float, float]], floor: float) -> tuple[float | None, int]:
+def tau(
+    pairs: Mapping[str, tuple[float, float]], floor: float, widths: Mapping[tuple[str, str], float]
+) -> tuple[float | None, int]:
     """Kendall's tau of policy -> (real, simulated), and the number of pairs that the real panel tells apart.
 
-    `floor`: the relative difference below which two figures are the same. None where there is no such pair.
+    Two figures are the same whose relative difference is at most `floor`, or whose difference is at most the `widths`
+    of their policies, in the figures' unit. None where no pair is apart.
     """
     total = agreeing = 0
     for one, two in combinations(pairs, 2):
-        real, simulated = (_order(pairs[one][i], pairs[two][i], floor) for i in (0, 1))
+        width = widths.get((one, two), widths.get((two, one), 0.0))
+        real, simulated = (_order(pairs[one][i], pairs[two][i], floor, width) for i in (0, 1))
         if real:
             total += 1
             agreeing += real * simulated
     return (agreeing / total if total else None), total
 
 
-def _order(a: float, b: float, floor: float) -> int:
-    if abs(a - b) <= floor * min(abs(a), abs(b)):
+def _order(a: float, b: float, floor: float, width: float) -> int:
+    if abs(a - b) <= max(floor * min(abs(a), abs(b)), width):
         return 0
     return 1 if a > b else -1
 
@@ -110,7 +115,8 @@ def decided(found: Mapping[str, Any]) -> dict[str, Any]:
                 cell["policy"]: tuple(cell["figures"][figure]) for cell in here if None not in cell["figures"][figure]
             }
             floor = _floor_of(found, work, figure)
-            value, count = tau(pairs, floor)
+            widths = {(one, two): width for one, two, width in found["noise"].get(f"{work}~{load:g}~{figure}", ())}
+            value, count = tau(pairs, floor, widths)
             rankings.append(
                 {
                     "work": work,

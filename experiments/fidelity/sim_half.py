@@ -16,8 +16,11 @@ from pydantic import TypeAdapter
 from experiments.compare import Comparison, compare
 from experiments.divergence import diff_decisions
 from experiments.fidelity.capacity import capacity, card, saturated
+from experiments.fidelity.choices import RANKED
 from experiments.fidelity.matrix import Cell
+from experiments.fidelity.noise import half_widths
 from experiments.fidelity.steps import step_errors
+from experiments.metrics import per_request
 from experiments.records import Run, RunError, read_run
 from experiments.replaying import replay_run, simulate_record
 from policies.replica_state import Limits
@@ -63,6 +66,7 @@ def evaluate(folder: Path, *, processes: int = 1, say: Callable[[str], None] = l
         "calibrations": {path.stem: _calibration(path) for path in sorted((folder / "calibrations").glob("*.json"))},
         "capacities": {work: capacity(folder, work) for work in sorted({cell.work for cell in cells})},
         "cells": results,
+        "noise": _noise(folder, cells),
         "failed": failed,
     }
     partial = folder / "fidelity.json.partial"
@@ -164,6 +168,20 @@ def _floor(folder: Path, cell: Cell, cells: Sequence[Cell]) -> dict[str, float] 
             if one and two is not None:
                 floor[key] = max(floor[key], abs(two - one) / one)
     return floor
+
+
+def _noise(folder: Path, cells: Sequence[Cell]) -> dict[str, list[tuple[str, str, float]]]:
+    """WORK~LOAD~FIGURE -> (policy, policy, milliseconds of noise between them), where three or more were run."""
+    found = {}
+    for work, load in sorted({(cell.work, cell.load) for cell in cells if cell.load is not None}):
+        here = [cell for cell in cells if (cell.work, cell.load, cell.repeat) == (work, load, 0)]
+        if len(here) < 3:
+            continue
+        frames = {cell.policy: per_request(read_run(folder / "runs" / cell.name)) for cell in here}
+        for figure in RANKED:
+            widths = half_widths(frames, figure)
+            found[f"{work}~{load:g}~{figure}"] = [(one, two, width) for (one, two), width in widths.items()]
+    return found
 
 
 def _calibration(path: Path) -> dict[str, Any]:

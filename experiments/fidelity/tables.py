@@ -169,6 +169,18 @@ def relative_error(cell: Mapping[str, Any], key: str) -> float | None:
     return None if not real or simulated is None else (simulated - real) / real
 
 
+def missed(found: Mapping[str, Any]) -> int:
+    """How many figures miss their targets: cells that decide otherwise, free-running figures, cells that failed."""
+    cells = found["cells"].values()
+    decisions = sum(not cell["decisions"]["identical"] for cell in cells)
+    figures = sum(
+        (error := relative_error(cell, key)) is not None and abs(error) > _bound(cell, key)
+        for cell in cells
+        for key in FIGURES
+    )
+    return decisions + figures + len(found["failed"])
+
+
 def _met(found: Mapping[str, Any], key: str) -> int:
     errors = [(cell, relative_error(cell, key)) for cell in found["cells"].values()]
     return sum(error is not None and abs(error) <= _bound(cell, key) for cell, error in errors)
@@ -222,7 +234,11 @@ def _rankings(found: Mapping[str, Any]) -> Iterator[str]:
         ])  # fmt: skip
     if rows:
         yield ""
-        yield f"Ranking of policies (targets: tau {TAU}, regret {REGRET:.0%}):"
+        yield (
+            f"Ranking of policies (targets: tau {TAU}, regret {REGRET:.0%}). Two tie unless they differ by more than "
+            "the noise floor (the largest difference between repeats) and than half the width of a 95% paired "
+            "bootstrap over the requests:"
+        )
         head = ["cell", "by", "policies", "noise floor", "pairs apart", "tau", "regret", ""]
         yield from _table(head, rows, left=2)
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from experiments.records.earlier import with_squares, without_squares
 from experiments.records.environment import KINDS
 from experiments.records.schema import SCHEMAS, RunError, check_columns, filled, tables_of
 
@@ -134,6 +135,14 @@ def _read_info(path: Path) -> dict[str, Any]:
 
 
 def _read_table(run: Run, table: str) -> pa.Table:
+    found = _read_parts(run, table)
+    if table == "steps" and without_squares(found):
+        decisions = run.table("decisions") if "decisions" in run.info["tables"] else None
+        return with_squares(found, decisions)
+    return found
+
+
+def _read_parts(run: Run, table: str) -> pa.Table:
     if table not in run.info["tables"]:
         why = "" if run.has_steps else ": a client measured it from outside, and sees requests alone"
         raise RunError(f"{run.folder} was recorded without {table}{why}")

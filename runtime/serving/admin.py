@@ -102,9 +102,9 @@ def router(service: Service) -> APIRouter:
                 raise ApiError(400, reason, "router") from error
             if new is None:
                 raise ApiError(400, f"router {router_name} moves KV between replicas: for simulations so far", "router")
-        answer = await command("swap", **changes) if changes else {}
+        answer = await command("change_policies", **changes) if changes else {}
         if router_name is not None:
-            replicas.swap_router(new, router_name)
+            replicas.change_router(new, router_name)
             answer = {**answer, "router": router_name}
         return answer
 

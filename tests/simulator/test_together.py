@@ -38,7 +38,7 @@ class Rows:
         self.rows.append(row)
 
 
-def arrivals(seed: int, n: int = 16) -> list[Arrival]:
+def arrivals(seed: int, n: int = 12) -> list[Arrival]:
     """Bursts with long gaps between them, so that there is now a queue and now nothing but decodes."""
     draw = np.random.default_rng(seed)
     made, at = [], 0
@@ -62,7 +62,7 @@ def run(
     """The rows, and the steps that were not asked for."""
     rows, oracle = Rows(), {a.request.id: a.output_tokens for a in todo}
     built = stack.build(block_size=4, seed=3, oracle=oracle, future={a.request.id: list(a.keys) for a in todo})
-    simulation = Simulation(limits, [built], COST, recorder=rows, check=True, together=together)
+    simulation = Simulation(limits, [built], COST, recorder=rows, check=together, together=together)
     repeated = 0
     plane = simulation.replicas[0].plane
     repeat = plane.repeat
