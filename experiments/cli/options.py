@@ -37,6 +37,10 @@ Preemption = Annotated[str | None, typer.Option(help="Whom to take memory from."
 Eviction = Annotated[str | None, typer.Option(help="Which idle cached block goes.")]
 Router = Annotated[str | None, typer.Option(help="Which replica gets a request.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder, GGUF file, hub id or preset.")]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Split each layer over N devices of this machine, from model.device on."),
+]
 HostMemory = Annotated[
     float | None,
     typer.Option(
@@ -56,6 +60,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "rate": ("workload.rate",),
     "seed": ("workload.seed", "seed"),
     "replicas": ("replicas",),
+    "tensor_parallel": ("model.tensor_parallel",),
     "link": ("link.bandwidth",),
     "host_memory": ("limits.host_memory_gib",),
     **{role: (f"policies.{role}",) for role in registry.ROLES},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,7 @@ def run(
     rate: options.Rate = None,
     seed: options.Seed = None,
     model: options.Model = None,
+    tensor_parallel: options.TensorParallel = None,
     scheduler: options.Scheduler = None,
     queue: options.Queue = None,
     admission: options.Admission = None,
@@ -195,8 +197,11 @@ def _serve(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None:
     check_servable(spec)
     workload = make_workload(spec.workload)
     console.print(f"loading {spec.model.source}")
-    loaded = load(spec.model)
-    with interruptible(folder), progress("serving", len(workload)) as bar:
+    with (
+        closing(load(spec.model)) as loaded,
+        interruptible(folder),
+        progress("serving", len(workload)) as bar,
+    ):
 
         def on_output(output: object) -> None:
             if getattr(output, "finish_reason", None) is not None:
