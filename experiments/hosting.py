@@ -80,5 +80,6 @@ def host_engine(spec: RunSpec, options: EngineOptions, on_flush: Callable[[], No
             spec.model.dtype,
             os.getpid(),
             None if options.record is None else str(options.record),
+            None if prepared.cost is None else dict(prepared.cost.describe()),
         )
         yield Hosted(engine, about, stack, spec.seed, rows)
