@@ -35,6 +35,8 @@ class SimulatedReplica:
     movements: Movements | None = None
     """Where KV moves between replicas: what carries it."""
     failed = False
+    unknown_end: Callable[[Step], simpy.Event | None] | None = None
+    """Where lengths become known as the simulation goes on: what a planned step is to wait for, if for anything."""
 
     def __init__(
         self, env: simpy.Environment, plane: ControlPlane, pace: Pace, on_end: Callable[[Request], None]
@@ -158,6 +160,10 @@ class SimulatedReplica:
         self._endings.forget(request.id)
         self._on_end(request)
 
+    def correct_length(self, arrival: Arrival) -> None:
+        """Its `output_tokens` are known now."""
+        self._endings.correct(arrival)
+
     # Requests that leave and come
 
     @property
@@ -218,6 +224,8 @@ class SimulatedReplica:
                     answer = int(env.now)
                     self._deliver(answer)
             elif isinstance(action, Launch):
+                while self.unknown_end is not None and (known := self.unknown_end(action.step)) is not None:
+                    yield known
                 self._launch(action.step, int(env.now))
             elif isinstance(action, Collect):
                 timing = pace.end_of(action.step)
