@@ -156,6 +156,8 @@ def router(service: Service) -> APIRouter:
             "now_ns": log.now_ns(),
             "output_tokens": service.metrics.num_output_tokens,
             "alive": service.metrics.alive(),
+            "stack": service.client.info.stack,
+            "router": service.client.router_name if isinstance(service.client, Coordinator) else None,
             "engines": [
                 {
                     "id": engine.id,
