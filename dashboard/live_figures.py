@@ -22,14 +22,15 @@ def live_figure(frames: Mapping[str, pd.DataFrame], error: pd.DataFrame, window_
         cols=3,
         specs=[[{}] * 3, [{}] * 3, [{"colspan": 3}, None, None]],
         horizontal_spacing=0.07,
-        vertical_spacing=0.11,
+        vertical_spacing=0.13,
         row_heights=[0.36, 0.36, 0.28],
     )
     for at, (title, columns) in enumerate(PANELS.items()):
         row, col = at // 3 + 1, at % 3 + 1
         for place, (label, frame) in enumerate(frames.items()):
             for number, column in enumerate(columns):
-                hover = f"%{{y:,.4g}}, {column.replace('_', ' ')} {{}}<extra>{label}</extra>".format(" at %{x:.1f} s")
+                what = column.replace("_", " ")
+                hover = f"{what} %{{y:,.4g}} at %{{x:.1f}} s<extra>{label}</extra>"
                 drawn = line(label, place, frame["t_s"], frame[column].round(3), not at, hover, "linear")
                 drawn.line.width = 1 if number else 2
                 figure.add_trace(drawn, row=row, col=col)
@@ -49,6 +50,6 @@ def live_figure(frames: Mapping[str, pd.DataFrame], error: pd.DataFrame, window_
     figure.update_xaxes(title_text="seconds before now", row=3, col=1)
     figure.update_yaxes(title_standoff=10, title_font_size=11)
     below = figure.layout.yaxis7.domain[1]
-    return laid_out(figure, 640).update_layout(
+    return laid_out(figure, 660).update_layout(
         legend2={"orientation": "h", "yanchor": "bottom", "y": below + 0.005, "x": 0, "title": {"text": ""}}
     )

@@ -155,6 +155,8 @@ def _draw_tiles(watch: Watch, rows: list[Difference], count: int) -> None:
         parts.append(tile(f"{latency}, mean (ms)", f"{mean.error:+.1%}", both, f"p99 {tail.error:+.1%}"))
     parts.append(value_tile("Requests compared", f"{count:,}", "came since attaching, done on both sides"))
     waits = "waits for the server to get further" if watch.twin.held else "follows the server's clock"
+    if watch.twin.catching_up:
+        waits = "catches up with what was there before"
     parts.append(value_tile("Twin behind (s)", f"{watch.lag_s:.1f}", waits))
     tiles(parts)
     about = watch.about

@@ -8,13 +8,14 @@ a token of which nobody can say yet whether it is its last stops it, until someb
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import simpy
 
-from policies.plan import Step
 from policies.request import Request
 from simulator.arrivals import Arrival
+from simulator.replica import SimulatedReplica
 from simulator.simulation import Simulation
 
 
@@ -30,7 +31,7 @@ class FedSimulation(Simulation):
         self._open: dict[int, int] = {}  # of those with an unknown length: that it is above this
         self._hold: simpy.Event | None = None  # succeeds once more is known; meanwhile the clock stands
         for replica in self.replicas:
-            replica.unknown_end = self._unknown_end
+            replica.unknown_end = partial(self._unknown_end, replica)
 
     @property
     def now_ns(self) -> int:
@@ -86,13 +87,13 @@ class FedSimulation(Simulation):
         for replica in self.replicas:
             replica.plane.close()
 
-    def _unknown_end(self, step: Step) -> simpy.Event | None:
-        """What a planned step is to wait for before its ends are asked for."""
-        for request_id, reached in self._open.items():
-            request = self._arrivals[request_id].request
-            # The tokens count the one that this step adds. None of a request's tokens but the first unknown one can
-            # be asked for, as the step that would add it waits; the last one before the cap leaves the cap alone.
-            if reached < request.num_output_tokens < request.max_tokens:
+    def _unknown_end(self, replica: SimulatedReplica) -> simpy.Event | None:
+        """What a step that has just been planned is to wait for before its ends are asked for."""
+        for request in replica.plane.view.running.values():
+            reached = self._open.get(request.id)
+            # The tokens count the one that this step adds. None beyond the first unknown one can be asked for, as the
+            # step that would add that one waits; the last one before the cap leaves only the cap.
+            if reached is not None and reached < request.num_output_tokens < request.max_tokens:
                 self._hold = self._hold or self.env.event()
                 return self._hold
         return None

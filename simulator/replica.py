@@ -35,8 +35,8 @@ class SimulatedReplica:
     movements: Movements | None = None
     """Where KV moves between replicas: what carries it."""
     failed = False
-    unknown_end: Callable[[Step], simpy.Event | None] | None = None
-    """Where lengths become known as the simulation goes on: what a planned step is to wait for, if for anything."""
+    unknown_end: Callable[[], simpy.Event | None] | None = None
+    """Where lengths become known as the simulation goes on: what the step just planned is to wait for, or None."""
 
     def __init__(
         self, env: simpy.Environment, plane: ControlPlane, pace: Pace, on_end: Callable[[Request], None]
@@ -224,7 +224,7 @@ class SimulatedReplica:
                     answer = int(env.now)
                     self._deliver(answer)
             elif isinstance(action, Launch):
-                while self.unknown_end is not None and (known := self.unknown_end(action.step)) is not None:
+                while self.unknown_end is not None and (known := self.unknown_end()) is not None:
                     yield known
                 self._launch(action.step, int(env.now))
             elif isinstance(action, Collect):

@@ -51,6 +51,8 @@ class Twin:
             raise LiveError(f"there is no twin of this server: {' '.join(str(error).split())}") from None
         self._fed: set[int] = set()
         self._reached_ns = 0
+        self.catching_up = False
+        """Whether it was out of its budget of computing before anything else stopped it."""
 
     @property
     def now_ns(self) -> int:
@@ -93,11 +95,12 @@ class Twin:
             self._simulation.reached(request_id, tokens)
 
     def advance(self, until_ns: int, budget_s: float) -> None:
-        """Go on to a time, as far as what is known and `budget_s` seconds of computing allow."""
-        deadline = time.perf_counter() + budget_s
+        """Go on to a time, as far as what is known and `budget_s` seconds of this thread's time allow."""
+        deadline = time.thread_time() + budget_s
         while not (done := self._simulation.advance(until_ns, EVENTS_AT_ONCE)):
-            if time.perf_counter() > deadline:
+            if time.thread_time() > deadline:
                 break
+        self.catching_up = not done
         standing = self._simulation.held or not done
         self._reached_ns = max(self._reached_ns, self._simulation.now_ns if standing else until_ns)
 
