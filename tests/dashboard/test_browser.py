@@ -201,7 +201,7 @@ def test_a_server_and_its_twin_are_watched_until_the_server_is_gone(page: Any, a
             assert [row.split("\t")[0] for row in rows[1:]] == [
                 f"{x} {y}" for x in ("TTFT", "TPOT", "E2E") for y in ("mean", "p99")
             ]
-            assert rows[3].split("\t")[2] == "5.00"  # with never more than two requests each token takes a step
+            assert rows[3].split("\t")[2] == "5.000"  # with never more than two requests each token takes a step
     page.get_by_text(f"nothing answers at {server.url}").wait_for(timeout=60_000)
     assert page.locator(".js-plotly-plot").count() == 1
     assert in_url(page) == {"server": server.url, "window": "30", "cost": "stated"}
