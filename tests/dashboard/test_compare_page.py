@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -11,7 +12,8 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from dashboard.ui import plain
-from experiments.compare import compare
+from experiments.cli import look
+from experiments.compare import compare, format_figure
 from experiments.metrics import per_request
 from experiments.records import read_run
 from tests.dashboard.reading import bodies, opened, table
@@ -156,3 +158,24 @@ def test_a_run_that_changes_on_disk_is_read_again(root: Path, monkeypatch: pytes
 
 def test_names_are_shown_as_they_are_and_not_as_markdown() -> None:
     assert plain("a_b*c [x](y) $z$") == "a\\_b\\*c \\[x\\]\\(y\\) \\$z\\$"
+
+
+def test_goodput_by_objectives_of_the_url_is_that_of_the_command_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = per_request(read_run(root / "gpu"))
+    ttft = float(frame["ttft_ms"].median())
+    app = page(root, monkeypatch, **{"slo-ttft": str(ttft), "slo-e2e": "2500", "slo-tpot": "nonsense"})
+    saved = root / "numbers.json"
+    look.compare(root / "gpu", root / "a model", json=saved, goodput=[f"ttft:{ttft}", "e2el:2500"])
+    pair = json.loads(saved.read_text())["throughputs"]["request_goodput"]
+    done = frame[frame["completed"] & (frame["ttft_ms"] <= ttft) & (frame["e2e_ms"] <= 2500)]
+    run = read_run(root / "gpu")
+    duration = (run.requests["finish_ns"].max() - run.requests["arrival_ns"].min()) / 1e9
+    assert 0 < pair["a"] == len(done) / duration < len(frame) / duration
+    _, cells = table(app, "metric")
+    row = next(cells for cells in cells if cells[0] == "Goodput within limits")
+    assert row[2:4] == [format_figure(pair["a"]), format_figure(pair["b"])]
+    assert any("Goodput within limits (req/s)" in body for body in bodies(app))
+    assert [box.value for box in app.number_input] == [ttft, None, 2500.0]
+    assert "slo-tpot" not in app.query_params
