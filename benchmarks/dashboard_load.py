@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from experiments.records import read_run
 from experiments.simulated import run_simulated
 from experiments.spec import check_spec
@@ -55,9 +57,24 @@ def make_runs(folder: Path) -> dict[str, dict[str, int]]:
     return sizes
 
 
+def cpu_seconds() -> dict[str, float]:
+    """Computing so far by the processes that this one has started: the dashboard's server and the browser's."""
+    total = {"server": 0.0, "browser": 0.0}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            times, command = process.cpu_times(), " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        side = "server" if "streamlit" in command or "dashboard" in command else "browser"
+        total[side] += times.user + times.system
+    return total
+
+
 def opened(context: Any, url: str, figures: int) -> dict[str, float]:
-    """Seconds until the page is open, with what came to it by then: messages of the script, and their bytes."""
+    """Seconds until the page is open, seconds of computing for it on both sides, and what came to it by then: messages
+    of the script, and their bytes."""
     page = context.new_page()
+    before = cpu_seconds()
     sizes: list[int] = []
     page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: sizes.append(len(frame))))
     begin = time.perf_counter()
@@ -66,11 +83,13 @@ def opened(context: Any, url: str, figures: int) -> dict[str, float]:
     framed = time.perf_counter()
     page.wait_for_function(OPEN, arg=figures, timeout=600_000, polling=20)
     end = time.perf_counter()
+    after = cpu_seconds()
     nodes = page.evaluate("document.querySelectorAll('*').length")
     page.close()
     return {
         "seconds": round(end - begin, 3),
         "seconds_to_frame": round(framed - begin, 3),
+        **{f"{side}_cpu_seconds": round(after[side] - before[side], 2) for side in before},
         "messages": len(sizes),
         "kilobytes": round(sum(sizes) / 1e3, 1),
         "elements": nodes,
@@ -83,6 +102,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/dashboard-load"), help="where the two runs are kept")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dashboard_load.json"))
     parser.add_argument("--times", type=int, default=5, help="how often each page is opened after the first time")
+    parser.add_argument("--pages", nargs="*", default=list(PAGES), choices=list(PAGES))
     arguments = parser.parse_args()
     sizes, load = make_runs(arguments.folder), os.getloadavg()[0]
     pages: dict[str, Any] = {}
@@ -90,6 +110,8 @@ def main() -> None:
         version = browser.version
         context = browser.new_context(viewport={"width": 1280, "height": 900})
         for name, (path, figures) in PAGES.items():
+            if name not in arguments.pages:
+                continue
             first = opened(context, f"{address}/{path}", figures)
             again = [opened(context, f"{address}/{path}", figures) for _ in range(arguments.times)]
             middle = statistics.median(each["seconds"] for each in again)
