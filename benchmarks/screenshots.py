@@ -29,7 +29,7 @@ PAGES = {
     "try": "try?n=400&rate=12&scheduler=sarathi,chunk_size=256&seed=1",
     "live": "live?window=30&server=",
 }
-WATCHED_S = 30
+WATCHED_S = 20
 """How long the live page is watched before its picture is taken."""
 
 
@@ -98,6 +98,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     with served(arguments.folder) as address, chromium() as browser:
         context = browser.new_context(color_scheme="dark" if arguments.dark else "light", reduced_motion="reduce")
+        context.set_default_timeout(120_000)  # a busy machine is slow
         page = context.new_page()
         for name, path in PAGES.items():
             if name not in arguments.pages:

@@ -49,6 +49,7 @@ def address(runs: Path, browser: Any) -> Iterator[str]:
 def shared_page(browser: Any) -> Iterator[Any]:
     """One for all tests of a file: what it has loaded of the dashboard itself stays in its cache."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    context.set_default_timeout(60_000)
     yield context.new_page()
     context.close()
 

@@ -21,7 +21,7 @@ from tests.dashboard.browser import settled
 from tests.runtime.serving.conftest import make_model
 from tests.runtime.serving.running import ADMIN_KEY, running
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 
 def opened(page: Any, url: str) -> None:
