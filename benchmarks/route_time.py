@@ -24,6 +24,8 @@ from policies import registry
 from policies.contract import Router
 from policies.prefix import chain_key, root_key
 from policies.request import Request
+from simulator.costs.constant import ConstantCost
+from simulator.links import LinkSpeed
 
 REPLICAS = (8, 64, 1_000)
 RUNNING = 16
@@ -33,6 +35,8 @@ BLOCKS = 64
 BLOCK_SIZE = 16
 NUM_BLOCKS = 8_192
 GAP_NS = 100_000
+COST = ConstantCost(1_000_000)
+LINK = LinkSpeed(5e10, 2**21)
 
 
 @dataclass(slots=True)
@@ -117,7 +121,7 @@ def main() -> None:
     for name in registry.names("router"):
         of_name = []
         for n in REPLICAS:
-            router = registry.make("router", name, seed=0, block_size=BLOCK_SIZE)
+            router = registry.make("router", name, seed=0, block_size=BLOCK_SIZE, cost=COST, transfer=LINK)
             of_name.append(measure(router, name, n, 200 if options.quick else 1_000))
         table.add_row(name, *(f"{row.route_us:,.1f} + {row.end_us:,.1f}" for row in of_name))
         rows += of_name

@@ -241,7 +241,7 @@ TITLES += ["goodput", "service gap", "preemptions", "dropped"]
 def markdown(rows: list[Row], capacities: dict[str, float]) -> Iterator[str]:
     """The tables: one a trace and load, times in seconds but TPOT in milliseconds."""
     for trace in TRACES:
-        yield f"\n## {trace.name}: capacity {capacities[trace.name]:.2f} requests/s\n"
+        yield f"\n## {trace.name}: capacity {capacities[trace.name]:.2f} requests/s"
         for load in LOADS:
             here = [row for row in rows if (row.trace, row.load) == (trace.name, load)]
             reference = next(row for row in here if (row.scheduler, row.queue) == tuple(REFERENCE.values()))

@@ -18,7 +18,7 @@ from experiments.composition import composition
 from experiments.metrics import per_request, summarize
 from experiments.records import Run, RunError, read_run
 from experiments.series import LATENCY_COLUMNS
-from experiments.simulated import make_costs, simulated_limits
+from experiments.simulated import make_costs, make_router, simulated_limits
 from experiments.spec import CostSpec, PoliciesSpec, RunSpec, SpecError, check_spec
 from experiments.timeline import timeline
 from experiments.workloads.spec import GENERATORS
@@ -119,9 +119,10 @@ def _checked(content: dict[str, Any]) -> tuple[RunSpec | None, str]:
         return None, f"{foreign[0]}: policies of your own are tried on the command line, with diptych simulate"
     try:
         spec = check_spec(content, "the form")
-        limits = simulated_limits(spec, make_costs(spec.cost or CostSpec()))
+        costs = make_costs(spec.cost or CostSpec())
+        limits = simulated_limits(spec, costs)
         spec.policies.stack.build(block_size=limits.block_size, oracle={}, future={})
-        registry.make("router", spec.policies.router, seed=spec.seed, block_size=limits.block_size)
+        make_router(spec, costs, limits)
     except (SpecError, ValueError) as error:
         return None, str(error)
     return spec, ""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from experiments.backlog import ServiceGap, largest_gap
 from experiments.fairness import jain_index, service_difference, service_received
+from experiments.programs import client_figures, program_samples_ms
 from experiments.records import Run
 from experiments.timeline import LittlesLaw, littles_law, time_average, timeline
 from experiments.token_times import COMPLETED, TokenTimes, token_times
@@ -103,8 +104,12 @@ def summarize(
         percentiles: which pNN_*_ms to give.
 
     `largest_service_gap` is that of `experiments.backlog`, in weighted tokens, None where no two tenants ever waited at
-    once. `slo_attainment` and `slo_goodput` go by the objectives that requests came with. `duration` (seconds) runs
-    from the first arrival to the last end. What there is nothing to compute from is None.
+    once. `slo_attainment` and `slo_goodput` go by the objectives that requests came with. Where programs have several
+    calls, `programs` counts those whose calls all completed, and `mean_program_ms` and so on are their times
+    (`experiments.programs`). Where clients have time-outs, `retries` are the tries beyond first ones, `answered` counts
+    the requests whose last try completed, and `mean_answer_ms` and so on are what those took from the first try on; all
+    other figures count each try as a request. `duration` (seconds) runs from the first arrival to the last end. What
+    there is nothing to compute from is None.
     Raises ValueError for an unknown objective, RunError for records that contradict themselves.
     """
     requests, frame = run.requests, per_request(run)
@@ -144,6 +149,13 @@ def summarize(
     summary["preemptions"] = int(requests["preemptions"].sum()) if run.has_steps else None
     gap = largest_gap(run)
     summary["largest_service_gap"] = None if gap is None else gap.service
+    programs = program_samples_ms(run)
+    if programs is not None:
+        summary |= {"programs": len(programs), **statistics("program", programs, percentiles)}
+    clients = client_figures(run)
+    if clients is not None:
+        retries, answered, took = clients
+        summary |= {"retries": retries, "answered": answered, **statistics("answer", took, percentiles)}
     return summary | _memory(run)
 
 

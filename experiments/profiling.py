@@ -1,24 +1,30 @@
 """Measuring a runtime's step times and fitting a cost model to them: `diptych profile`.
 
-The steps measured are the engine's own, under its own scheduler, from three kinds of rounds: bursts of requests whose
-outputs end one after another (decode batches of every size, at many contexts), single prompts (prefill chunks), and
-bursts of prompts longer than the token budget (mixed steps). With a host tier, now and then a request that decodes is
-swapped out, and comes back in the next step. Rounds are drawn from a seeded design and repeated until
-the time is up.
+The steps measured are the engine's own. First come the rounds of `experiments.profile_design`, under a scheduler whose
+token budget differs from step to step, so that chunks of all sizes begin at all positions; then one trace under one
+policy, as a server meets it: requests of the `chat` workload, kept at a few levels of concurrency. With a host tier,
+now and then a request that decodes is swapped out, and comes back in the next step.
 """
 
 from __future__ import annotations
 
+import itertools
+import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from experiments.real import load, real_limits, resolved, start_engine, warm_up
-from experiments.records import describe_environment
+from experiments.profile_design import Design, Round
+from experiments.real import Prepared, load, prepare, start_engine
+from experiments.records import describe_environment, write_compact
+from experiments.records.environment import gpu_state
+from experiments.records.schema import to_table
 from experiments.spec import RunSpec
+from experiments.workloads import WorkloadSpec, make_workload
 from policies.contract import Queue, View
 from policies.plan import Mode, Plan
 from policies.queues.fcfs import Fcfs
@@ -26,16 +32,21 @@ from policies.records import STEPS
 from policies.replica_state import Limits
 from policies.schedulers.mixed import Mixed
 from policies.stack import StackSpec
-from runtime.engine import Details
+from runtime.engine import Details, Engine
+from runtime.model_runner import ModelRunner
 from runtime.sampling.params import SamplingParams
-from runtime.startup import timed
+from runtime.sequence import Output
 from runtime.weights import LoadedModel
 from simulator.costs.fitted import FittedCost
 from simulator.costs.fitting import fit
 from simulator.costs.samples import samples_from_steps
 
-Round = list[tuple[int, int]]
-"""(prompt tokens, output tokens) of requests that are submitted together."""
+DESIGN_SHARE = 0.7
+"""Of the time, for the rounds of the design; the rest is the trace's."""
+CONCURRENCY = ((1 / 64, 1), (1 / 16, 1), (1 / 8, 1), (1 / 4, 1), (1 / 2, 2), (1, 3))
+"""Requests of the trace that are kept in flight, as a share of `max_num_seqs`; and for how long, relatively: many take
+longer until old and young ones are mixed as in the long run."""
+TRACE_REQUESTS = 2000
 
 
 @dataclass
@@ -54,19 +65,51 @@ class StepRows:
         """Not needed for a fit."""
 
 
-class SwapNowAndThen(Mixed):
-    """`mixed`, but every so many steps in which requests only decode, one of them is swapped out."""
+class ProfileScheduler(Mixed):
+    """`mixed`, but a step with others beside the prompt that it begins may have a smaller token budget; and with
+    `swaps`, every so many steps in which requests only decode, one of them is swapped out.
+
+    `vary`: whether budgets differ: one step in two has the whole one, the others log-uniform ones.
+    """
 
     EVERY = 6
+    LEAST = 32
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: Queue, seed: int, *, swaps: bool) -> None:
         super().__init__(queue)
+        self.vary = True
+        self._swaps = swaps
+        self._random = np.random.default_rng(seed)
         self._num_plans = 0
 
     def plan(self, view: View, now: int) -> Plan:
         self._num_plans += 1
-        if self._num_plans % self.EVERY or view.swapped or view.prefilling or view.num_waiting or view.num_decoding < 2:
+        if view.prefilling or view.num_waiting:
+            others = view.prefilling or view.num_decoding
+            return self._within_budget(view, now) if self.vary and others else super().plan(view, now)
+        if not self._swaps or self._num_plans % self.EVERY or view.swapped or view.num_decoding < 2:
             return super().plan(view, now)
+        return self._swap_one(view, now)
+
+    def _within_budget(self, view: View, now: int) -> Plan:
+        """Decodes, and chunks as far as the budget goes."""
+        whole = view.max_num_batched_tokens
+        budget = whole
+        if self._random.random() < 0.5 and whole > self.LEAST:
+            budget = int(np.exp(self._random.uniform(np.log(self.LEAST), np.log(whole))))
+        draft = self.start(view, now)
+        draft.run_decodes(now)
+        # Of decodes alone there is no harm in one more token: somebody has to go on.
+        draft.tokens_left = min(draft.tokens_left, max(1, budget - draft.num_tokens))
+        for request in list(view.prefilling.values()):
+            tokens = min(request.num_pending_tokens, draft.tokens_left)
+            if tokens > 0 and request.id not in draft.preempted:
+                draft.run_or_preempt(request, tokens, now)
+        if not draft.preempted:
+            self.admit_from_queue(draft, now)
+        return draft.finish()
+
+    def _swap_one(self, view: View, now: int) -> Plan:
         draft = self.start(view, now)
         running = [r for r in view.running.values() if r.num_output_tokens < r.max_tokens and draft.can_swap(r)]
         if running:
@@ -80,51 +123,51 @@ def profile(
     seconds: float,
     *,
     loaded: LoadedModel | None = None,
+    prepared: Prepared | None = None,
+    runner: ModelRunner | None = None,
     on_progress: Callable[[float], None] | None = None,
     on_start: Callable[[dict[str, float]], None] | None = None,
+    steps_to: Path | None = None,
 ) -> FittedCost:
     """Measure the runtime of a specification (model, device, limits) for about `seconds` and fit its cost model.
 
     `on_progress` gets the share of the time that has passed, `on_start` before that what the parts of the start took.
-    The result's provenance has the device, the software, the
-    model and the limits; its held-out error is in its description.
+    `prepared` and `runner` may be given where they are at hand already. `steps_to`: a Parquet file for the steps that
+    were measured. The result's provenance has the device, its clocks, the software, the model and the limits; its
+    held-out error is in its description.
     """
     loaded = loaded or load(spec.model)
-    parts = {"load": loaded.load_seconds}
-    spec = resolved(spec, loaded)
-    with timed(parts, "memory_profile"):
-        limits = real_limits(spec, loaded)
+    prepared = prepared or prepare(spec, loaded)
+    spec, limits = prepared.spec, prepared.limits
     # Prompts repeat here, and each is to be computed; and a host that waits would look like a busy one.
     uncached = replace(limits, prefix_caching=False, plan_lead_ns=None)
-    with timed(parts, "warm_up"):
-        warm_up(loaded, uncached, spec)
     recorder = StepRows()
     stack = StackSpec().build(block_size=limits.block_size)
-    if limits.num_host_blocks:
-        stack.scheduler = SwapNowAndThen(Fcfs())
-    with start_engine(loaded, uncached, stack, spec.model, recorder=recorder) as engine:
+    scheduler = ProfileScheduler(Fcfs(), spec.seed, swaps=limits.num_host_blocks > 0)
+    stack.scheduler = scheduler
+    with start_engine(loaded, uncached, stack, spec.model, recorder=recorder, runner=runner) as engine:
         if on_start is not None:
-            on_start({**parts, **engine.startup_seconds})
-        started = time.monotonic()
-        for requests in _design(uncached, spec.seed):
-            engine.generate(
-                [_prompt(length, loaded.config.vocab_size) for length, _ in requests],
-                [SamplingParams(temperature=0, max_tokens=output, ignore_eos=True) for _, output in requests],
-                [Details(forced_length=output) for _, output in requests],
-            )
-            engine.raise_if_dead()
-            passed = (time.monotonic() - started) / seconds
-            if on_progress is not None:
-                on_progress(min(1.0, passed))
-            if passed >= 1:
-                break
+            on_start({**prepared.seconds, **engine.startup_seconds})
+        before = gpu_state()
+        stream = _Stream(engine, seconds, on_progress or (lambda share: None))
+        stream.rounds(Design(uncached, spec.seed).rounds(), DESIGN_SHARE)
+        scheduler.vary = False
+        levels = [(max(1, round(share * uncached.max_num_seqs)), time) for share, time in CONCURRENCY]
+        stream.trace(_trace(uncached, spec.seed), levels)
+        after = gpu_state()
+    if steps_to is not None:
+        _save_steps(recorder.rows, steps_to)
     steps = pd.DataFrame(recorder.rows, columns=list(STEPS))
     provenance = {
         **describe_environment("real"),
+        "gpu_before": before,
+        "gpu_after": after,
         "model": loaded.name,
+        "shape": _shape_of(loaded),
         "dtype": spec.model.dtype,
         "quantization": spec.model.quantization,
         "kv_cache_dtype": spec.model.kv_cache_dtype,
+        "attention": spec.model.attention,
         "limits": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(limits).items()},
         "seconds": seconds,
         "seed": spec.seed,
@@ -133,24 +176,78 @@ def profile(
     return fit(samples_from_steps({name: steps[name].to_numpy() for name in STEPS}), provenance)
 
 
-def _prompt(length: int, vocab_size: int) -> Sequence[int]:
-    return [(7 * i) % vocab_size for i in range(length)]
+class _Stream:
+    """Keeps an engine busy until the time is up."""
+
+    def __init__(self, engine: Engine, seconds: float, on_progress: Callable[[float], None]) -> None:
+        self._engine = engine
+        self._seconds = seconds
+        self._on_progress = on_progress
+        self._started = time.monotonic()
+        vocab = engine.loaded.config.vocab_size
+        self._tokens = [(7 * i) % vocab for i in range(engine.limits.max_model_len)]
+        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._running: set[int] = set()
+
+    def rounds(self, rounds: Iterator[Round], share: float) -> None:
+        """At least one round."""
+        overlap = 0
+        for one in rounds:
+            self._wait_for(overlap)
+            for request in one.requests:
+                self._submit(*request)
+            overlap = one.overlap
+            if self._passed() >= share:
+                break
+        self._wait_for(0)
+
+    def trace(self, requests: Iterator[tuple[int, int]], levels: Sequence[tuple[int, int]]) -> None:
+        """So many in flight, each level for its share of what is left of the time."""
+        left, total = 1 - self._passed(), sum(weight for _, weight in levels)
+        until = 1 - left
+        for level, weight in levels:
+            until += left * weight / total
+            while self._passed() < until:
+                while len(self._running) < level:
+                    self._submit(*next(requests))
+                self._wait_for(level - 1)
+        for request_id in self._running:
+            self._engine.cancel(request_id)
+        self._wait_for(0)
+
+    def _passed(self) -> float:
+        share = (time.monotonic() - self._started) / self._seconds
+        self._on_progress(min(1.0, share))
+        return share
+
+    def _submit(self, prompt: int, output: int) -> None:
+        params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+        details = Details(forced_length=output)
+        self._running.add(self._engine.submit(self._tokens[:prompt], params, self._listen, details))
+
+    def _listen(self, output: Output) -> None:
+        if output.finish_reason is not None:
+            self._ended.put(output.request_id)
+
+    def _wait_for(self, running: int) -> None:
+        """Until no more than so many run."""
+        while len(self._running) > max(0, running):
+            self._running.discard(self._ended.get())
+        self._engine.raise_if_dead()
 
 
-def _design(limits: Limits, seed: int) -> Iterator[Round]:
-    """Endless rounds; each third one is of the next kind, its sizes drawn log-uniformly within the limits."""
-    random = np.random.default_rng(seed)
-    longest = min(limits.max_model_len - 1, limits.num_blocks * limits.block_size // 2)
+def _trace(limits: Limits, seed: int) -> Iterator[tuple[int, int]]:
+    """(prompt, output) tokens of the `chat` workload, over and over, cut to what a replica can hold."""
+    longest = max(2, min(limits.max_model_len, limits.num_blocks * limits.block_size // 2))
+    workload = make_workload(WorkloadSpec(name="chat", n=TRACE_REQUESTS, seed=seed, max_model_len=longest))
+    return itertools.cycle(zip(workload.prompt_tokens.tolist(), workload.output_tokens.tolist(), strict=True))
 
-    def size(largest: float) -> int:
-        return int(np.exp(random.uniform(0, np.log(max(1.0, largest)))))
 
-    while True:
-        batch = min(size(limits.max_num_seqs * 1.5), limits.max_num_seqs)
-        context = max(1, min(longest // 2, limits.num_blocks * limits.block_size // (2 * batch)))
-        room = max(1, min(longest // 2, 3 * batch))
-        yield [(size(context), max(1, (i + 1) * room // batch)) for i in range(batch)]
-        yield [(size(longest), 1)]
-        batch = min(size(limits.max_num_seqs), 6)
-        share = max(2, min(longest // 2, 2 * limits.max_num_batched_tokens // batch))
-        yield [(size(share), 2 + size(min(24, share))) for _ in range(batch)]
+def _shape_of(loaded: LoadedModel) -> dict[str, int]:
+    sizes = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+    return {name: int(getattr(loaded.config, name)) for name in (*sizes, "num_experts")}
+
+
+def _save_steps(rows: Sequence[tuple[object, ...]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_compact(to_table("steps", rows), path)

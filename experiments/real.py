@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,18 +11,30 @@ from pathlib import Path
 import torch
 
 from experiments.records import RunWriter, read_run, run_info
-from experiments.simulated import GIB, LIMITS, check_swaps, make_costs, oracle_entry, request_details
+from experiments.sending import send
+from experiments.simulated import (
+    GIB,
+    LIMITS,
+    check_swaps,
+    clients_entry,
+    make_costs,
+    oracle_entry,
+    oracle_of,
+    patience_of,
+)
 from experiments.spec import LimitsSpec, ModelSpec, RunSpec, SpecError
 from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload, prompt_token_ids
 from policies.contract import Recorder
+from policies.control_plane import ControlPlane
 from policies.replica_state import Limits
 from policies.shapes import default_capture_sizes, default_mixed_capture_sizes
-from policies.stack import PolicyStack
+from policies.stack import PolicyStack, StackSpec
 from runtime.attention import AttentionShape, get_backend
-from runtime.engine import GPU_PLAN_LEAD_NS, Details, Engine, EngineDead
+from runtime.engine import GPU_PLAN_LEAD_NS, Engine, EngineDead
 from runtime.kv_cache import bytes_per_block, num_blocks_that_fit
 from runtime.memory import free_bytes, profile_num_blocks
+from runtime.model_runner import ModelRunner
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Output
 from runtime.startup import timed
@@ -232,8 +242,31 @@ def run_real(
     workload = workload or make_workload(spec.workload)
     loaded = loaded or load(spec.model)
     prepared = prepare(spec, loaded, cost)
+    run_prepared(
+        prepared, loaded, folder, workload, overwrite=overwrite, check=check, on_output=on_output, on_start=on_start
+    )
+
+
+def run_prepared(
+    prepared: Prepared,
+    loaded: LoadedModel,
+    folder: Path,
+    workload: Workload,
+    *,
+    runner: ModelRunner | None = None,
+    overwrite: bool = False,
+    check: bool = False,
+    on_output: Callable[[Output], None] | None = None,
+    on_start: Callable[[dict[str, float]], None] | None = None,
+    timeout_s: float | None = None,
+) -> None:
+    """As `run_real`, with what is prepared already, on a runner that is there already (`start_runner`).
+
+    Raises TimeoutError where the requests have not ended after `timeout_s`; the record is then incomplete.
+    """
     spec, limits, cost = prepared.spec, prepared.limits, prepared.cost
-    oracle = dict(enumerate(workload.output_tokens.tolist()))
+    patience = patience_of(spec)
+    oracle = oracle_of(workload, patience)
     build = spec.policies.stack.build
     stack = build(block_size=limits.block_size, seed=spec.seed, oracle=oracle)
     encode = None if loaded.tokenizer is None else loaded.tokenizer.encode
@@ -245,6 +278,7 @@ def run_real(
         stack=spec.policies.stack.as_dict(),
         clairvoyant=stack.clairvoyant,
         **oracle_entry(oracle, stack.clairvoyant),
+        **clients_entry(workload, patience),
         workload=workload.provenance,
         model=loaded.name,
         **({} if cost is None else {"cost": cost.describe()}),
@@ -252,12 +286,18 @@ def run_real(
     with (
         RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions) as writer,
         start_engine(
-            loaded, limits, stack, spec.model, recorder=writer, cost=cost, seed=spec.seed, check=check
+            *(loaded, limits, stack, spec.model),
+            recorder=writer,
+            cost=cost,
+            seed=spec.seed,
+            ids_in_any_order=True,
+            check=check,
+            runner=runner,
         ) as engine,
     ):
         if on_start is not None:
             on_start({**prepared.seconds, **engine.startup_seconds})
-        _send(engine, spec, workload, prompts, on_output or (lambda output: None))
+        send(engine, spec, workload, prompts, on_output or (lambda output: None), timeout_s)
     if check:
         check_books(read_run(folder))
 
@@ -271,10 +311,13 @@ def start_engine(
     recorder: Recorder | None = None,
     cost: CostModel | None = None,
     seed: int = 0,
+    ids_in_any_order: bool = False,
     check: bool = False,
+    runner: ModelRunner | None = None,
     on_flush: Callable[[], None] | None = None,
 ) -> Engine:
-    """An engine with the specification's attention and KV cache. Raises SpecError where the memory runs out."""
+    """An engine with the specification's attention and KV cache, or on a runner that is there already. Raises SpecError
+    where the memory runs out."""
     with explained("starting the engine"):
         return Engine(
             loaded,
@@ -285,9 +328,21 @@ def start_engine(
             attention=model.attention,
             kv_dtype=kv_dtype(model),
             seed=seed,
+            ids_in_any_order=ids_in_any_order,
             check=check,
+            runner=runner,
             on_flush=on_flush,
         )
+
+
+def start_runner(loaded: LoadedModel, limits: Limits, model: ModelSpec) -> ModelRunner:
+    """A runner for several engines, one after another: KV cache and graphs are made once. To be closed by the caller.
+
+    Raises SpecError where the memory runs out.
+    """
+    with explained("starting the runner"):
+        plane = ControlPlane(limits, StackSpec().build(block_size=limits.block_size))
+        return ModelRunner(loaded, plane, attention=model.attention, kv_dtype=kv_dtype(model))
 
 
 def warm_up(loaded: LoadedModel, limits: Limits, spec: RunSpec, cost: CostModel | None = None) -> None:
@@ -305,37 +360,3 @@ def warm_up(loaded: LoadedModel, limits: Limits, spec: RunSpec, cost: CostModel 
         engine.raise_if_dead()
     if loaded.model.device.type == "cuda":
         torch.cuda.empty_cache()  # kept for the stream of an engine that is gone
-
-
-def _send(
-    engine: Engine, spec: RunSpec, workload: Workload, prompts: list[list[int]], on_output: Callable[[Output], None]
-) -> None:
-    """Hand in each request at its time, counted from now, and wait for the last one to end."""
-    ended = threading.Semaphore(0)
-
-    def listen(output: Output) -> None:
-        on_output(output)
-        if output.finish_reason is not None:
-            ended.release()
-
-    start = time.monotonic()
-    for i, arrival_ns in enumerate(workload.arrival_ns.tolist()):
-        delay = start + arrival_ns / 1e9 - time.monotonic()
-        if delay > 0:
-            time.sleep(delay)
-        engine.submit(prompts[i], _params(spec, workload, i), listen, _details(spec, workload, i))
-    for _ in range(len(workload)):
-        ended.acquire()
-    engine.raise_if_dead()
-
-
-def _params(spec: RunSpec, workload: Workload, i: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=int(workload.max_tokens[i]), ignore_eos=spec.forced_lengths)
-
-
-def _details(spec: RunSpec, workload: Workload, i: int) -> Details:
-    known = request_details(workload, i)
-    forced = int(workload.output_tokens[i]) if spec.forced_lengths else None
-    return Details(
-        known.tenant, known.session, known.program, (), known.priority, known.slo, known.hints, forced_length=forced
-    )

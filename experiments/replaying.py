@@ -1,4 +1,5 @@
-"""Decision replay: a recorded run's arrivals and step times through the simulator, whose plans must be the same."""
+"""A recorded run's requests through the simulator: with its step times (decision replay, whose plans must be the same),
+or with those of a cost model."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from policies.stack import StackSpec
 from simulator.arrivals import Arrival, Cancellation, Scheduled
 from simulator.costs.base import CostModel
 from simulator.pace import Timing
-from simulator.simulation import Intervention, replay
+from simulator.simulation import Intervention, Simulation, replay
 
 NEVER = 1 << 60
 
@@ -52,7 +53,7 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
         clairvoyant=run.clairvoyant,
         workload=run.info["workload"],
         replay_of=run.name,
-        **{name: run.info[name] for name in ("oracle", "cost") if name in run.info},
+        **{name: run.info[name] for name in ("oracle", "cost", "clients") if name in run.info},
     )
     try:
         with RunWriter(folder, info, overwrite=overwrite) as writer:
@@ -69,6 +70,38 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
     except PolicyStalled:
         if run.complete:  # otherwise it may be what ended the run itself
             raise
+
+
+def simulate_record(run: Run, costs: CostModel, folder: Path, *, overwrite: bool = False, check: bool = False) -> None:
+    """Simulate the requests of a recorded run of one replica, from their arrivals, with step times of a cost model.
+
+    Limits and policies are the record's, and so are lengths and block keys: what differs is step times alone, and what
+    comes of them. Clients' cancellations are left out. Raises RunError for a run that was cut short.
+    """
+    if not run.complete:
+        raise RunError(f"{run.folder} was cut short; only a complete run can be simulated from its record")
+    limits = TypeAdapter(Limits).validate_python(run.limits)
+    spec, seed = StackSpec(**run.info["stack"]), int(run.spec.get("seed", 0))
+    stack = spec.build(
+        block_size=limits.block_size,
+        seed=seed,
+        oracle=oracle_of(run),
+        future=_future(run) if spec.wants_future else None,
+    )
+    info = run_info(
+        "sim",
+        spec=run.spec,
+        limits=run.limits,
+        stack=run.info["stack"],
+        clairvoyant=run.clairvoyant,
+        workload=run.info["workload"],
+        simulation_of=run.name,
+        cost=costs.describe(),
+        **{name: run.info[name] for name in ("oracle",) if name in run.info},
+    )
+    arrivals = [one.arrival for one in sorted(_scheduled(run), key=lambda s: s.arrival.request.key)]
+    with RunWriter(folder, info, overwrite=overwrite) as writer:
+        Simulation(limits, [stack], costs, recorder=writer, check=check).run(arrivals)
 
 
 def oracle_of(run: Run) -> dict[int, int] | None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from experiments.clients import Clients, Patience
 from experiments.records import RunWriter, read_run, run_info
 from experiments.spec import CostSpec, RunSpec, SpecError
 from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload
 from experiments.workloads.block_keys import block_keys
 from policies import registry
+from policies.contract import Router
 from policies.model_shape import ModelShape
 from policies.registry import PolicySpec
 from policies.replica_state import Limits
@@ -67,16 +69,14 @@ def run_simulated(
     workload = workload or make_workload(spec.workload)
     costs = costs or make_costs(spec.cost or CostSpec())
     limits = limits or simulated_limits(spec, costs)
-    oracle = dict(enumerate(workload.output_tokens.tolist()))
+    patience = patience_of(spec)
+    oracle = oracle_of(workload, patience)
     future = _future(spec, workload, limits)
     build = spec.policies.stack.build
     stacks = [
         build(block_size=limits.block_size, seed=spec.seed, oracle=oracle, future=future) for _ in range(spec.replicas)
     ]
-    link = link_of(spec, costs, limits) if registry.moves_kv(router_class(spec)) else None
-    router = registry.make(
-        "router", spec.policies.router, seed=spec.seed, block_size=limits.block_size, cost=costs, transfer=link
-    )
+    router, link = make_router(spec, costs, limits)
     info = run_info(
         "sim",
         spec=spec.model_dump(mode="json"),
@@ -84,13 +84,23 @@ def run_simulated(
         stack=spec.policies.stack.as_dict(),
         clairvoyant=stacks[0].clairvoyant,
         **oracle_entry(oracle, stacks[0].clairvoyant),
+        **clients_entry(workload, patience),
         workload=workload.provenance,
         cost=costs.describe(),
     )
     with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions, flush_seconds=flush_seconds) as writer:
         routing = router if spec.replicas > 1 else None  # the real panel, which has one, routes nothing either
-        simulation = Simulation(limits, stacks, costs, routing, link=link, recorder=writer, on_end=on_end, check=check)
-        simulated_ns = simulation.run(arrivals_of(workload, limits))
+        coming = arrivals_of(workload, limits, patience)
+        simulation = Simulation(
+            *(limits, stacks, costs, routing),
+            link=link,
+            recorder=writer,
+            on_end=on_end,
+            followers=coming.followers,
+            gives_up=coming.gives_up,
+            check=check,
+        )
+        simulated_ns = simulation.run(coming.arrivals)
     if check:
         check_books(read_run(folder))
     return simulated_ns
@@ -99,6 +109,15 @@ def run_simulated(
 def router_class(spec: RunSpec) -> type:
     """The class of a specification's router."""
     return registry.find("router", PolicySpec.parse(spec.policies.router).name)
+
+
+def make_router(spec: RunSpec, costs: CostModel, limits: Limits) -> tuple[Router, LinkSpeed | None]:
+    """A specification's router, and the speed of the links where it moves KV. Raises PolicyError, SpecError."""
+    link = link_of(spec, costs, limits) if registry.moves_kv(router_class(spec)) else None
+    router = registry.make(
+        "router", spec.policies.router, seed=spec.seed, block_size=limits.block_size, cost=costs, transfer=link
+    )
+    return router, link
 
 
 def link_of(spec: RunSpec, costs: CostModel, limits: Limits) -> LinkSpeed:
@@ -120,6 +139,10 @@ def _future(spec: RunSpec, workload: Workload, limits: Limits) -> dict[int, list
         raise SpecError(
             "a policy that is told the block keys to come needs one replica: a router decides who gets what"
         )
+    if workload.parents is not None or spec.workload.timeout_s is not None:
+        raise SpecError(
+            "a policy that is told the block keys to come needs arrivals that are known: no closed loop, no timeout_s"
+        )
     return dict(enumerate(_keys(workload, limits)))
 
 
@@ -128,6 +151,25 @@ def _keys(workload: Workload, limits: Limits) -> Iterator[list[bytes]]:
     if limits.prefix_caching:
         return block_keys(workload, limits.block_size, generated=True)
     return iter([[] for _ in range(len(workload))])
+
+
+PATIENT = Patience()
+
+
+def patience_of(spec: RunSpec) -> Patience:
+    """What a specification's clients bear."""
+    seconds = spec.workload.timeout_s
+    return Patience(None if seconds is None else round(1e9 * seconds), spec.workload.retries)
+
+
+def oracle_of(workload: Workload, patience: Patience) -> dict[int, int]:
+    """The true output length of every request by id, of all tries."""
+    return dict(enumerate((1 + patience.retries) * workload.output_tokens.tolist()))
+
+
+def clients_entry(workload: Workload, patience: Patience) -> dict[str, dict[str, int]]:
+    """For run.json: what tells tries apart, where clients try again."""
+    return {} if patience.timeout_ns is None else {"clients": {"requests": len(workload), **asdict(patience)}}
 
 
 def oracle_entry(oracle: dict[int, int], clairvoyant: bool) -> dict[str, list[int]]:
@@ -233,19 +275,60 @@ def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
     return blocks
 
 
-def arrivals_of(workload: Workload, limits: Limits) -> Iterator[Arrival]:
-    """The workload's requests, ids 0, 1, ... in order, with block keys where prefixes are cached."""
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """Who comes to a simulation: at their times, and because others have ended or given up."""
+
+    arrivals: Iterable[Arrival]
+    followers: Callable[[Request, int], list[Arrival]] | None = None
+    gives_up: Callable[[Request, int], list[Arrival]] | None = None
+
+
+def arrivals_of(workload: Workload, limits: Limits, patience: Patience = PATIENT) -> Coming:
+    """The requests of a workload's clients, with block keys where prefixes are cached."""
     keys = _keys(workload, limits)
-    rows = zip(
-        *(column.tolist() for column in (workload.arrival_ns, workload.prompt_tokens, workload.max_tokens)), strict=True
+    if workload.parents is None and patience.timeout_ns is None:
+        times = workload.arrival_ns.tolist()
+        each = zip(times, keys, strict=False)
+        return Coming(_arrival(workload, i, i, at, (), known) for i, (at, known) in enumerate(each))
+    clients = Clients(workload, patience)
+    keys_of = [known for _, known in zip(range(len(workload)), keys, strict=False)]
+
+    def come(who: list[tuple[int, int]]) -> list[Arrival]:
+        return [one(at, request_id) for at, request_id in who]
+
+    def one(at: int, request_id: int) -> Arrival:
+        i, _ = clients.row(request_id)
+        arrival = _arrival(workload, i, request_id, at, clients.parents(request_id), keys_of[i])
+        arrival.timeout_ns = patience.timeout_ns
+        return arrival
+
+    return Coming(
+        come(clients.first()),
+        lambda request, now: come(clients.ended(request.id, now)),
+        None if patience.timeout_ns is None else lambda request, now: come(clients.gives_up(request.id, now)),
     )
-    outputs = workload.output_tokens.tolist()
-    for i, ((arrival_ns, prompt, cap), known) in enumerate(zip(rows, keys, strict=False)):
-        told = request_details(workload, i)
-        request = Request(
-            i, arrival_ns, prompt, cap, told.tenant, told.session, told.program, (), told.priority, told.slo, told.hints
-        )
-        yield Arrival(request, outputs[i], known)
+
+
+def _arrival(
+    workload: Workload, i: int, request_id: int, at: int, parents: tuple[int, ...], keys: list[bytes]
+) -> Arrival:
+    """Request i of a workload, as the one with this id."""
+    told = request_details(workload, i)
+    request = Request(
+        request_id,
+        at,
+        int(workload.prompt_tokens[i]),
+        int(workload.max_tokens[i]),
+        tenant=told.tenant,
+        session=told.session,
+        program=told.program,
+        parents=parents,
+        priority=told.priority,
+        slo=told.slo,
+        hints=told.hints,
+    )
+    return Arrival(request, int(workload.output_tokens[i]), keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,14 +344,19 @@ class RequestDetails:
 
 
 def request_details(workload: Workload, i: int) -> RequestDetails:
-    """The details of request i, for both panels. A session is a program too: its turns make one job."""
-    declared = workload.declared_output
+    """The details of request i, for both panels. Where nobody says otherwise a session is a program: its turns make one
+    job."""
+    hints = {}
+    if workload.declared_output is not None:
+        hints["output_tokens"] = float(workload.declared_output[i])
+    if workload.tool is not None and workload.tool[i] >= 0:
+        hints["tool"] = float(workload.tool[i])
     session = None if workload.session is None else int(workload.session[i])
     return RequestDetails(
         tenant="" if workload.tenant is None else workload.tenant[i],
         session=session,
-        program=session,
+        program=session if workload.program is None else int(workload.program[i]),
         priority=0 if workload.priority is None else int(workload.priority[i]),
         slo=None if workload.slo is None else workload.slo[i],
-        hints={} if declared is None else {"output_tokens": float(declared[i])},
+        hints=hints,
     )

@@ -29,6 +29,13 @@ class Alarms:
     def cancel(self, request: Request) -> None:
         self._set.pop(request.id, None)
 
+    @property
+    def first(self) -> int | None:
+        """The next time that is set."""
+        while self._heap and self._set.get(self._heap[0][3].id) is not self._heap[0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
     def due(self, now: int) -> Iterator[Request]:
         """Take out those whose time has come; meanwhile others may be set."""
         while self._heap and self._heap[0][0] <= now:

@@ -340,8 +340,9 @@ class PullingRouter(Router, Protocol):
     """A router that says where a request decodes only once its prefill is done (`LATER`)."""
 
     def pull(self, request: Request, replicas: Sequence[ClusterReplica], now: int) -> int | None:
-        """The replica that takes it now, or None: it waits, with its blocks, where it is. Asked about whoever waits
-        longest whenever a replica's memory may have changed. Changes nothing: the replica may have no room."""
+        """The replica that takes it now, or None: it waits, with its blocks, where it is. The one where it is: it goes
+        on there. Asked about whoever waits longest whenever a replica's memory may have changed. Changes nothing: the
+        replica may have no room."""
         ...
 
 

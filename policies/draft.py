@@ -6,8 +6,6 @@ counts. What it promises, the control plane can enact, because it counts blocks 
 
 from __future__ import annotations
 
-from copy import copy
-
 from policies.contract import Admission, Preemption, View
 from policies.plan import FOREVER, Mode, Plan
 from policies.request import Request, State
@@ -34,15 +32,17 @@ class Draft:
         self.blocks_left = view.num_free_blocks
         self.host_blocks_left = view.num_free_host_blocks
         self.admitted: list[Request] = []
-        self.preempted: dict[int, Request] = {}
+        self.preempted: dict[int, Request] = {}  # those that run until this plan
+        self.taken: dict[int, Request] = {}  # those whose blocks this plan takes, running or paused
         self._given: dict[int, tuple[int, int]] = {}  # running request -> (tokens, blocks) planned for it
         self._released: dict[int, int] = {}  # cached block -> references that this plan gives up, less those it takes
 
     def copy(self) -> Draft:
         """A draft to try something in: what is done to it leaves this one as it is."""
-        other = copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other.plan = self.plan.copy()
-        other.admitted, other.preempted = self.admitted[:], self.preempted.copy()
+        other.admitted, other.preempted, other.taken = self.admitted[:], self.preempted.copy(), self.taken.copy()
         other._given, other._released = self._given.copy(), self._released.copy()
         return other
 
@@ -67,20 +67,27 @@ class Draft:
 
     def run_decodes(self, now: int) -> None:
         """Give each decode its token, in order of admission as far as tokens go; preempt where blocks are missing."""
-        decodes, needy = self.view.num_decoding, self.view.decodes_that_need_a_block()
-        if self.preempted:
-            decodes -= self._num_decodes_stopped()
-            needy = [request for request in needy if request.id not in self.preempted]
-        if decodes <= self.tokens_left and len(needy) <= self.blocks_left:
-            self.plan.decode_all = decodes > 0
-            self._spend(decodes, len(needy))
+        if self.run_all_decodes():
             return
+        needy = self.view.decodes_that_need_a_block()
         opening = {request.id for request in needy}
         for request in list(self.view.decoding()):
             if request.id not in self.preempted and self.tokens_left:
                 blocks = int(request.id in opening)
                 if self._make_room(request, blocks, now):
                     self._give(request, 1, blocks)
+
+    def run_all_decodes(self) -> bool:
+        """Give each decode that this plan does not stop its token; all or nothing, and costs, as `run_everyone`."""
+        decodes, needy = self.view.num_decoding, self.view.decodes_that_need_a_block()
+        if self.preempted:
+            decodes -= self._num_decodes_stopped()
+            needy = [request for request in needy if request.id not in self.preempted]
+        if decodes > self.tokens_left or len(needy) > self.blocks_left:
+            return False
+        self.plan.decode_all = decodes > 0
+        self._spend(decodes, len(needy))
+        return True
 
     def run(self, request: Request, num_tokens: int) -> None:
         """Give a running request tokens that the budgets are known to have (see `make_room`)."""
@@ -129,6 +136,7 @@ class Draft:
             self.preempted[request.id] = request
             self.seqs_left += 1
         if mode is not Mode.KEEP:
+            self.taken[request.id] = request
             self.blocks_left += self.view.num_freed_by(request, self._released)
             self.host_blocks_left += request.num_host_blocks
         if mode is Mode.SWAP:

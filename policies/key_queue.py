@@ -39,7 +39,7 @@ class KeyQueue(ABC):
 
     def order(self, request: Request) -> tuple[Rank, int, int]:
         """The request's place among all requests, if its rank says something for those that run, too."""
-        return (self.rank(request), *request.key)
+        return (self.rank(request), request.arrival_ns, request.id)
 
     def preemptible(self, request: Request) -> bool:
         """Whether it may be stopped, once it runs, for a request that is ahead of it."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from copy import copy
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
@@ -60,13 +59,21 @@ class Plan:
 
     def copy(self) -> Plan:
         """A plan that can be changed without changing this one."""
-        other = copy(self)
-        for name in _CONTAINERS:
-            setattr(other, name, getattr(self, name).copy())
-        return other
-
-
-_CONTAINERS = tuple(each.name for each in fields(Plan) if each.default_factory is not MISSING)
+        return Plan(
+            self.decode_all,
+            self.decodes[:],
+            self.chunks[:],
+            self.hold.copy(),
+            self.preempt[:],
+            self.resume[:],
+            self.drop[:],
+            self.pin[:],
+            self.fetch[:],
+            self.bundles[:],
+            self.wake_at,
+            self.repeats,
+            self.blocked[:],
+        )
 
 
 class Chunk(NamedTuple):

@@ -40,18 +40,25 @@ class PromisedBlocks:
     def __init__(self) -> None:
         self._sent: dict[int, tuple[int, int]] = {}  # request id -> replica, blocks
         self._blocks: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
 
     def send(self, request: Request, replica: int, blocks: int) -> None:
         self.end(request)
         self._sent[request.id] = (replica, blocks)
         self._blocks[replica] = self._blocks.get(replica, 0) + blocks
+        self._counts[replica] = self._counts.get(replica, 0) + 1
 
     def end(self, request: Request) -> None:
         if request.id in self._sent:
             replica, blocks = self._sent.pop(request.id)
-            left = self._blocks.pop(replica) - blocks
-            if left:
-                self._blocks[replica] = left
+            self._blocks[replica] -= blocks
+            self._counts[replica] -= 1
+            if not self._counts[replica]:
+                del self._blocks[replica], self._counts[replica]
+
+    def count(self, replica: int) -> int:
+        """How many requests have blocks promised at a replica."""
+        return self._counts.get(replica, 0)
 
     def at(self, replica: Replica) -> int:
         """Blocks promised to a replica, or in use there, whichever is more."""

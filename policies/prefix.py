@@ -5,6 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+from policies.request import Request, State
+
+if TYPE_CHECKING:
+    from policies.contract import View
 
 KEY_BYTES = 16
 
@@ -30,3 +36,12 @@ def block_keys(tokens: Sequence[int], block_size: int, parent: bytes | None = No
         key = chain_key(key, tokens[end - block_size : end])
         keys.append(key)
     return keys
+
+
+def hit_tokens(request: Request, view: View) -> int:
+    """What a waiting request would find in the prefix cache: of a swapped one not all that comes back with it, of one
+    that holds its blocks nothing."""
+    if request.num_blocks:
+        return 0
+    hit = view.probe(request)
+    return len(hit.blocks) * view.block_size if request.state is State.SWAPPED else hit.num_tokens

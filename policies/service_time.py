@@ -17,8 +17,8 @@ class ServiceTime:
 
     def __init__(self) -> None:
         self._own: dict[int, int] = {}
-        self._group_ns = 0  # summed over the steps of the decode group
-        self._joined_at: dict[int, int] = {}  # member of the group -> `_group_ns` when it joined
+        self.group_ns = 0  # summed over the steps of the decode group, so far
+        self._joined_at: dict[int, int] = {}  # member of the group -> `group_ns` when it joined
         self._last_end = 0
         self._begun = False
 
@@ -26,13 +26,13 @@ class ServiceTime:
         """Before each plan: who decoded before this object was put in counts from now on."""
         if not self._begun:
             self._begun = True
-            self._joined_at.update((request.id, self._group_ns) for request in view.decoding())
+            self._joined_at.update((request.id, self.group_ns) for request in view.decoding())
 
     def of(self, request: Request) -> int:
         """Nanoseconds of service so far, as reported."""
         own = self._own.get(request.id, 0)
         joined = self._joined_at.get(request.id)
-        return own if joined is None else own + self._group_ns - joined
+        return own if joined is None else own + self.group_ns - joined
 
     def on_report(self, report: Report) -> int:
         """Take in a step, and return how long it took. Who ended with it is to be told to `forget`."""
@@ -45,8 +45,8 @@ class ServiceTime:
         if step.decode_all:
             for request in step.joined:
                 if request.id in ending or not request.gone:
-                    self._joined_at[request.id] = self._group_ns
-            self._group_ns += duration
+                    self._joined_at[request.id] = self.group_ns
+            self.group_ns += duration
             for request in step.capped:
                 self._settle(request)
         for request in (*step.decodes, *(chunk.request for chunk in step.chunks)):
@@ -67,4 +67,4 @@ class ServiceTime:
     def _settle(self, request: Request) -> None:
         joined = self._joined_at.pop(request.id, None)
         if joined is not None:
-            self._own[request.id] = self._own.get(request.id, 0) + self._group_ns - joined
+            self._own[request.id] = self._own.get(request.id, 0) + self.group_ns - joined

@@ -5,26 +5,51 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from policies.block_pool import num_blocks
 from policies.contract import View
+from policies.costing import prefill_ns, swap_ns
 from policies.draft import Draft
 from policies.plan import Mode
 from policies.request import Request
 
+MODES = ("recompute", "swap", "cheapest")
+
 
 class Taking:
-    """How memory is taken from a victim. `mode`: `recompute`, or `swap`, which recomputes too where the host has no
-    room for what the victim has computed. Raises ValueError for another one."""
+    """How memory is taken from a victim.
 
-    _swaps = False
+    `mode`: `recompute`; `swap`; or `cheapest`, which takes for each victim what the cost model says is cheaper:
+    computing its context again in one step of its own, what the prefix cache will still hold then not counted on, or
+    copying the blocks that it fills to the host and back. Where the host has no room for what the victim has computed,
+    all recompute. Raises ValueError for another one.
+    """
+
+    needs_cost = False
+    _mode = "recompute"
 
     def __init__(self, mode: str = "recompute") -> None:
-        if mode not in ("recompute", "swap"):
-            raise ValueError(f"mode must be recompute or swap, not {mode!r}")
-        self._swaps = mode == "swap"
+        if mode not in MODES:
+            raise ValueError(f"mode must be {', '.join(MODES[:-1])} or {MODES[-1]}, not {mode!r}")
+        self._mode = mode
+        self.needs_cost = mode == "cheapest"
 
     def mode_for(self, request: Request, view: View, draft: Draft) -> Mode:
         """How this one's memory is taken."""
-        return Mode.SWAP if self._swaps and draft.can_swap(request) else Mode.RECOMPUTE
+        if self._mode == "recompute" or not view.num_host_blocks or not draft.can_swap(request):
+            return Mode.RECOMPUTE
+        if self._mode == "swap":
+            return Mode.SWAP
+        recompute, swap = costs_of_taking(request, view, draft)
+        return Mode.SWAP if swap < recompute else Mode.RECOMPUTE
+
+
+def costs_of_taking(request: Request, view: View, draft: Draft) -> tuple[float, float]:
+    """Nanoseconds that recomputing and swapping a victim cost, by the cost model; a full host is no way."""
+    assert view.cost is not None, "a policy that needs a cost model is never put where there is none"
+    recompute = prefill_ns(view.cost, request.num_tokens)
+    if not view.num_host_blocks or not draft.can_swap(request):
+        return recompute, float("inf")
+    return recompute, swap_ns(view.cost, num_blocks(request.num_computed_tokens, view.block_size) * view.block_size)
 
 
 class RankedVictim(Taking, ABC):

@@ -74,7 +74,11 @@ class Engine:
         attention: as `runtime.attention.get_backend` has it: a name, a pair by phase, "auto" or "fastest".
         kv_dtype: of the KV cache; the model's own where None.
         seed: of the random draws of requests without a seed of their own.
+        ids_in_any_order: the ids that `submit` is given need not become larger, as those of a workload whose requests
+            follow from each other's ends; they must differ.
         check: verify the control plane's invariants after every step (slow).
+        runner: one to run the steps with, its KV cache and captured graphs as they are (`ModelRunner.serve`); it is
+            still open when the engine is closed. None: a new one, by `attention` and `kv_dtype`.
         on_flush: called on the engine's thread when `on_output` has been called for all that there is to tell for now,
             once a step and before the engine sleeps: so that what belongs together can be sent together.
     """
@@ -90,7 +94,9 @@ class Engine:
         attention: str = "auto",
         kv_dtype: torch.dtype | None = None,
         seed: int = 0,
+        ids_in_any_order: bool = False,
         check: bool = False,
+        runner: ModelRunner | None = None,
         on_flush: Callable[[], None] | None = None,
     ) -> None:
         if limits.max_model_len > loaded.config.max_model_len:
@@ -100,11 +106,14 @@ class Engine:
         self.loaded = loaded
         self.limits = limits
         self.tokenizer = loaded.tokenizer
-        self._intake = Intake(loaded, limits, seed)
+        self._intake = Intake(loaded, limits, seed, ids_in_any_order)
         self._eos = frozenset(loaded.config.eos_token_ids)
         self._start = time.monotonic_ns()
         self._plane = ControlPlane(limits, stack, cost=cost, recorder=recorder, on_end=self._on_end, check=check)
-        self._runner = ModelRunner(loaded, self._plane, attention=attention, kv_dtype=kv_dtype)
+        self._lent = runner is not None
+        if runner is not None:
+            runner.serve(self._plane)
+        self._runner = runner or ModelRunner(loaded, self._plane, attention=attention, kv_dtype=kv_dtype)
         self.startup_seconds = self._runner.startup_seconds
         """What the parts of the start took."""
         self._sequences: dict[int, Sequence] = {}
@@ -137,7 +146,7 @@ class Engine:
     ) -> int:
         """Hand in a request; returns its id. `on_output` is called on the engine's thread and must be quick.
 
-        Ids count up from 0; a caller with ids of its own gives larger and larger ones.
+        Ids count up from 0; a caller with ids of its own gives larger and larger ones, or see `ids_in_any_order`.
 
         The last output has a `finish_reason`; a request that can never be served gets one with an `error`. If
         `on_output` raises, that is logged, the request is cancelled, and it is not called again. Where
@@ -296,7 +305,10 @@ class Engine:
             self._error = error
             traceback.clear_frames(error.__traceback__)  # which hold the KV cache
         try:
-            self._runner.close()
+            if self._lent:
+                self._runner.wait()
+            else:
+                self._runner.close()
         except Exception:
             logger.exception("the device did not close well")  # after an error on a card, every call fails
         self._end_everybody()

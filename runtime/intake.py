@@ -35,12 +35,14 @@ class Intake:
 
     Args:
         seed: of the random draws of requests without a seed of their own.
+        ids_in_any_order: the caller's ids need not become larger; that they differ is his business.
     """
 
-    def __init__(self, loaded: LoadedModel, limits: Limits, seed: int) -> None:
+    def __init__(self, loaded: LoadedModel, limits: Limits, seed: int, ids_in_any_order: bool = False) -> None:
         self._loaded = loaded
         self._limits = limits
         self._seed = seed
+        self._any_order = ids_in_any_order
         self._next_id = 0
         tokenizer = loaded.tokenizer
         if tokenizer is not None:
@@ -87,12 +89,13 @@ class Intake:
         return IncrementalDetokenizer(self._token_bytes, self._special_ids, params)
 
     def sequence(self, entry: Entry, now: int) -> Sequence:
-        """The request, arrived at `now` (ns). Raises ValueError for an id of its own that is not above all before."""
+        """The request, arrived at `now` (ns). Raises ValueError for an id that is not above all before, where
+        that is asked for."""
         details = entry.details
         request_id = self._next_id if entry.request_id is None else entry.request_id
-        if request_id < self._next_id:
+        if request_id < self._next_id and not self._any_order:
             raise ValueError(f"request id {request_id} is not above the last one, {self._next_id - 1}")
-        self._next_id = request_id + 1
+        self._next_id = max(self._next_id, request_id + 1)
         request = Request(
             request_id,
             now,

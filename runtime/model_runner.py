@@ -55,7 +55,8 @@ class StepResult:
     """Sampled token ids, in the order of `requests`, on the host.
 
     `device_ns`: from when the device could begin (the launch, or the end of the step before) until the result was
-    there. The hand-over to the device and back is in it, so that in a simulation with these times nothing is missing.
+    there. A captured step's launch is when its graph is queued, another one's when the host begins to queue it. The way
+    to the device and back is in it, so that in a simulation with these times nothing is missing.
     `known_at`: when the host knew (`monotonic_ns`): at once where it was waiting, else when it came to ask.
     """
 
@@ -98,7 +99,7 @@ class Pending(Protocol):
         ...
 
     def ended_at(self, began_at: int) -> int:
-        """After `result`: when the step ended (`monotonic_ns`), if it began at `began_at`."""
+        """After `result`: when the step ended (`monotonic_ns`), if its turn on the device came at `began_at`."""
         ...
 
 
@@ -145,7 +146,8 @@ class Launched:
 
     step: Step
     requests: list[Request]
-    launched_at: int
+    queued_from: int  # the host begins to hand it over
+    launched_at: int  # the device may begin
     pending: Pending
 
 
@@ -191,6 +193,7 @@ class ModelRunner:
                 device=self._device,
             )
         self._host_memory: HostMemory | None = None
+        self._num_host_blocks = limits.num_host_blocks
         if limits.num_host_blocks:
             with timed(self.startup_seconds, "host_memory"):
                 self._host_memory = HostMemory(self.kv_cache, limits.num_host_blocks)
@@ -202,18 +205,7 @@ class ModelRunner:
         self._state = DeviceState(slots, limits.max_model_len, limits.block_size, self._device, fused=cuda)
         self._sampler = Sampler(loaded.config.vocab_size, self._device)
         self._sampling = SamplingState(slots, loaded.config.vocab_size, loaded.config.eos_token_ids, self._device)
-        # On the host: what the next step starts from.
-        self._free_slots = list(range(slots - 1, -1, -1))
-        self._slot_of: dict[int, int] = {}
-        self._computed = np.zeros(slots, np.int64)
-        self._prompt = np.zeros(slots, np.int64)
-        self._num_blocks = np.zeros(slots, np.int64)
-        self._group: dict[int, Request] = {}
-        self._group_rows: tuple[list[Request], Ints] | None = None  # its members and their slots, until it changes
-        self._paused: dict[int, int] = {}  # request id -> computed tokens, of one that gave up its slot, not its KV
-        # What the device does not know yet. It waits here where a step gives a request a slot and runs nothing.
-        self._arrived: list[tuple[int, Sequence, list[int]]] = []
-        self._grown: list[Request] = []
+        self._forget()
         self._last_end = 0  # when the last collected step ended
         self._recent: dict[int, deque[int]] = {}  # how long the last steps with chunks took, by their padded tokens
         self._stream: torch.cuda.Stream | None = None
@@ -231,6 +223,22 @@ class ModelRunner:
         else:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="model-runner")
 
+    def _forget(self) -> None:
+        """Nobody has a slot."""
+        slots = self._state.num_slots
+        # On the host: what the next step starts from.
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._slot_of: dict[int, int] = {}
+        self._computed = np.zeros(slots, np.int64)
+        self._prompt = np.zeros(slots, np.int64)
+        self._num_blocks = np.zeros(slots, np.int64)
+        self._group: dict[int, Request] = {}
+        self._group_rows: tuple[list[Request], Ints] | None = None  # its members and their slots, until it changes
+        self._paused: dict[int, int] = {}  # request id -> computed tokens, of one that gave up its slot, not its KV
+        # What the device does not know yet. It waits here where a step gives a request a slot and runs nothing.
+        self._arrived: list[tuple[int, Sequence, list[int]]] = []
+        self._grown: list[Request] = []
+
     def _start_on_card(self, decode_sizes: Collection[int], mixed_sizes: Collection[int]) -> None:
         from runtime.graphs import StepGraphs  # Triton is not needed elsewhere
         from runtime.kernels.sample import sample
@@ -247,6 +255,31 @@ class ModelRunner:
                 self._graphs = StepGraphs(
                     self._model, self._state, hashed_vocab, decode_sizes, mixed_sizes, self._stream
                 )
+
+    def serve(self, plane: ControlPlane) -> None:
+        """Run the steps of another control plane from now on: whoever had a slot is forgotten, the KV cache and the
+        captured graphs stay.
+
+        Raises ValueError for limits that these were not made for; fewer blocks are no matter.
+        """
+        ours, theirs = self._plane.limits, plane.limits
+        for name in ("block_size", "max_num_seqs", "max_model_len", "capture_sizes", "mixed_capture_sizes"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise ValueError(f"{name} is {getattr(ours, name)} here, and cannot become {getattr(theirs, name)}")
+        there = {"num_blocks": self.kv_cache.num_blocks, "num_host_blocks": self._num_host_blocks}
+        for name, most in there.items():
+            if getattr(theirs, name) > most:
+                raise ValueError(f"{name} is {most} here, and cannot become {getattr(theirs, name)}")
+        self.wait()
+        self._plane = plane
+        self._forget()
+
+    def wait(self) -> None:
+        """Wait for the steps on their way."""
+        if self._thread is not None:
+            self._thread.submit(lambda: None).result()
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def close(self) -> None:
         """Wait for the steps on their way, and let the thread, the graphs and the KV cache go."""
@@ -294,10 +327,13 @@ class ModelRunner:
         if not step.runs:
             return None
         inputs, requests = self._prepare(step)
-        launched_at = time.monotonic_ns()
+        queued_from = launched_at = time.monotonic_ns()
         if self._thread is not None:
-            return Launched(step, requests, launched_at, OnThread(self._thread.submit(self._run, inputs)))
-        return Launched(step, requests, launched_at, self._queue(inputs))
+            return Launched(step, requests, queued_from, launched_at, OnThread(self._thread.submit(self._run, inputs)))
+        pending = self._queue(inputs)
+        if self._captured(inputs) is not None:
+            launched_at = time.monotonic_ns()  # a graph is the last thing that is queued, and nothing runs before it
+        return Launched(step, requests, queued_from, launched_at, pending)
 
     def _leave_group(self, request: Request) -> None:
         if self._group.pop(request.id, None) is not None:
@@ -461,7 +497,8 @@ class ModelRunner:
         # A short step may have ended before the host was awake from waiting for the one before.
         began_at = max(launched.launched_at, self._last_end)
         # Being woken takes its time too; but where the host came late, the step ended before.
-        ended_at = known_at if waiting else min(known_at, launched.pending.ended_at(began_at))
+        queued_at = max(launched.queued_from, self._last_end)
+        ended_at = known_at if waiting else min(known_at, launched.pending.ended_at(queued_at))
         self._last_end = max(began_at, ended_at)
         device_ns = self._last_end - began_at
         if launched.step.chunks:

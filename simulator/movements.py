@@ -90,6 +90,10 @@ class Movements:
         if request.state is not State.MOVING:
             return True
         source, target = self._at[request.id], self._target(request, where)
+        if target is source:  # the router would have it stay
+            source.take_back(request)
+            del self._at[request.id]
+            return True
         if target is None or target.failed:
             blocks = None
         else:

@@ -144,11 +144,11 @@ class SimulatedReplica:
 
     def _deliver(self, now: int) -> None:
         """Submissions in the order of their stamps, then cancellations by id: the engine's order too."""
-        for arrival in self._arrivals:
+        arrivals, self._arrivals = self._arrivals, []  # who is refused may have others come: before the next plan
+        for arrival in sorted(arrivals, key=lambda arrival: arrival.request.key):
             with suppress(RequestRefused):  # which the control plane has recorded
                 self.plane.submit(arrival.request, now, arrival.keys, hands_off=arrival.hands_off)
                 self._endings.expect(arrival)
-        self._arrivals = []
         for request_id in sorted(self._cancellations):
             self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
         self._cancellations = []
@@ -252,11 +252,12 @@ class SimulatedReplica:
         plane, pace, now = self.plane, self._pace, int(self._env.now)
         if self._arrivals or self._cancellations:
             return None
-        horizon, lag = self._env.peek(), plane.limits.lag
+        lag = plane.limits.lag
         before = self._in_flight
         while True:
             plan_at = pace.plan_at(plane.next_step, now)
-            if plan_at is None or plan_at >= horizon or (step := plane.repeat(plan_at)) is None:
+            # Looked up each time: who ends here may have others come.
+            if plan_at is None or plan_at >= self._env.peek() or (step := plane.repeat(plan_at)) is None:
                 break
             previous = self._in_flight
             self._launch(step, plan_at)

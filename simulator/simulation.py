@@ -22,7 +22,7 @@ from simulator.replica import SimulatedReplica
 
 
 class Simulation:
-    """Replicas behind a router, fed by open-loop arrivals.
+    """Replicas behind a router, fed by arrivals, and by those that follow from ends.
 
     Args:
         limits: what each replica holds and runs.
@@ -32,6 +32,10 @@ class Simulation:
         link: of each replica, for KV that moves between them; None: a route that would move any is refused.
         recorder: takes the rows of the run; None records nothing.
         on_end: called with every request that ends.
+        followers: called with every request that ends and the time; answers who arrives because of that, at stamps that
+            are not earlier.
+        gives_up: the same, called with every request whose client gives up (`Arrival.timeout_ns`), before it is
+            cancelled.
         check: verify the invariants after every step (slow).
         together: with one replica and neither a router, an end in time nor an interference (`at`), take decode steps
             that its policy would plan alike in one event; the records are the same without, bit for bit.
@@ -47,6 +51,8 @@ class Simulation:
         link: LinkSpeed | None = None,
         recorder: Recorder | None = None,
         on_end: Callable[[Request], None] | None = None,
+        followers: Callable[[Request, int], Iterable[Arrival]] | None = None,
+        gives_up: Callable[[Request, int], Iterable[Arrival]] | None = None,
         check: bool = False,
         together: bool = True,
     ) -> None:
@@ -59,6 +65,8 @@ class Simulation:
         self._block_size = limits.block_size
         self._recorder = recorder
         self._user_on_end = on_end
+        self._followers = followers
+        self._gives_up = gives_up
         self._replica_of: dict[int, int] = {}
         self.replicas = [
             SimulatedReplica(
@@ -70,7 +78,7 @@ class Simulation:
             for i, stack in enumerate(stacks)
         ]
         # Only where nobody looks at the replica, or does anything to it, but the arrivals.
-        self._together = together and len(stacks) == 1 and router is None
+        self._together = together and len(stacks) == 1 and router is None and gives_up is None
         self._movements: Movements | None = None
         self._num_alive = 0
         self._more_to_come = True
@@ -102,11 +110,13 @@ class Simulation:
             wait = arrival.request.arrival_ns - env.now
             if wait > 0:
                 yield env.timeout(wait)
+            self._num_alive += 1
             self._admit(arrival)
         self._more_to_come = False
 
     def _admit(self, arrival: Arrival) -> None:
-        self._num_alive += 1
+        if arrival.timeout_ns is not None:
+            self._after(arrival.timeout_ns, lambda: self._client_leaves(arrival.request))
         if self._router is None:
             self.replicas[0].receive(arrival)
             return
@@ -157,9 +167,7 @@ class Simulation:
     def at(self, time_ns: int, do: Callable[[], None]) -> None:
         """Have something happen at a time, such as `cancel` or `fail`."""
         self._together = self.replicas[0].together = False  # it is to find the replica as it is then
-        callbacks = self.env.timeout(time_ns - int(self.env.now)).callbacks
-        assert callbacks is not None
-        callbacks.append(lambda _: do())
+        self._after(time_ns - int(self.env.now), do)
 
     def _rebalance(self, router: RebalancingRouter) -> Generator[simpy.Event, None, None]:
         movements = self._movements
@@ -189,6 +197,36 @@ class Simulation:
             self._router.on_end(request, replica, int(self.env.now))
         if self._user_on_end is not None:
             self._user_on_end(request)
+        if self._followers is not None:
+            # Where steps are taken together, it has ended at a time to come.
+            ended = max(int(self.env.now), request.finish_ns or 0)
+            for arrival in self._followers(request, ended):
+                self._num_alive += 1
+                self._follow(arrival)
+
+    def _follow(self, arrival: Arrival) -> None:
+        """Have it come. What is due now is in the plan that follows in this instant, where no router is to be asked."""
+        wait = max(0, arrival.request.arrival_ns - int(self.env.now))
+        if not wait and self._router is None:
+            self._admit(arrival)
+        else:
+            self._after(wait, lambda: self._admit(arrival))
+
+    def _client_leaves(self, request: Request) -> None:
+        if request.state.ended:
+            return
+        for arrival in () if self._gives_up is None else self._gives_up(request, int(self.env.now)):
+            self._num_alive += 1
+            self._follow(arrival)
+        if self._router is None:
+            self.replicas[0].cancel(request.id)  # before the next plan, as an engine is told
+        else:
+            self.cancel(request.id)
+
+    def _after(self, delay_ns: int, do: Callable[[], None]) -> None:
+        callbacks = self.env.timeout(delay_ns).callbacks
+        assert callbacks is not None
+        callbacks.append(lambda _: do())
 
 
 Intervention = Callable[[ControlPlane, int], object]

@@ -55,7 +55,14 @@ class Outcome:
 
 
 def prepare(spec: BenchSpec, workload: Workload, api_key: str | None = None) -> Target:
-    """Make the prompts. Raises SpecError where the server cannot be reached or lacks what is needed for them."""
+    """Make the prompts. Raises SpecError where the server cannot be reached or lacks what is needed for them, and for a
+    closed loop, whose requests have no times of their own."""
+    if workload.parents is not None:
+        raise SpecError(
+            f"{workload.name} is a closed loop, which bench does not send; `diptych run` and `diptych simulate` do"
+        )
+    if spec.workload.timeout_s is not None:
+        raise SpecError("workload.timeout_s: bench has no clients that try again; leave it out, or use `diptych run`")
     with Client(spec.base_url, api_key=api_key) as client:
         try:
             prompts, made_of = make_prompts(workload, spec, client)

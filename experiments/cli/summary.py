@@ -24,7 +24,14 @@ def summary_table(run: Run, of: str) -> Table:
         table.add_column(heading, justify="right")
     for metric, name in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2E")):
         table.add_row(name, *(format_figure(figures[f"{kind}_{metric}_ms"]) for kind in ("mean", "p50", "p90", "p99")))
+    if figures.get("programs"):
+        kinds = (f"{kind}_program_ms" for kind in ("mean", "p50", "p90", "p99"))
+        table.add_row(f"{figures['programs']} programs", *(format_figure(figures[kind]) for kind in kinds))
     statuses = ", ".join(f"{count} {status}" for status, count in figures["statuses"].items() if count)
+    if "retries" in figures:
+        statuses += f"; {figures['retries']} more tries, {figures['answered']} answered in the end"
+        kinds = (f"{kind}_answer_ms" for kind in ("mean", "p50", "p90", "p99"))
+        table.add_row("with retries", *(format_figure(figures[kind]) for kind in kinds))
     table.caption = Text(
         f"{format_figure(figures['request_throughput'])} requests/s, "
         f"{format_figure(figures['output_throughput'])} output tokens/s; {statuses}"

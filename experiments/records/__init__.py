@@ -13,9 +13,21 @@ A run that a client measured from outside (kind `client`) has requests and, in p
 the client's in `experiments.records.schema`.
 """
 
+from experiments.records.compact import compact_run, write_compact
 from experiments.records.environment import describe_environment, run_info
 from experiments.records.reader import Run, read_run
 from experiments.records.schema import TABLES, RunError
 from experiments.records.writer import RunWriter, check_free
 
-__all__ = ["TABLES", "Run", "RunError", "RunWriter", "check_free", "describe_environment", "read_run", "run_info"]
+__all__ = [
+    "TABLES",
+    "Run",
+    "RunError",
+    "RunWriter",
+    "check_free",
+    "compact_run",
+    "describe_environment",
+    "read_run",
+    "run_info",
+    "write_compact",
+]

@@ -106,7 +106,8 @@ def _gpus() -> dict[str, Any]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            hardware["gpus"].append({"name": properties.name, "memory_bytes": properties.total_memory})
+            gpu = {"name": properties.name, "memory_bytes": properties.total_memory}
+            hardware["gpus"].append(gpu | {"uuid": str(getattr(properties, "uuid", ""))})
         hardware["cuda"] = torch.version.cuda
     return hardware
 
@@ -122,3 +123,18 @@ def _cpu_model() -> str:
             if key.strip() in ("model name", "Model"):
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+_GPU_STATE = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.limit")
+
+
+def gpu_state() -> list[dict[str, str]]:
+    """What each GPU's driver says of it now: clocks in MHz, temperature in degrees Celsius, power in watts. Empty where
+    there is no GPU, or no nvidia-smi."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_STATE)}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines() if line.strip()]
+    return [dict(zip(_GPU_STATE, row, strict=True)) for row in rows if len(row) == len(_GPU_STATE)]

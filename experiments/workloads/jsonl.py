@@ -7,12 +7,18 @@ a request:
     {"arrival_ns": 0, "prompt_tokens": 120, "output_tokens": 40, "max_tokens": 512,
      "tenant": "a", "session": 3, "turn": 0, "priority": 1,
      "declared_output": 50, "hash_ids": [0, 7], "text": "...",
-     "slo": {"ttft_ns": 2000000000, "tpot_ns": null, "e2e_ns": null, "value": 1.0, "droppable": false}}
+     "slo": {"ttft_ns": 2000000000, "tpot_ns": null, "e2e_ns": null, "value": 1.0, "droppable": false},
+     "program": 3, "parents": [0, 2], "gap_ns": 1500000000, "tool": 1}
 
 `arrival_ns` (nanoseconds since the run began), `prompt_tokens` and `output_tokens` (the true length, hidden
 from policies) are required. `max_tokens` is the client's cap; without it on any line, all get the largest
 output. The rest is optional, but a field is on every line or on none. Lines may come in any order of
 arrival. Blank lines are skipped.
+
+With `parents` it is a closed loop: a request with some comes `gap_ns` after the last of them has ended. They are
+numbers of requests, the first in the file being 0; each has an `arrival_ns` that is not later, and at the same time
+comes first. `program` is the job that a call belongs to (without it, its session), `tool` the number of the tool that
+it asks for at its end, -1 for none.
 """
 
 from __future__ import annotations
@@ -33,10 +39,17 @@ from policies.request import Slo
 VERSION = 1
 SLO_FIELDS = tuple(field.name for field in fields(Slo))
 REQUIRED = ("arrival_ns", "prompt_tokens", "output_tokens")
-_INTEGERS = (*REQUIRED, "max_tokens", "session", "turn", "priority", "declared_output")
+_INTEGERS = (
+    *(*REQUIRED, "max_tokens", "session", "turn", "priority", "declared_output"),
+    *("program", "gap_ns", "tool"),
+)
 _POSITIVE = ("prompt_tokens", "output_tokens", "max_tokens", "declared_output")
-_INT64 = ("arrival_ns", "session")
-_OPTIONAL = ("max_tokens", "tenant", "session", "turn", "priority", "declared_output", "hash_ids", "text", "slo")
+_INT64 = ("arrival_ns", "session", "program", "gap_ns")
+_LEAST = {**dict.fromkeys(_POSITIVE, 1), "arrival_ns": 0, "gap_ns": 0, "tool": -1}
+_OPTIONAL = (
+    *("max_tokens", "tenant", "session", "turn", "priority", "declared_output", "hash_ids", "text", "slo"),
+    *("program", "parents", "gap_ns", "tool"),
+)
 _SLO = TypeAdapter(Slo | None, config=ConfigDict(extra="forbid"))
 _DEFAULT_BLOCK = 16
 
@@ -80,6 +93,7 @@ def read_jsonl(path: str | Path) -> Workload:
     header: dict[str, Any] = {}
     fields: list[str] = []
     rows: list[dict[str, Any]] = []
+    lines: list[int] = []
     for line, row in json_lines(path, float):
         if "diptych_workload" in row:
             if rows or header:
@@ -89,9 +103,11 @@ def read_jsonl(path: str | Path) -> Workload:
         if not rows:
             fields = [*REQUIRED, *(name for name in _OPTIONAL if name in row)]
         rows.append(_checked_row(path, line, row, fields))
+        lines.append(line)
         _check_blocks(path, line, row, header.get("hash_block", _DEFAULT_BLOCK))
     if not rows:
         raise TraceError(path, None, "has no request; expected one JSON object a line")
+    _check_parents(path, lines, rows)
     return _build(path, header, fields, rows)
 
 
@@ -120,9 +136,9 @@ def _checked_row(path: Path, line: int, row: dict[str, Any], fields: list[str]) 
             if type(value) is not int or not low <= value <= high:
                 expected = f"expected a whole number from {low} to {high}"
                 raise TraceError(path, line, f"{name} is {value!r:.40}; {expected}")
-        elif name == "hash_ids":
-            if not isinstance(value, list) or any(type(block) is not int for block in value):
-                raise TraceError(path, line, f"hash_ids is {value!r:.60}; expected a list of whole numbers")
+        elif name in ("hash_ids", "parents"):
+            if not isinstance(value, list) or any(type(number) is not int for number in value):
+                raise TraceError(path, line, f"{name} is {value!r:.60}; expected a list of whole numbers")
         elif name == "slo":
             _slo(path, line, value)
         elif not isinstance(value, str):
@@ -145,7 +161,7 @@ def _slo(path: Path, line: int, value: Any) -> Slo | None:
 
 def _limits(name: str) -> tuple[int, int]:
     high = 2**63 - 1 if name in _INT64 else 2**31 - 1
-    return (1 if name in _POSITIVE else 0 if name == "arrival_ns" else -high - 1), high
+    return _LEAST.get(name, -high - 1), high
 
 
 def _check_blocks(path: Path, line: int, row: dict[str, Any], hash_block: int) -> None:
@@ -157,6 +173,18 @@ def _check_blocks(path: Path, line: int, row: dict[str, Any], hash_block: int) -
     if len(row["hash_ids"]) > room:
         found = f"{len(row['hash_ids'])} hash_ids for {row['prompt_tokens']} tokens"
         raise TraceError(path, line, f"{found}; expected at most {room} (one each {hash_block} tokens)")
+
+
+def _check_parents(path: Path, lines: list[int], rows: list[dict[str, Any]]) -> None:
+    """Every parent stands before its children once the requests are sorted by arrival."""
+    for i, row in enumerate(rows):
+        for parent in row.get("parents", ()):
+            known = 0 <= parent < len(rows)
+            if not known or (rows[parent]["arrival_ns"], parent) >= (row["arrival_ns"], i):
+                what = "no request that comes before this one" if known else "no request of this file"
+                raise TraceError(path, lines[i], f"the parent {parent} is {what}; expected numbers of earlier requests")
+        if len(set(row.get("parents", ()))) < len(row.get("parents", ())):
+            raise TraceError(path, lines[i], "a parent is named twice; expected each once")
 
 
 def _build(path: Path, header: dict[str, Any], fields: list[str], rows: list[dict[str, Any]]) -> Workload:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from experiments.workloads import stats
+from experiments.workloads import closed_loop, stats
 from experiments.workloads.generators import arrivals, streams
 from policies.request import Slo
 
@@ -19,10 +19,15 @@ Int32 = NDArray[np.int32]
 Cap = int | Literal["largest", "exact"]
 
 NS_PER_S = stats.NS_PER_S
-_INT32_COLUMNS = ("prompt_tokens", "output_tokens", "max_tokens", "turn", "priority", "declared_output")
-_LIST_COLUMNS = ("tenant", "hash_ids", "texts", "slo")
-_COLUMNS = ("arrival_ns", "session", *_INT32_COLUMNS, *_LIST_COLUMNS)
-_AT_LEAST = {"arrival_ns": 0, "prompt_tokens": 1, "output_tokens": 1, "max_tokens": 1, "declared_output": 1}
+_INT32_COLUMNS = ("prompt_tokens", "output_tokens", "max_tokens", "turn", "priority", "declared_output", "tool")
+_INT64_COLUMNS = ("arrival_ns", "session", "program", "gap_ns")
+_LIST_COLUMNS = ("tenant", "hash_ids", "texts", "slo", "parents")
+_COLUMNS = (*_INT64_COLUMNS, *_INT32_COLUMNS, *_LIST_COLUMNS)
+_AT_LEAST = {
+    **dict.fromkeys(("prompt_tokens", "output_tokens", "max_tokens", "declared_output"), 1),
+    **dict.fromkeys(("arrival_ns", "gap_ns"), 0),
+    "tool": -1,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +50,11 @@ class Workload:
         hash_block: tokens in one such block (0 without hash_ids).
         texts: real prompts, or None.
         slo: each request's latency objectives, None for one that has none; or None.
+        program: int64 number of the job that a call belongs to; None: a session is one.
+        parents: row numbers of the requests, all before it, after whose ends a request comes; or None. With them the
+            workload is a closed loop, see `closed_loop`.
+        gap_ns: int64 time from the end of its last parent to a request's coming, or None (0).
+        tool: int32 number of the tool that a call asks for in the end, -1 for one that asks for none; or None.
         name: short name for tables.
         provenance: `source`, `seed`, `steps` (every transformation with its parameters). JSON values only.
 
@@ -65,17 +75,23 @@ class Workload:
     hash_block: int = 0
     texts: list[str] | None = None
     slo: list[Slo | None] | None = None
+    program: Int64 | None = None
+    parents: list[tuple[int, ...]] | None = None
+    gap_ns: Int64 | None = None
+    tool: Int32 | None = None
     name: str = "workload"
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for column in ("arrival_ns", "session", *_INT32_COLUMNS):
+        for column in (*_INT64_COLUMNS, *_INT32_COLUMNS):
             values = getattr(self, column)
             if values is not None:
                 dtype = np.int32 if column in _INT32_COLUMNS else np.int64
                 object.__setattr__(self, column, _integers(column, values, dtype))
         if self.hash_ids is not None:
             object.__setattr__(self, "hash_ids", [tuple(ids) for ids in self.hash_ids])
+        if self.parents is not None:
+            object.__setattr__(self, "parents", [tuple(of) for of in self.parents])
         if not len(self.arrival_ns):
             raise ValueError("no request is left; a workload needs at least one")
         for column in _COLUMNS:
@@ -100,6 +116,8 @@ class Workload:
             )
         if self.hash_ids is not None:
             self._check_hash_ids(self.hash_ids)
+        if self.parents is not None:
+            closed_loop.check_parents(self.parents)
 
     def _check_hash_ids(self, hash_ids: list[tuple[int, ...]]) -> None:
         if self.hash_block < 1:
@@ -125,7 +143,7 @@ class Workload:
         order = np.argsort(arrival, kind="stable")
         columns |= {"arrival_ns": arrival, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
         if not np.array_equal(order, np.arange(len(order))):
-            columns = {key: _take(value, order) if key in _COLUMNS else value for key, value in columns.items()}
+            columns = {key: _take(key, value, order) if key in _COLUMNS else value for key, value in columns.items()}
         return cls(**columns)
 
     def __len__(self) -> int:
@@ -180,7 +198,7 @@ class Workload:
 
     def take(self, rows: NDArray[np.intp]) -> Workload:
         """The requests at the given row numbers, which must keep the order of arrival."""
-        changed = {column: _take(getattr(self, column), rows) for column in _COLUMNS}
+        changed = {column: _take(column, getattr(self, column), rows) for column in _COLUMNS}
         return dataclasses.replace(self, **changed)
 
     def note(self, step: str, **parameters: Any) -> Workload:
@@ -197,13 +215,20 @@ class Workload:
     def scale_time(self, factor: float) -> Workload:
         """Multiply every arrival time. Keeps the CV; compresses think times too."""
         _check_positive("factor", factor)
-        scaled = np.rint(self.arrival_ns * float(factor))
-        return self.replace(arrival_ns=scaled.astype(np.int64)).note("scale_time", factor=factor)
+        scaled = np.rint(self.arrival_ns * float(factor)).astype(np.int64)
+        gaps = None if self.gap_ns is None else np.rint(self.gap_ns * float(factor)).astype(np.int64)
+        return self.replace(arrival_ns=scaled, gap_ns=gaps).note("scale_time", factor=factor)
 
     def scale_rate(self, req_per_s: float) -> Workload:
-        """`scale_time` by the factor that gives this rate."""
+        """`scale_time` by the factor that gives this rate; in a closed loop roots come so much faster, and nobody
+        thinks any faster."""
         _check_positive("req_per_s", req_per_s)
-        return self.scale_time(self.rate / req_per_s)
+        factor = self.rate / req_per_s
+        if self.parents is None:
+            return self.scale_time(factor)
+        first = np.array([not of for of in self.parents])
+        scaled = np.rint(self.arrival_ns[first] * float(factor)).astype(np.int64)
+        return closed_loop.with_root_arrivals(self, scaled).note("scale_rate", factor=factor)
 
     def poisson_arrivals(self, rate: float, seed: int) -> Workload:
         """New arrivals with exponential gaps, `rate` req/s; the first at 0. Order of requests is kept."""
@@ -351,9 +376,11 @@ def _integers(name: str, values: ArrayLike, dtype: Any) -> NDArray[Any]:
     return column
 
 
-def _take(values: Any, rows: NDArray[np.intp]) -> Any:
+def _take(column: str, values: Any, rows: NDArray[np.intp]) -> Any:
     if values is None:
         return None
+    if column == "parents":
+        return closed_loop.renumbered(values, rows)
     return [values[row] for row in rows.tolist()] if isinstance(values, list) else np.asarray(values)[rows]
 
 

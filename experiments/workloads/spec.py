@@ -8,14 +8,20 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from experiments.workloads.generators import named, streams
+from experiments.workloads.closed_loop import by_turns, with_root_arrivals
+from experiments.workloads.generators import arrivals, named, programs, streams
 from experiments.workloads.generators.prefix_chat import prefix_chat
 from experiments.workloads.generators.processes import Process, Size, draw_times
 from experiments.workloads.loaders import load
 from experiments.workloads.request import Workload
 from policies.request import Slo
 
-GENERATORS = ("chat", "code", "prefix-chat", "multi-tenant", "reasoning", "fixed", "uniform")
+GENERATORS = (
+    *("chat", "code", "sharegpt", "prefix-chat", "multi-tenant", "reasoning", "sessions", "agents"),
+    *("fixed", "uniform"),
+)
+OWN_ARRIVALS = ("prefix-chat", "sessions", "agents")
+"""Generators whose programs start by a process of their own."""
 
 
 def _no_flag(value: object) -> object:
@@ -84,6 +90,12 @@ class WorkloadSpec(BaseModel):
         declared_sigma: give policies a length hint with this lognormal error (0: exact).
         prompt_tokens, output_tokens: for `fixed` (512 and 128).
         low, high: for `uniform` (100 and 1024).
+        turns: calls or turns of a program that follow each other, on average, for `sessions` and `agents`.
+        think_s: mean seconds that a user thinks, or a tool takes, for `sessions` and `agents`; with `closed` think
+            times are drawn with this mean instead of taken from the trace.
+        timeout_s: seconds after which a client that has no whole answer gives up, and its request is cancelled.
+        retries: how often it then tries again, at once.
+        closed: a trace's sessions as closed loops: each turn comes its think time after the end of the one before.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -110,6 +122,11 @@ class WorkloadSpec(BaseModel):
     output_tokens: Count | None = None
     low: Count | None = None
     high: Count | None = None
+    turns: Annotated[Number, Field(ge=1, le=1000)] | None = None
+    think_s: Positive | None = None
+    closed: bool = False
+    timeout_s: Positive | None = None
+    retries: Annotated[int, Field(strict=True, ge=0, le=100)] = 0
 
     @model_validator(mode="after")
     def _fields_that_apply(self) -> WorkloadSpec:
@@ -133,8 +150,16 @@ class WorkloadSpec(BaseModel):
             raise ValueError(f"give n (requests) or duration_s (seconds) for the generator {self.name!r}")
         if self.is_generator and (self.format != "auto" or self.block_size is not None):
             raise ValueError(f"format and block_size are for trace files; {self.name!r} is a generator")
-        if self.name == "prefix-chat" and self.arrivals != "default":
-            raise ValueError("prefix-chat has arrivals of its own, by session; leave arrivals out")
+        if self.name in OWN_ARRIVALS and self.arrivals != "default":
+            raise ValueError(f"{self.name} has arrivals of its own, by session; leave arrivals out")
+        if self.turns is not None and self.name not in ("sessions", "agents"):
+            raise ValueError(f"turns is only for the workloads 'sessions' and 'agents', not {self.name!r}")
+        if self.think_s is not None and self.name not in ("sessions", "agents") and not self.closed:
+            raise ValueError("think_s is for the workloads 'sessions' and 'agents', and for traces with closed: true")
+        if self.retries and self.timeout_s is None:
+            raise ValueError("retries are those of clients that give up; say after how long: timeout_s")
+        if self.closed and self.is_generator:
+            raise ValueError(f"closed is for trace files; of generators 'sessions' and 'agents' are, not {self.name!r}")
         return self
 
     @property
@@ -177,6 +202,10 @@ def _generate(spec: WorkloadSpec) -> Workload:
     process: Process | None = None if spec.arrivals == "default" else spec.arrivals
     if spec.name == "prefix-chat":
         made = prefix_chat(size)
+    elif spec.name == "sessions":
+        made = programs.sessions(size, spec.turns, spec.think_s)
+    elif spec.name == "agents":
+        made = programs.agents(size, spec.turns, spec.think_s)
     elif spec.name == "fixed":
         made = named.fixed(size, spec.prompt_tokens or 512, spec.output_tokens or 128, process, spec.cv)
     elif spec.name == "uniform":
@@ -184,10 +213,16 @@ def _generate(spec: WorkloadSpec) -> Workload:
     elif spec.name == "reasoning":
         made = named.reasoning(size, process, spec.cv)
     else:
-        makers = {"chat": named.chat, "code": named.code, "multi-tenant": named.multi_tenant}
+        makers = {
+            "chat": named.chat,
+            "code": named.code,
+            "sharegpt": named.sharegpt,
+            "multi-tenant": named.multi_tenant,
+        }
         make = makers[spec.name]
         made = make(size) if process is None else make(size, process, spec.cv)
     fields = {"n", "duration_s", "rate", "arrivals", "cv", "prompt_tokens", "output_tokens", "low", "high"}
+    fields |= {"turns", "think_s"}
     parameters = spec.model_dump(include=fields, exclude_none=True)
     source = {"source": f"generator:{spec.name}", "seed": spec.seed, "parameters": parameters, "steps": []}
     return made.replace(provenance=source)
@@ -197,6 +232,8 @@ def _from_trace(spec: WorkloadSpec) -> Workload:
     if not Path(spec.name).is_file():
         raise ValueError(f"{spec.name!r} is neither a file nor a generator ({', '.join(GENERATORS)})")
     workload = load(Path(spec.name), spec.format, block_size=spec.block_size)
+    if spec.closed:
+        workload = by_turns(workload, spec.think_s, spec.seed)
     if spec.n is not None:
         workload = workload.slice(spec.n)
     workload = _retimed(workload, spec)
@@ -209,8 +246,10 @@ def _from_trace(spec: WorkloadSpec) -> Workload:
 
 
 def _retimed(workload: Workload, spec: WorkloadSpec) -> Workload:
-    """The trace at the arrivals that `spec` asks for."""
-    timed = workload.span_s > 0
+    """The trace at the arrivals that `spec` asks for; of a closed loop those that follow nobody."""
+    first = np.array([not of for of in workload.parents]) if workload.parents is not None else slice(None)
+    firsts = workload.arrival_ns[first]
+    timed = bool(firsts[-1] > firsts[0])
     process = spec.arrivals
     if process == "default":
         if spec.rate is None:
@@ -221,8 +260,13 @@ def _retimed(workload: Workload, spec: WorkloadSpec) -> Workload:
     rate = spec.rate
     if rate is None and timed and process != "at-once":
         rate = workload.rate  # new gaps at the trace's own pace
-    times = draw_times(process, Size(len(workload), None, rate, spec.seed), spec.cv)
     parameters = {"process": process, "rate": rate, "cv": spec.cv, "seed": spec.seed}
+    if workload.parents is not None:
+        share = len(firsts) / len(workload)  # the rate is that of all requests
+        size = Size(len(firsts), None, None if rate is None else rate * share, spec.seed)
+        retimed = with_root_arrivals(workload, arrivals.to_ns(draw_times(process, size, spec.cv)))
+        return retimed.note("new_arrivals", **parameters)
+    times = draw_times(process, Size(len(workload), None, rate, spec.seed), spec.cv)
     return workload.with_arrivals(times, "new_arrivals", **parameters)
 
 

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 from policies.contract import View
-from policies.costing import prefill_ns, swap_ns
 from policies.draft import Draft
-from policies.plan import Mode
 from policies.registry import register
 from policies.request import Request
-from policies.victims import RankedVictim
+from policies.victims import RankedVictim, costs_of_taking
 
 
 @register("preemption", "cheapest")
@@ -23,27 +21,13 @@ class Cheapest(RankedVictim):
     Source: Kwon et al., SOSP 2023, section 7.3, compares recomputation and swapping by block size and context length.
     """
 
-    needs_cost = True
     spares_eldest = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("cheapest")
 
     def rank(self, request: Request, view: View, draft: Draft, now: int) -> tuple[int, float]:
         freed = draft.blocks_freed_by(request)
         if not freed:
             return (0, 0.0)
-        return (1, -min(self._costs(request, view, draft)) / freed)
-
-    def mode_for(self, request: Request, view: View, draft: Draft) -> Mode:
-        recompute, swap = self._costs(request, view, draft)
-        return Mode.SWAP if swap < recompute else Mode.RECOMPUTE
-
-    def _costs(self, request: Request, view: View, draft: Draft) -> tuple[float, float]:
-        """Nanoseconds of each way; a full host is no way."""
-        assert view.cost is not None
-        recompute = prefill_ns(view.cost, request.num_tokens)
-        if not view.num_host_blocks or not draft.can_swap(request):
-            return recompute, float("inf")
-        size = view.block_size
-        return recompute, swap_ns(view.cost, -(-request.num_computed_tokens // size) * size)
+        return (1, -min(costs_of_taking(request, view, draft)) / freed)

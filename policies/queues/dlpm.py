@@ -5,6 +5,7 @@ import heapq
 from policies.contract import View
 from policies.draft import Draft
 from policies.key_queue import KeyQueue
+from policies.prefix import hit_tokens
 from policies.registry import register
 from policies.request import Request
 from policies.tenant_queue import SCALE, TenantQueue
@@ -91,7 +92,7 @@ class Dlpm(TenantQueue):
         share = max(1, self._window // len(able))
         for tenant in able[: self._window]:
             for request in first_of(self._waiting[tenant], share):
-                hit = view.probe(request).num_tokens if request.num_blocks == 0 else 0
+                hit = hit_tokens(request, view)
                 if hit and request.id not in self._hits:
                     self._hits[request.id] = hit
                     self._by_hit.append(request)

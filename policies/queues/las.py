@@ -32,6 +32,7 @@ class Las(KeyQueue):
         self._quantum_ns = max(1, round(quantum_ms * 1e6))
         self._service = ServiceTime()
         self._computed: dict[int, int] = {}  # tokens of each request that were ever computed in prefills
+        self._held: dict[int, int] = {}  # of those that came back since: computed tokens that it may have lost
         self._back: list[Request] = []  # came back since the last report, which may still charge them
 
     def rank(self, request: Request) -> float:
@@ -41,6 +42,8 @@ class Las(KeyQueue):
         super().push(request, now)
         if request.first_scheduled_ns is not None:
             self._back.append(request)
+            # Now, as it may be on its way again, with a token more, by the time the step that stopped it is reported.
+            self._held[request.id] = request.num_tokens - 1
 
     def remove(self, request: Request) -> None:
         super().remove(request)
@@ -54,7 +57,7 @@ class Las(KeyQueue):
         step = report.step
         for request, mode in step.preempted:
             if mode is not Mode.KEEP and request.num_output_tokens and not request.gone:
-                self._computed[request.id] = request.num_tokens - 1
+                self._computed[request.id] = self._held.get(request.id, request.num_tokens - 1)
         duration = self._service.on_report(report)
         for chunk in step.chunks:
             if not chunk.request.gone:
@@ -71,3 +74,4 @@ class Las(KeyQueue):
     def _forget(self, request: Request) -> None:
         self._service.forget(request)
         self._computed.pop(request.id, None)
+        self._held.pop(request.id, None)

@@ -4,9 +4,10 @@ from policies.contract import View
 from policies.draft import Draft
 from policies.key_queue import first_of
 from policies.plan import Report
+from policies.prefix import hit_tokens
 from policies.queues.fcfs import Fcfs
 from policies.registry import register
-from policies.request import Request
+from policies.request import Request, State
 
 
 @register("queue", "lpm")
@@ -57,8 +58,9 @@ class Lpm:
         ahead: set[bytes] = set()  # that block's key, of those that others may be put off for
         ranked = []
         for request in sorted(self._waiting.values(), key=lambda request: request.key):
-            hit = view.probe(request).num_tokens if request.num_blocks == 0 else 0
-            keys = view.prefix_keys(request) if hit <= self._defer_hit else ()
+            hit = hit_tokens(request, view)
+            computes = request.state is not State.SWAPPED  # else what it has in common is there already
+            keys = view.prefix_keys(request) if computes and hit <= self._defer_hit else ()
             put_off = False
             if len(keys) > depth:
                 put_off = keys[depth] in ahead

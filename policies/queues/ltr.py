@@ -71,7 +71,7 @@ class Ltr(KeyQueue):
         self._spent = Alarms()  # when a running one is to be promoted no longer
 
     def rank(self, request: Request) -> tuple[float, ...]:
-        place = self._place(request)
+        place = self._places.get(request.id) or self._place(request)
         return (not place.promoted, place.score)
 
     def preemptible(self, request: Request) -> bool:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import heapq
-
+from policies.alarms import Alarms
 from policies.contract import CostModel
 from policies.costing import prefill_ns
 from policies.draft import Draft
@@ -24,10 +23,10 @@ class Mlfq(KeyQueue):
 
     Where code and paper differ: the paper promotes after 300 ms, the code after 3 s and looks every 1000 iterations by
     the wall clock; here as the paper, with a plan asked for at that time. Where this departs from both: service beyond
-    a quantum counts in the next level instead of being forgotten, and KV stays on the device (KEEP) or is recomputed:
-    there is no host memory to swap to, nor proactive swapping. With `quantum_ms=0` there is one level, and whoever ran
-    goes to its end: round robin. One level is first come, first served.
-    Cost: O(running) a plan, O(log n) an arrival or a promotion.
+    a quantum counts in the next level instead of being forgotten, and KV stays on the device (KEEP), is recomputed or
+    goes to host memory as `preemptive` is told, but not proactively. With `quantum_ms=0` there is one level, and
+    whoever ran goes to its end: round robin. One level is first come, first served.
+    Cost: O(log n) an arrival, a start, a demotion or a promotion; with `quantum_ms=0` O(running) a plan.
     Source: Wu et al., "Fast Distributed Inference Serving for Large Language Models", arXiv 2305.05920.
     """
 
@@ -45,14 +44,17 @@ class Mlfq(KeyQueue):
         self._meter: dict[int, int] = {}  # service at which the present level's count began
         self._known: dict[int, Request] = {}
         self._since: dict[int, int] = {}  # waiting request below the top -> since when it waits
-        self._due: list[tuple[int, int, int]] = []  # promotions to come: (time, *key), old entries among them
+        self._was_since: dict[int, int] = {}  # the same of those that have left the queue since the last plan began
+        self._starved = Alarms()  # when a waiting one is to be promoted
         self._service = ServiceTime()
+        self._spent = Alarms()  # by the decode group's time: when one that decodes with it is through with its quantum
+        self._served: dict[int, Request] = {}  # who may be through with it, by what has been reported
 
     def level(self, request: Request) -> int:
         return self._join(request)[0]
 
     def rank(self, request: Request) -> tuple[float, ...]:
-        return self._join(request)
+        return self._place.get(request.id) or self._join(request)
 
     def _join(self, request: Request) -> tuple[int, int]:
         if request.id not in self._place:
@@ -74,63 +76,93 @@ class Mlfq(KeyQueue):
             return
         super().push(request, now)
         if self._alpha and self.level(request) > 0:
-            self._since[request.id] = now
-            heapq.heappush(self._due, (now + self._alpha, *request.key))
+            # Who left the queue in this very plan and is back has not run: refused, or paused and now its memory taken.
+            since = self._since[request.id] = self._was_since.pop(request.id, now)
+            self._starved.set(request, since + self._alpha)
 
     def pop(self, now: int) -> Request:
         request = super().pop(now)
-        self._since.pop(request.id, None)
+        self._stop_waiting(request)
+        self._served[request.id] = request  # what it was charged while it waited counts from now on
         return request
 
     def remove(self, request: Request) -> None:
         self._unranked.pop(request.id, None)
-        self._since.pop(request.id, None)
+        self._stop_waiting(request)
         super().remove(request)
 
+    def _stop_waiting(self, request: Request) -> None:
+        since = self._since.pop(request.id, None)
+        if since is not None:
+            self._was_since[request.id] = since
+            self._starved.cancel(request)
+
     def begin(self, draft: Draft, now: int) -> None:
+        running = draft.view.running
         self._service.begin(draft.view)
         if not self._begun:
             self._begun, self._cost = True, draft.view.cost
             unranked, self._unranked = self._unranked, {}
             for request in unranked.values():
                 self.push(request, now)
-        for request in draft.view.running.values():
-            self._demote(request, now)
+            self._served.update(running)
+        self._was_since.clear()
+        for request in self._spent.due(self._service.group_ns):
+            self._served[request.id] = request
+        served, self._served = self._served, {}
+        for request in served.values():
+            if request.id in running:
+                self._demote(request, now)
         self._promote(draft, now)
-        if len(self._known) > 2 * (len(self._waiting) + len(draft.view.running)) + 64:
+        if len(self._known) > 2 * (len(self._waiting) + len(running)) + 64:
             for request in [r for r in self._known.values() if r.state.ended]:
                 self._forget(request)
 
     def _demote(self, request: Request, now: int) -> None:
-        level = self._join(request)[0]
-        served = self._service.of(request)
-        if not self._quantum and served > self._meter[request.id]:
+        """Move it down as far as its service says, and look again when it may go on.
+
+        That is when it will be through with its quantum if it decodes with the group from now on. If it joins that
+        later it is looked at too early, and once more; if it computes otherwise, when that is reported.
+        """
+        level = before = self._join(request)[0]
+        served, meter = self._service.of(request), self._meter[request.id]
+        if not self._quantum and served > meter:
             self._place[request.id] = (0, now)
-            self._meter[request.id] = served
-        while level < self._last and served - self._meter[request.id] > self._quantum << level:
-            self._meter[request.id] += self._quantum << level
+            meter = served
+        while level < self._last and served - meter > self._quantum << level:
+            meter += self._quantum << level
             level += 1
+        if level > before:
             self._place[request.id] = (level, now)
+        self._meter[request.id] = meter
+        if level < self._last or not self._quantum:
+            left = meter + (self._quantum << level) - served
+            self._spent.set(request, self._service.group_ns + left + 1)
 
     def _promote(self, draft: Draft, now: int) -> None:
-        while self._due:
-            due, _, name = self._due[0]
-            if self._since.get(name, due) + self._alpha == due:
-                if due > now:
-                    draft.wake_at(due)
-                    return
-                request = self._known[name]
-                self._place[name] = (0, now)
-                self._meter[name] = self._service.of(request)
-                self.rerank(request, now)
-            heapq.heappop(self._due)
+        for request in self._starved.due(now):
+            self._place[request.id] = (0, now)
+            self._meter[request.id] = self._service.of(request)
+            self.rerank(request, now)
+        due = self._starved.first
+        if due is not None:
+            draft.wake_at(due)
 
     def on_report(self, report: Report) -> None:
+        step = report.step
+        if self._begun:
+            strangers = (request for request in step.joined if request.id not in self._place)
+            for request in (*step.decodes, *strangers, *(chunk.request for chunk in step.chunks)):
+                if not request.gone:
+                    self._join(request)
+                    self._served[request.id] = request
         self._service.on_report(report)
         for request, _, _ in report.finished:
             self._forget(request)
 
     def _forget(self, request: Request) -> None:
-        for kept in (self._place, self._meter, self._known, self._since):
+        for kept in (self._place, self._meter, self._known, self._since, self._was_since, self._served):
             kept.pop(request.id, None)
+        self._starved.cancel(request)
+        self._spent.cancel(request)
         self._service.forget(request)

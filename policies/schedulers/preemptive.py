@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from operator import itemgetter
 from typing import Any
 
@@ -10,6 +11,7 @@ from policies.plan import Mode, Plan, Report
 from policies.queued import QueuedScheduler
 from policies.registry import register
 from policies.request import Request, State
+from policies.victims import MODES, Taking
 
 
 @register("scheduler", "preemptive")
@@ -32,23 +34,31 @@ class Preemptive(QueuedScheduler):
     only so many tokens. While there are none, those without one stop only those admitted after them: the one admitted
     first is never stopped while others run, and alone it fits, so it gets to its token.
 
-    `mode`: `recompute` frees a stopped request's blocks; `keep` leaves them to it while only slots are wanted.
-    Cost: O(prefills + decodes that open a block) while nobody lacks anything, else O(running log running).
+    `mode`: `recompute` frees a stopped request's blocks; `swap` moves them to host memory, and `cheapest` does what the
+    cost model says is cheaper for each (both as in the rules for victims: `recompute` where the host has no room);
+    `keep` leaves them to it while only slots are wanted, and recomputes where blocks are.
+    Cost: O(prefills + decodes that open a block) while nobody lacks anything, else O(running log running), and some
+    30 us for each who is stopped with the one who starts in its place: a plan that changes more than 30 takes over a
+    millisecond, however many wait.
     """
 
     def __init__(self, queue: Queue, mode: str = "recompute", long_prefill_threshold: int = 0) -> None:
         super().__init__(queue)
         if not isinstance(queue, RankedQueue):
             raise ValueError(f"it needs a queue that orders running requests too; {type(queue).__name__} does not")
-        if mode not in ("recompute", "keep"):
-            raise ValueError(f"mode must be recompute or keep, not {mode!r}")
+        if mode not in (*MODES, "keep"):
+            raise ValueError(f"mode must be {', '.join(MODES)} or keep, not {mode!r}")
         if long_prefill_threshold < 0:
             raise ValueError(f"long_prefill_threshold must be 0 or more, not {long_prefill_threshold}")
         self._order: RankedQueue = queue
-        self._for_slot = Mode.KEEP if mode == "keep" else Mode.RECOMPUTE
-        self._for_blocks = Mode.RECOMPUTE
+        self._keeps = mode == "keep"
+        self._taking = Taking("recompute" if self._keeps else mode)
         self._max_chunk = long_prefill_threshold or None
         self._outputs: dict[int, int] = {}  # running request -> output tokens that it had when it was started last
+
+    @property
+    def needs_cost(self) -> bool:
+        return self._taking.needs_cost or super().needs_cost
 
     def add(self, request: Request, now: int) -> None:
         super().add(request, now)
@@ -99,7 +109,7 @@ class Preemptive(QueuedScheduler):
 
         enough = self._stop(draft, self._victims(line, draft, request), fits)
         if enough is None:
-            draft.preempt(request, self._for_blocks)
+            self._take(draft, request)
         return enough or draft
 
     def _prefill(self, line: Line, draft: Draft, now: int) -> Draft:
@@ -135,7 +145,7 @@ class Preemptive(QueuedScheduler):
         if enough is not None:
             enough.run(request, tokens)
         elif not draft.admitted:
-            draft.preempt(request, self._for_blocks)
+            self._take(draft, request)
         return enough or draft
 
     def _admit(self, line: Line, draft: Draft, head: Request) -> Draft | None:
@@ -144,30 +154,46 @@ class Preemptive(QueuedScheduler):
             return draft
         if not draft.view.settled(head):
             return None
+        victims = self._stoppable(line, draft, head)
         if draft.seqs_left < 1:
             runs = (r for r in self._stoppable(line, draft, head) if r.state is State.RUNNING)
             victim = next((r for r in runs if r.id not in draft.preempted), None)
             if victim is None:
                 return None
             draft = draft.copy()
-            draft.preempt(victim, self._for_slot)
-        victims = self._stoppable(line, draft, head)
-        started = self._stop(draft, victims, lambda trial: trial.admit(head, max_chunk=self._max_chunk))
-        if started is not None:
-            started.plan.blocked = [blocked for blocked in started.plan.blocked if blocked[0] is not head]
-        return started
+            if self._keeps:
+                draft.preempt(victim, Mode.KEEP)
+            else:
+                self._take(draft, victim)
+                victims = (other for other in victims if other is not victim)
+            if draft.admit(head, max_chunk=self._max_chunk):
+                return self._started(draft, head)
+        enough = self._stop_until(draft, victims, lambda trial: trial.admit(head, max_chunk=self._max_chunk))
+        return None if enough is None else self._started(enough, head)
+
+    @staticmethod
+    def _started(draft: Draft, head: Request) -> Draft:
+        """Without what it says of the tries before."""
+        draft.plan.blocked = [blocked for blocked in draft.plan.blocked if blocked[0] is not head]
+        return draft
 
     # Who is stopped
 
+    def _take(self, draft: Draft, victim: Request) -> None:
+        """Stop one, and take its blocks."""
+        draft.preempt(victim, self._taking.mode_for(victim, draft.view, draft))
+
     def _stop(self, draft: Draft, victims: Iterator[Request], fits: Callable[[Draft], bool]) -> Draft | None:
-        """The draft with as many stopped as it takes for something to fit; None if all are not enough."""
-        if fits(draft):
-            return draft
+        """The draft with as many stopped as it takes for something to fit, if any; None if all are not enough."""
+        return draft if fits(draft) else self._stop_until(draft, victims, fits)
+
+    def _stop_until(self, draft: Draft, victims: Iterator[Request], fits: Callable[[Draft], bool]) -> Draft | None:
+        """The same where it is known not to fit as it is."""
         trial, stopped = draft.copy(), dict[int, Request]()
         for victim in victims:
             if victim.id not in stopped:
                 stopped[victim.id] = victim
-                trial.preempt(victim, self._for_blocks)
+                self._take(trial, victim)
                 if fits(trial):
                     break
         else:
@@ -206,17 +232,21 @@ class Line:
         self._queue = queue
         self._view = view
         self._entries: list[tuple[tuple[Any, ...], Request]] | None = None
+        self._start = 0  # before it everybody's memory is taken
 
     def behind(self, draft: Draft, request: Request) -> Iterator[Request]:
-        """Those behind a request whose memory the draft does not take yet, the last first."""
+        """Those behind a request whose memory the draft does not take yet, the last first. No trial that may be
+        given up again, as what one draft takes all later ones take."""
         if self._entries is None:
-            held = (*self._view.running.values(), *self._view.paused.values())
-            alive = (r for r in held if r.num_output_tokens < r.max_tokens)  # others only wait for their last report
-            self._entries = sorted(((self._queue.order(r), r) for r in alive), key=itemgetter(0), reverse=True)
-        taken = {other.id for other, mode in draft.plan.preempt if mode is not Mode.KEEP}
+            order_of, held = self._queue.order, (*self._view.running.values(), *self._view.paused.values())
+            self._entries = sorted([(order_of(r), r) for r in held], key=itemgetter(0), reverse=True)
+        entries, taken = self._entries, draft.taken
+        while self._start < len(entries) and entries[self._start][1].id in taken:
+            self._start += 1
         place = self._queue.order(request)
-        for order, other in self._entries:
+        for order, other in islice(entries, self._start, None):
             if order <= place:
                 return
-            if other.id not in taken:
+            # One whose cap is reached only waits for its last report.
+            if other.id not in taken and other.num_output_tokens < other.max_tokens:
                 yield other

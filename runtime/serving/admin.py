@@ -96,13 +96,15 @@ def router(service: Service) -> APIRouter:
         if router_name is not None:
             replicas = several()
             try:
-                new = registry.make("router", router_name, seed=0, block_size=replicas.info.limits.block_size)
+                moves_kv = registry.moves_kv(registry.find("router", registry.PolicySpec.parse(router_name).name))
+                block_size = replicas.info.limits.block_size
+                new: Any = None if moves_kv else registry.make("router", router_name, seed=0, block_size=block_size)
             except registry.PolicyError as error:
                 raise ApiError(400, str(error), "router") from None
             except (Exception, SystemExit) as error:  # of a module or a constructor that is not ours
                 reason = f"router {router_name} cannot be made: {type(error).__name__}: {error}"
                 raise ApiError(400, reason, "router") from error
-            if registry.moves_kv(new):
+            if new is None:
                 raise ApiError(400, f"router {router_name} moves KV between replicas: for simulations so far", "router")
         answer = await command("swap", **changes) if changes else {}
         if router_name is not None:

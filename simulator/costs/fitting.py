@@ -83,8 +83,8 @@ def _swap_fit(model: FittedCost, points: Sequence[_Point]) -> SwapFit | None:
         for shape in (point.shape for point in points)
     ]
     plain = [model.cost(point.shape._replace(swapped_out=0, swapped_in=0)).device_ns for point in points]
-    beyond = [max(0.0, point.device_ns - base) for point, base in zip(points, plain, strict=True)]
-    copies, out, back = _robust_nnls(np.array(columns), beyond, _counts(points))
+    # Noise is that of whole steps: some take less than the same without copies, and count like those that take more.
+    copies, out, back = _robust_nnls(np.array(columns), [point.device_ns for point in points], _counts(points), plain)
     count = sum(len(point.samples) for point in points)
     return SwapFit(num_samples=count, copies=copies, swapped_out=out, swapped_in=back)
 
@@ -207,8 +207,11 @@ def _term(shapes: Sequence[StepShape], name: str) -> Array:
 # Least squares
 
 
-def _robust_nnls(features: Array, times: Sequence[float], counts: Sequence[int]) -> list[float]:
-    """Coefficients >= 0, one a column, that minimise relative errors; far-off times count less and less.
+def _robust_nnls(
+    features: Array, times: Sequence[float], counts: Sequence[int], known: Sequence[float] = ()
+) -> list[float]:
+    """Coefficients >= 0, one a column, that minimise relative errors; far-off times count less and less. `known`: the
+    part of each time that is priced already.
 
     Iteratively reweighted. Errors are relative to the measured times at first, which no large outlier survives, then
     to the fitted ones: relative to measured times alone, noise would make every fit come out low. Beyond 3 spreads
@@ -219,11 +222,13 @@ def _robust_nnls(features: Array, times: Sequence[float], counts: Sequence[int])
         return [0.0] * features.shape[1]
     measured = np.asarray(times, dtype=np.float64)
     unit = np.maximum(measured, _FLOOR_NS)
+    priced = np.asarray(known, dtype=np.float64) if len(known) else np.zeros(len(measured))
+    measured = measured - priced
     weights = np.sqrt(np.asarray(counts, dtype=np.float64))
     solution = _nnls(features * (weights / unit)[:, None], measured * weights / unit)
     for _ in range(_REWEIGHTINGS):
         fitted = features @ solution
-        unit = np.maximum(fitted, _FLOOR_NS)
+        unit = np.maximum(priced + fitted, _FLOOR_NS)
         residual = np.abs(fitted - measured) / unit
         limit = _OUTLIER * 1.4826 * float(np.median(residual))
         if limit < 1e-6:  # more than half of the rows are met exactly

@@ -475,7 +475,7 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_engine_that_dies_while_it_is_measured_is_noticed(dying: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.profiling.warm_up", lambda *args: None)
+    monkeypatch.setattr("experiments.real.warm_up", lambda *args: None)
     with pytest.raises(EngineDead, match="out of ideas"):
         profile(demo_spec("tiny", "dummy"), seconds=1e-9)
 

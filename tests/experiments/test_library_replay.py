@@ -28,14 +28,21 @@ SERVABLE = [stack for stack in EVERY if stack.eviction != "belady"]
 
 
 def _spec(stack: StackSpec) -> RunSpec:
-    limits = {"num_blocks": 20, "max_num_seqs": 6, "max_num_batched_tokens": 64, "max_model_len": 200, "lag": 1}
+    limits = {
+        "num_blocks": 20,
+        "num_host_blocks": 12,
+        "max_num_seqs": 6,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 200,
+        "lag": 1,
+    }
     return check_spec(
         {
             "workload": {"name": "fixed", "n": 1},
             "model": {"source": "tiny", "load_format": "dummy"},
             "policies": asdict(stack),
             "limits": limits,
-            "cost": {"kind": "constant", "step_ms": 2},
+            "cost": {"kind": "constant", "step_ms": 2, "swap_ns_per_token": 500},
         }
     )
 
@@ -75,6 +82,8 @@ def test_a_real_run_in_little_memory_replays_without_a_divergence(
     assert set(real.requests["status"]) <= {"stop", "length", "dropped"}
     if not any(name in says(stack) for name in CALM):
         assert real.requests["preemptions"].sum() > 0
+    if "swap" in says(stack) or "cheapest" in says(stack):
+        assert real.decisions["reason"].isin(["swap"]).any()
     replay_run(real, tmp_path / "replay", check=True)
     replayed = read_run(tmp_path / "replay")
     assert diff_decisions(real, replayed) is None

@@ -13,9 +13,11 @@ import torch
 
 from experiments import real
 from experiments.real import real_limits, run_real
+from experiments.replicas import check_served_router
 from experiments.spec import CostSpec, LimitsSpec, PoliciesSpec, SpecError, check_spec, read_spec
 from experiments.workloads import WorkloadSpec, make_workload
 from experiments.workloads.generators import arrivals
+from policies import registry
 from policies.replica_state import Limits
 from policies.stack import StackSpec
 from runtime.weights import load_model
@@ -223,3 +225,12 @@ def test_arrivals_beyond_what_can_be_drawn_or_kept_are_refused() -> None:
         make_workload(WorkloadSpec(name="chat", n=5, duration_s=1e9, rate=1e-6))
     with pytest.raises(ValueError, match="the last request would arrive after"):
         make_workload(WorkloadSpec(name="fixed", n=50_000, rate=1e-6))
+
+
+@pytest.mark.parametrize("router", registry.names("router"))
+def test_a_router_that_moves_kv_is_refused_by_a_server_and_no_other_is(router: str) -> None:
+    if router in ("disaggregated", "llumnix") or registry.moves_kv(registry.find("router", router)):
+        with pytest.raises(SpecError, match=f"router {router} moves KV cache between replicas, which is for simul"):
+            check_served_router(router)
+    else:
+        check_served_router(router)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from policies import registry
 from policies.request import Request
+from policies.shapes import StepShape
 
 
 @dataclass
@@ -20,9 +23,40 @@ class Loaded:
     num_blocks: int = 100
     num_prefill_tokens: int = 0
     cached: set[bytes] = field(default_factory=set)
+    num_incoming_blocks: int = 0
 
     def match(self, keys: Sequence[bytes]) -> int:
         return next((i for i, key in enumerate(keys) if key not in self.cached), len(keys))
+
+    def decoding(self) -> Iterator[Request]:
+        return iter(())
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Nanoseconds a token of a step, and for each token of context of its decodes."""
+
+    ns: int = 1_000
+    context_ns: int = 0
+
+    def step_ns(self, shape: StepShape) -> int:
+        return self.ns * (shape.chunk_tokens + shape.num_decodes) + self.context_ns * shape.decode_context
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """Nanoseconds a KV block on its way."""
+
+    ns: int = 100
+
+    def transfer_ns(self, num_blocks: int) -> int:
+        return self.ns * num_blocks
+
+
+def make_router(text: str, **context: object) -> Any:
+    """A router by its text, in surroundings that give all that a simulation gives."""
+    given: dict[str, object] = {"seed": 7, "block_size": 16, "cost": PerToken(), "transfer": PerBlock()}
+    return registry.make("router", text, **(given | context))
 
 
 def chain(name: str, num_blocks: int) -> list[bytes]:

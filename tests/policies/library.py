@@ -20,6 +20,8 @@ SMALL = {
 MORE: dict[str, list[StackSpec]] = {
     "scheduler": [
         StackSpec("mixed,long_prefill_threshold=7"),
+        StackSpec("preemptive,mode=swap", "srpt"),
+        StackSpec("preemptive,mode=cheapest,long_prefill_threshold=7", "las,quantum_ms=0.002"),
         StackSpec("andes,horizon_ms=0.05,memory=0.5,ttft_ms=0.005,tokens_per_s=300000,pool=3"),
     ],
     "queue": [

@@ -14,7 +14,7 @@ from policies.qoe import expected_area, qoe, read_on, shown_ns
 from policies.registry import PolicyError
 from policies.replica_state import Limits
 from policies.request import Slo
-from policies.schedulers.andes import Andes
+from policies.schedulers.andes import Andes, knapsack
 from policies.stack import StackSpec
 from tests.policies.decisions import assert_same_run
 from tests.policies.harness import STEP_NS, Drive, Job
@@ -142,6 +142,15 @@ def test_nobody_is_paused_more_often_than_the_cap_and_nothing_is_kept_of_who_has
     assert isinstance(scheduler, Andes)
     assert not scheduler._readers
     assert not scheduler._pool
+
+
+@given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 14), st.integers(0, 60))
+def test_the_knapsack_takes_each_in_turn_that_fits(blocks: list[int], size: int, memory: int) -> None:
+    taken: list[int] = []
+    for i, count in enumerate(blocks):
+        if len(taken) < size and sum(blocks[k] for k in taken) + count <= memory:
+            taken.append(i)
+    assert np.flatnonzero(knapsack(np.array(blocks, int), size, memory)).tolist() == taken
 
 
 def test_knobs_out_of_range_are_refused() -> None:

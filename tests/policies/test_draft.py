@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -152,3 +154,19 @@ def test_whatever_is_drafted_is_enacted(data: st.DataObject) -> None:
         desk.plane._empty_plans = 0  # idling is allowed here
         if step.runs:
             desk.report(step, *sorted((r for r in sampled if r.num_output_tokens == r.max_tokens), key=lambda r: r.id))
+
+
+def test_a_copy_of_a_plan_says_the_same_and_shares_no_list_with_it() -> None:
+    plan = Plan()
+    for i, each in enumerate(fields(Plan)):
+        if isinstance(getattr(plan, each.name), list):
+            getattr(plan, each.name).append(i)
+        elif isinstance(getattr(plan, each.name), dict):
+            getattr(plan, each.name)[i] = i
+        else:
+            setattr(plan, each.name, i + 1)
+    other = plan.copy()
+    assert other == plan
+    assert not [
+        f.name for f in fields(Plan) if (v := getattr(plan, f.name)) is getattr(other, f.name) and v.__hash__ is None
+    ]

@@ -338,6 +338,21 @@ def test_without_the_lift_who_comes_late_gets_more_than_two_u_over_who_was_serve
     assert found["on"] == found["queued"] <= 2 * U < found["off"]
 
 
+@pytest.mark.parametrize("queue", ["vtc", "drr", "dlpm", "fcfs", "las"])
+def test_no_queue_that_stops_nobody_and_never_idles_keeps_the_difference_under_the_worth_of_a_whole_memory(
+    queue: str,
+) -> None:
+    """Oracle F2, the lower bound: while one request of a tenant fills the memory to its end, whoever else comes waits.
+
+    It is given M - 1 tokens in all, of which the first before the other has come."""
+    work = [Job(1, M - 1, tenant="a"), Job(1, M - 1, 1, tenant="a"), Job(1, M - 1, 1, tenant="b")]
+    drive = Watched(plain(M // 4), queue, work, admission="reserve_max")
+    assert {"a", "b"} <= drive.waits[1]
+    assert drive.largest_difference("a", "b") >= 2 * (M - 2) > 0.98 * 2 * M
+    if queue == "vtc":
+        assert drive.largest_difference("a", "b") <= 2 * U
+
+
 @pytest.mark.parametrize(("lift", "least", "most"), [("on", 0.45, 0.55), ("queued", 0.97, 1.0), ("off", 0.97, 1.0)])
 def test_a_burst_after_idleness_claims_no_more_than_its_share(lift: str, least: float, most: float) -> None:
     """One tenant keeps the replica lightly loaded, so that its queue is empty again and again; then another comes.

@@ -288,6 +288,7 @@ STACKS = [
     )
 ]  # fmt: skip
 STACKS += [StackSpec("preemptive", "srpt"), StackSpec("preemptive,mode=keep", "mlfq"), StackSpec(queue="vtc")]
+STACKS += [StackSpec("preemptive,mode=swap", "srpt"), StackSpec("preemptive,mode=cheapest", "las,quantum_ms=0")]
 STACKS += [StackSpec(queue="dlpm"), StackSpec(admission="predicted_peak"), StackSpec(admission="reserve_pow2")]
 
 
@@ -306,7 +307,7 @@ def test_under_every_scheduler_swapped_requests_come_back_and_end_with_their_tok
         kinds = [dict(zip(DECISIONS, row, strict=True)) for row in drive.log.decisions]
         assert not [row for row in kinds if row["kind"] == "refused"]
         shortage = stack.scheduler.split(",")[0] not in ("static", "preemptive", "andes")
-        shortage = shortage and stack.admission == "full_prompt"
+        shortage = (shortage or "mode=swap" in stack.scheduler) and stack.admission == "full_prompt"
         assert {row["reason"] for row in kinds if row["kind"] == "preempt"} >= ({"swap"} if shortage else set())
         assert drive.plane.view.num_free_host_blocks == 40
 

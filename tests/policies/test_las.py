@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from policies import registry
 from policies.control_plane import ControlPlane
-from policies.plan import Report
+from policies.plan import Mode, Plan, Report, Step
 from policies.queues.las import Las
 from policies.registry import PolicyError
 from policies.replica_state import Limits
 from policies.request import Request, State
 from policies.stack import StackSpec
+from tests.policies.byhand import Desk
 from tests.policies.decisions import decisions
 from tests.policies.harness import STEP_NS, Drive, Job, LinearCost
 from tests.policies.test_preemptive import LIMITS, SHAPES, jobs
@@ -76,6 +77,30 @@ def test_what_is_computed_again_is_not_service() -> None:
     assert queue._service.of(long) == 7 * STEP_NS + STEP_NS // 3
 
 
+def test_with_a_lag_too_who_is_back_in_the_very_next_plan_is_charged_for_its_one_new_token() -> None:
+    """Of 12 tokens that are computed at once 11 were computed before, when the step that stopped it is not reported."""
+    desk, queue = Desk(Limits(40, 4, 4, 64, 100, prefix_caching=False, lag=1)), Las(quantum_ms=0)
+    for name, call in {"add": queue.push, "on_report": queue.on_report}.items():
+        setattr(desk.scheduler, name, call)
+    queue.begin(desk.plane.view.draft(), 0)
+    request, other = desk.submit(10), desk.submit(5)
+
+    def report(step: Step) -> None:
+        desk.now += 1_200
+        desk.plane.report(Report(step, desk.now - 1_200, desk.now, 1_200, []))
+
+    first = desk.plan(Plan(chunks=[(request, 10), (other, 5)]))
+    second = desk.plan(Plan(decode_all=True))
+    report(first)
+    third = desk.plan(Plan(preempt=[(request, Mode.RECOMPUTE)], decodes=[other]))
+    report(second)
+    fourth = desk.plan(Plan(chunks=[(request, 12)], decodes=[other]))
+    assert [(c.start, c.num_tokens, c.samples) for c in fourth.chunks] == [(0, 12, True)]
+    report(third)
+    report(fourth)
+    assert queue._service.of(request) == 2 * 1_200 + 1_200 // 12
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 @settings(max_examples=25, deadline=None)
 @given(
@@ -96,6 +121,7 @@ def test_nothing_is_kept_of_requests_that_have_ended(lag: int, work: list[tuple[
     assert not queue._service._own
     assert not queue._service._joined_at
     assert not queue._computed
+    assert not queue._held
 
 
 @pytest.mark.parametrize("queue", ["las", "mlfq", "plas"])

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from policies import registry
 from policies.contract import Hit, RankedQueue
-from policies.prefix import block_keys
+from policies.plan import Mode, Plan
+from policies.prefix import block_keys, hit_tokens
 from policies.queues.lpm import Lpm
 from policies.registry import PolicyError
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.stack import StackSpec
+from tests.policies.byhand import Desk
 from tests.policies.decisions import assert_same_run, decisions
 from tests.policies.harness import Drive, Job
 
@@ -72,6 +74,23 @@ def test_who_has_a_hit_beyond_32_tokens_is_not_put_off_and_puts_nobody_off() -> 
 
 
 # Beside the queue alone
+
+
+@pytest.mark.parametrize("queue", ["lpm", "dlpm"])
+def test_what_a_swapped_request_brings_back_is_no_hit(queue: str) -> None:
+    """It has 20 tokens on the host, and none in the cache, where the other finds 8."""
+    desk, keys = Desk(Limits(12, 4, 4, 64, 40, num_host_blocks=6)), tuple(block_keys([1] * 12, 4))
+    before, swapped, other = desk.submit(9, keys=keys), desk.submit(20), desk.submit(3)
+    desk.run(Plan(chunks=[(before, 9), (swapped, 20), (other, 3)]), before)
+    desk.run(Plan(preempt=[(swapped, Mode.SWAP)], decodes=[other]))
+    waiting = desk.submit(12, keys=keys)
+    view = desk.plane.view
+    assert [(view.probe(r).num_tokens, hit_tokens(r, view)) for r in (swapped, waiting)] == [(20, 0), (8, 8)]
+    ordered = registry.make("queue", queue, block_size=4)
+    ordered.push(swapped, 0)
+    ordered.push(waiting, 0)
+    ordered.begin(view.draft(), 0)
+    assert ordered.peek(0) is waiting
 
 
 class Caches:

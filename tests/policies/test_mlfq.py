@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from policies.costing import prefill_ns
+from policies.draft import Draft
 from policies.queues.mlfq import Mlfq
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.stack import StackSpec
-from tests.policies.decisions import decisions
+from tests.policies.decisions import assert_same_run, decisions
 from tests.policies.harness import STEP_NS, Drive, Job, LinearCost
+from tests.policies.test_preemptive import LIMITS as LITTLE
+from tests.policies.test_preemptive import SHAPES, jobs
 
 LIMITS = Limits(400, 4, 2, 64, 110, prefix_caching=False, lag=0)
 
@@ -81,3 +86,52 @@ def test_promotion_is_to_the_top_and_at_alpha_exactly() -> None:
     queue._promote(due, 10_100)
     assert (queue.order(request), due.plan.wake_at) == (((0, 10_100), 0, 5), None)
     assert queue.pop(10_100) is request
+
+
+def test_the_wait_of_who_is_paused_goes_on_when_its_memory_is_taken_and_of_who_is_refused_too() -> None:
+    drive = run("mlfq,quantum_ms=0.001,alpha_ms=0.01", [Job(1, 1)])
+    queue, request = Mlfq(quantum_ms=0.001, alpha_ms=0.01), Request(5, 0, 40, 4)
+
+    def begin(now: int) -> int | None:
+        draft = drive.plane.view.draft()
+        queue.begin(draft, now)
+        return draft.plan.wake_at
+
+    queue._begun, queue._cost = True, LinearCost()
+    queue.push(request, 100)
+    assert begin(200) == 10_100
+    queue.remove(request)  # for its memory to be taken by the plan that is made
+    queue.push(request, 200)
+    assert begin(300) == 10_100
+    assert queue.pop(300) is request
+    queue.push(request, 300)  # refused
+    assert begin(400) == 10_100
+    assert queue.pop(400) is request
+    assert begin(500) is None  # it runs
+    queue.push(request, 500)
+    assert begin(600) == 10_500
+    assert begin(10_500) is None
+    assert queue.level(request) == 0
+
+
+class Walking(Mlfq):
+    """The slow way: everybody who runs is looked at before every plan."""
+
+    def begin(self, draft: Draft, now: int) -> None:
+        self._served.update(draft.view.running)
+        super().begin(draft, now)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    limits=LITTLE,
+    shapes=SHAPES,
+    mode=st.sampled_from(["keep", "recompute", "swap"]),
+    knobs=st.sampled_from(["quantum_ms=0", "quantum_ms=0.001,alpha_ms=0.004", "quantum_ms=0.003,alpha_ms=0.02"]),
+)
+def test_only_who_may_be_through_with_a_quantum_is_looked_at(
+    limits: Limits, shapes: list[tuple[int, int, int]], mode: str, knobs: str
+) -> None:
+    scheduler = f"preemptive,mode={mode}"
+    slow = StackSpec(scheduler, f"tests.policies.test_mlfq:Walking,{knobs}")
+    assert_same_run(limits, jobs(shapes), StackSpec(scheduler, f"mlfq,{knobs}"), slow)

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policies.queues import multi_bin
 from policies.registry import PolicyError, make
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.stack import StackSpec
+from tests.policies.byhand import Desk
 from tests.policies.decisions import assert_same_run, decisions
 from tests.policies.harness import STEP_NS, Drive, Job
 
@@ -39,13 +41,33 @@ LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
 
 
 @settings(max_examples=25, deadline=None)
-@given(LENGTHS, st.integers(1, 4), st.sampled_from([[], [10], [5, 10, 20]]), st.sampled_from([0, 1]))
+@given(
+    LENGTHS, st.integers(1, 4), st.sampled_from([[], [10], [5, 10, 20]]), st.sampled_from([0, 1]),
+    st.sampled_from([1, 256]),
+)  # fmt: skip
 def test_those_of_a_bin_make_up_a_batch_and_the_first_full_is_the_first_served(
-    lengths: list[int], size: int, edges: list[int], lag: int
+    lengths: list[int], size: int, edges: list[int], lag: int, newcomers: int
 ) -> None:
+    """Also where not all of a burst are put into bins in the first plan."""
     stack = StackSpec(f"static,max_batch_size={size}", f"multi_bin,batch={size},edges={';'.join(map(str, edges))}")
     limits = Limits(4000, 4, 8, 400, 400, prefix_caching=False, lag=lag)
-    assert batches(Drive(limits, stack, [Job(1, n) for n in lengths])) == grouped(lengths, edges, size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multi_bin, "MOST_NEWCOMERS", newcomers)
+        drive = Drive(limits, stack, [Job(1, n) for n in lengths])
+    assert batches(drive) == grouped(lengths, edges, size)
+
+
+def test_of_a_burst_no_more_are_put_into_bins_in_one_plan_than_a_plan_can_start() -> None:
+    queue = make("queue", "multi_bin,edges=10,batch=3", block_size=4)
+    for i in range(1_000):
+        queue.push(Request(i, -i, 4, 20, hints={"output_tokens": float(i % 20)}), 0)
+    desk = Desk(ROOMY)
+    left = []
+    for _ in range(5):
+        queue.begin(desk.plane.view.draft(), 0)
+        left.append(len(queue._new))
+    assert left == [744, 488, 232, 0, 0]
+    assert queue.pop(0).id == 999, "the first to come, not the first to be submitted"
 
 
 @settings(max_examples=12, deadline=None)

@@ -17,7 +17,7 @@ from policies.replica_state import Limits
 from policies.request import Request, State
 from policies.schedulers.preemptive import Line, Preemptive
 from policies.stack import StackSpec
-from tests.policies.harness import STEP_NS, Drive, Job
+from tests.policies.harness import STEP_NS, Drive, Job, LinearCost
 
 HERE = "tests.policies.test_preemptive:"
 
@@ -88,12 +88,15 @@ class Watched(Preemptive):
 
 
 LIMITS = st.builds(
-    lambda blocks, seqs, budget, caching, lag: Limits(blocks, 4, seqs, budget, 56, prefix_caching=caching, lag=lag),
+    lambda blocks, seqs, budget, caching, lag, host: Limits(
+        blocks, 4, seqs, budget, 56, prefix_caching=caching, lag=lag, num_host_blocks=host
+    ),
     st.sampled_from([14, 18, 28]),
     st.sampled_from([1, 2, 5]),
     st.sampled_from([5, 8, 30]),
     st.booleans(),
     st.sampled_from([0, 1]),
+    st.sampled_from([0, 3, 12, 60]),
 )
 SHAPES = st.lists(
     st.tuples(st.sampled_from([1, 9, 30, 40]), st.integers(1, 16), st.integers(0, 9)), min_size=2, max_size=7
@@ -113,7 +116,11 @@ def jobs(shapes: list[tuple[int, int, int]]) -> list[Job]:
 @given(
     limits=LIMITS,
     shapes=SHAPES,
-    mode=st.sampled_from(["recompute", "keep", "recompute,long_prefill_threshold=4", "keep,long_prefill_threshold=4"]),
+    mode=st.builds(
+        "{},long_prefill_threshold={}".format,
+        st.sampled_from(["recompute", "keep", "swap", "cheapest"]),
+        st.sampled_from([0, 4]),
+    ),
     queue=st.builds(f"{HERE}Fickle,every={{}},salt={{}}".format, st.sampled_from([1, 2, 7]), st.integers(0, 99)),
     admission=st.sampled_from(["watermark,watermark=0", "watermark,watermark=0.1", "reserve_max", "full_prompt"]),
 )
@@ -123,6 +130,7 @@ def test_whatever_the_order_and_however_often_it_changes_everybody_ends(
     drive = Drive(limits, StackSpec(f"{HERE}Watched,mode={mode}", queue, admission), jobs(shapes), max_plans=3_000)
     assert all(request.state is State.LENGTH for request in drive.requests)
     assert not [step.refused for step in drive.steps if step.refused]
+    assert drive.plane.view.num_free_host_blocks == limits.num_host_blocks
 
 
 def stops(drive: Drive) -> list[tuple[int, list[tuple[int, str]], list[int]]]:
@@ -163,6 +171,50 @@ def test_who_was_to_keep_its_blocks_gives_them_up_if_they_are_wanted_too() -> No
     assert stops(drive) == [(2, [(0, "recompute")], [1])]
 
 
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        (40, [(2, [(0, "swap")], [1]), (4, [(1, "swap")], [2])]),
+        (13, [(2, [(0, "swap")], [1]), (4, [(1, "recompute")], [2])]),
+        (12, [(2, [(0, "recompute")], [1]), (4, [(1, "swap")], [2])]),
+        (11, [(2, [(0, "recompute")], [1]), (4, [(1, "recompute")], [2])]),
+        (0, [(2, [(0, "recompute")], [1]), (4, [(1, "recompute")], [2])]),
+    ],
+)
+def test_who_is_stopped_goes_to_the_host_as_far_as_that_has_room_and_is_computed_again_else(
+    host: int, expected: list
+) -> None:
+    """When stopped the first has computed 49 tokens, which take 13 blocks; the second 47, which take 12."""
+    work = [Job(48, 9, priority=2), Job(46, 9, arrives=2, priority=1), Job(46, 2, arrives=4)]
+    limits = Limits(30, 4, 1, 200, 110, prefix_caching=False, num_host_blocks=host)
+    drive = Drive(limits, StackSpec("preemptive,mode=swap", "priority"), work)
+    assert stops(drive) == expected
+    swaps = sum(mode == "swap" for _, named, _ in expected for _, mode in named)
+    assert sum(len(step.resumed) for step in drive.steps) == swaps
+    computed = sum(c.num_tokens for step in drive.steps for c in step.chunks)
+    again = sum({0: 50, 1: 48}[i] for _, named, _ in expected for i, mode in named if mode == "recompute")
+    assert computed == 48 + 46 + 46 + again, "nothing is computed again of what was on the host"
+
+
+@pytest.mark.parametrize("dearer", ["swap", "recompute"])
+def test_the_cheapest_way_is_asked_of_the_cost_model_for_each_who_is_stopped(dearer: str) -> None:
+    work = [Job(48, 9, priority=2), Job(46, 2, arrives=2)]
+
+    class Drawn(Drive):
+        def _run(self, max_plans: int) -> None:
+            cost = LinearCost()
+            price = 10**6 if dearer == "swap" else -1
+            cost.step_ns = lambda shape: 10**6 + price * (shape.swapped_in > 0)  # type: ignore[method-assign]
+            self.plane._state.cost = cost
+            super()._run(max_plans)
+
+    limits = Limits(30, 4, 1, 200, 110, prefix_caching=False, num_host_blocks=40)
+    stack = StackSpec("preemptive,mode=cheapest", "priority")
+    assert stack.build().needs_cost() == "Preemptive"
+    assert stops(Drawn(limits, stack, work)) == [(2, [(0, {"swap": "recompute", "recompute": "swap"}[dearer])], [1])]
+    assert StackSpec("preemptive,mode=swap", "priority").build().needs_cost() is None
+
+
 def test_nobody_is_admitted_in_a_plan_in_which_a_prefill_took_memory() -> None:
     work = [Job(48, 30, priority=1), Job(40, 2, arrives=1), Job(4, 2, arrives=9)]
     limits = Limits(20, 4, 6, 100, 80, prefix_caching=False)
@@ -178,7 +230,7 @@ def test_without_memory_the_last_in_the_order_is_stopped_whoever_was_admitted_la
     assert [r.num_preemptions for r in drive.requests] == [1, 0]
 
 
-@pytest.mark.parametrize("knobs", ["mode=swap", "long_prefill_threshold=-1"])
+@pytest.mark.parametrize("knobs", ["mode=pause", "long_prefill_threshold=-1"])
 def test_knobs_that_make_no_sense_are_refused(knobs: str) -> None:
     with pytest.raises(PolicyError, match="must be"):
         StackSpec(f"preemptive,{knobs}", "srpt").build()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from policies import registry
 from policies.contract import LATER, Route, Router
-from tests.policies.fleet import Loaded, chain, prompt
+from tests.policies.fleet import Loaded, chain, make_router, prompt
 
 SMALL = {"session": "session,max_sessions=40", "weighted_round_robin": "weighted_round_robin,weights=3:1:2"}
 """Knobs that matter in a small world; the others are tested as they come."""
@@ -28,6 +28,8 @@ ROUTERS = [
     "consistent_hash,epsilon=none,virtual_nodes=1",
     "kv_aware,temperature=0.5",
     "lmetric,hotspot=none",
+    "mooncake,prefill=2,threshold=none,reject=never",
+    "mooncake,prefill=2,reject=predicted,ttft_ms=1e9,tbt_ms=1e9",
     "power_of_two,d=3,load=own",
     "prefix_affinity,balance_abs=0,balance_rel=1",
 ]
@@ -57,6 +59,8 @@ class World:
         assert registry.moves_kv(self.router) or (route.kv_from is None and route.decode_replica is None)
         assert route.kv_from in (None, *self.fleet)
         assert route.decode_replica in (None, LATER, *self.fleet)
+        if route.decode_replica == LATER:
+            assert self.router.pull(request, listed, self.now) in (None, *self.fleet)  # type: ignore[attr-defined]
         replica = self.fleet[route.replica]
         replica.num_running += 1
         replica.num_outstanding_tokens += request.num_prompt_tokens
@@ -108,7 +112,7 @@ EVENTS = st.one_of(
 @settings(max_examples=30, deadline=None)
 @given(st.lists(EVENTS, max_size=60))
 def test_every_request_goes_to_a_replica_that_takes_requests_and_twice_to_the_same(name: str, events: list) -> None:
-    one, other = (World(registry.make("router", name, seed=7, block_size=16)) for _ in "ab")
+    one, other = (World(make_router(name)) for _ in "ab")
     for event in events:
         one.do(event)
         other.do(event)
@@ -119,8 +123,8 @@ def test_every_request_goes_to_a_replica_that_takes_requests_and_twice_to_the_sa
 @settings(max_examples=20, deadline=None)
 @given(st.lists(EVENTS, max_size=60))
 def test_the_order_in_which_the_replicas_are_listed_decides_nothing(name: str, events: list) -> None:
-    plain = World(registry.make("router", name, seed=7, block_size=16))
-    reversed_ = World(registry.make("router", name, seed=7, block_size=16), reverse=True)
+    plain = World(make_router(name))
+    reversed_ = World(make_router(name), reverse=True)
     for event in events:
         plain.do(event)
         reversed_.do(event)
@@ -129,7 +133,7 @@ def test_the_order_in_which_the_replicas_are_listed_decides_nothing(name: str, e
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_requests_sessions_and_replicas_that_are_gone_leave_nothing_behind(name: str) -> None:
-    world = World(registry.make("router", name, seed=7, block_size=16))
+    world = World(make_router(name))
 
     def serve(many: int) -> int:
         """So many more requests, twenty at a time, each with a session and a prompt of its own. Bytes of state."""

@@ -15,7 +15,8 @@ from runtime.engine import Details
 from runtime.weights import LoadedModel
 from tests.runtime.engines import Rows, greedy, serve, submit_together, tiny, tokens_of, transformers_model
 
-TOKENS = 48
+TOKENS, FEWER = 36, 24
+"""How many of each prompt: in the batch held against transformers, and in the other ways of scheduling."""
 SCHEDULERS = ("mixed", "sarathi,chunk_size=40", "prefill_first", "static,max_batch_size=8")
 PREAMBLE = (
     "You are a careful assistant. You answer in one short paragraph, in plain words, without lists or headings, and "
@@ -60,82 +61,90 @@ def reference(smollm2: LoadedModel, token_prompts: list[list[int]], together: li
     return together
 
 
+@pytest.fixture(scope="module")
+def few_prompts(token_prompts: list[list[int]]) -> list[list[int]]:
+    """Every other prompt: ten, of which four begin alike."""
+    return token_prompts[::2]
+
+
+@pytest.fixture(scope="module")
+def few(reference: list[Tokens]) -> list[Tokens]:
+    """Their first tokens, which are transformers' own."""
+    return [tokens[:FEWER] for tokens in reference[::2]]
+
+
 def test_tokens_of_a_batch_equal_those_of_transformers(reference: list[Tokens]) -> None:
     assert [len(output) for output in reference] == [TOKENS] * 20
 
 
 @pytest.mark.slow
 def test_tokens_of_a_prompt_alone_equal_those_in_a_batch(
-    smollm2: LoadedModel, token_prompts: list[list[int]], reference: list[Tokens]
+    smollm2: LoadedModel, few_prompts: list[list[int]], few: list[Tokens]
 ) -> None:
     with serve(smollm2, lag=1) as engine:
-        alone = [tokens_of(engine.generate([prompt], greedy(TOKENS)))[0] for prompt in token_prompts[::3]]
-    assert alone == reference[::3]
+        alone = [tokens_of(engine.generate([prompt], greedy(FEWER)))[0] for prompt in few_prompts[::3]]
+    assert alone == few[::3]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheduler", "lag"), [("sarathi,chunk_size=40", 1), ("mixed", 0)])
 def test_tokens_survive_small_chunks(
-    smollm2: LoadedModel, token_prompts: list[list[int]], reference: list[Tokens], scheduler: str, lag: int
+    smollm2: LoadedModel, few_prompts: list[list[int]], few: list[Tokens], scheduler: str, lag: int
 ) -> None:
     rows = Rows()
     with serve(smollm2, scheduler, recorder=rows, lag=lag, max_num_batched_tokens=64, prefix_caching=False) as engine:
-        assert tokens_of(engine.generate(token_prompts, greedy(TOKENS))) == reference
-    assert sum(row["kind"] == "chunk" for row in rows.decisions) > len(token_prompts)
+        assert tokens_of(engine.generate(few_prompts, greedy(FEWER))) == few
+    assert sum(row["kind"] == "chunk" for row in rows.decisions) > len(few_prompts)
     assert any(step["num_decodes"] and step["num_chunks"] for step in rows.steps)
 
 
 @pytest.mark.slow
-def test_tokens_survive_static_batching(
-    smollm2: LoadedModel, token_prompts: list[list[int]], reference: list[Tokens]
-) -> None:
-    with serve(smollm2, "static,max_batch_size=8", lag=1) as engine:
-        assert tokens_of(engine.generate(token_prompts, greedy(TOKENS))) == reference
+def test_tokens_survive_static_batching(smollm2: LoadedModel, few_prompts: list[list[int]], few: list[Tokens]) -> None:
+    with serve(smollm2, "static,max_batch_size=4", lag=1) as engine:
+        assert tokens_of(engine.generate(few_prompts, greedy(FEWER))) == few
 
 
 def _too_few_blocks(prompts: list[list[int]], block_size: int = 16) -> int:
     """Enough for every prompt to start and for each to end alone, not for all to end together."""
     at_start = [len(prompt) // block_size + 1 for prompt in prompts]
-    at_end = [(len(prompt) + TOKENS) // block_size + 1 for prompt in prompts]
+    at_end = [(len(prompt) + FEWER) // block_size + 1 for prompt in prompts]
     return max(sum(at_start) + 1, *at_end)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheduler", "lag"), [("mixed", 1), ("prefill_first", 0)])
 def test_tokens_survive_preemption(
-    smollm2: LoadedModel, token_prompts: list[list[int]], reference: list[Tokens], scheduler: str, lag: int
+    smollm2: LoadedModel, few_prompts: list[list[int]], few: list[Tokens], scheduler: str, lag: int
 ) -> None:
     rows = Rows()
-    num_blocks = _too_few_blocks(token_prompts)
+    num_blocks = _too_few_blocks(few_prompts)
     with serve(smollm2, scheduler, recorder=rows, num_blocks=num_blocks, lag=lag, prefix_caching=False) as engine:
-        assert tokens_of(engine.generate(token_prompts, greedy(TOKENS))) == reference
+        assert tokens_of(engine.generate(few_prompts, greedy(FEWER))) == few
     assert rows.num_preemptions > 0
 
 
 @pytest.mark.slow
-def test_tokens_survive_prefix_hits(
-    smollm2: LoadedModel, token_prompts: list[list[int]], reference: list[Tokens]
-) -> None:
+def test_tokens_survive_prefix_hits(smollm2: LoadedModel, few_prompts: list[list[int]], few: list[Tokens]) -> None:
     with serve(smollm2, lag=1, max_num_batched_tokens=48) as engine:
-        first = engine.generate(token_prompts, greedy(TOKENS))
-        again = engine.generate(token_prompts, greedy(TOKENS))
-    assert tokens_of(first) == tokens_of(again) == reference
+        first = engine.generate(few_prompts, greedy(FEWER))
+        again = engine.generate(few_prompts, greedy(FEWER))
+    assert tokens_of(first) == tokens_of(again) == few
     # Those that begin alike found what the first of them had computed, and the second time round all did.
-    assert sum(c.num_cached_tokens > 0 for (c,) in first) >= 4
+    assert sum(c.num_cached_tokens > 0 for (c,) in first) >= 3
     assert all(c.num_cached_tokens >= (c.num_prompt_tokens - 1) // 16 * 16 for (c,) in again)
 
 
 @pytest.mark.slow
 def test_preempted_requests_find_their_own_blocks_again(
-    smollm2: LoadedModel, token_prompts: list[list[int]], reference: list[Tokens]
+    smollm2: LoadedModel, few_prompts: list[list[int]], few: list[Tokens]
 ) -> None:
-    rows, asked = Rows(), token_prompts[:12:2]  # no two begin alike: what one finds is its own
+    rows, asked = Rows(), few_prompts[:6]  # no two begin alike: what one finds is its own
     limits: dict[str, Any] = {"num_blocks": _too_few_blocks(asked), "max_num_batched_tokens": 256, "lag": 1}
     with serve(smollm2, recorder=rows, **limits) as engine:
-        listeners = submit_together(engine, asked, greedy(TOKENS))  # so that every plan is the same in every run
+        listeners = submit_together(engine, asked, greedy(FEWER))  # so that every plan is the same in every run
         for listener in listeners:
             listener.last()
-    assert [listener.token_ids for listener in listeners] == reference[:12:2]
+    assert [listener.token_ids for listener in listeners] == few[:6]
     hits: dict[int, list[int]] = {number: [] for number, row in rows.requests.items() if row["preemptions"]}
     for row in rows.decisions:
         if row["kind"] == "admit" and row["request_id"] in hits:

@@ -1,4 +1,4 @@
-"""Preemptive orders on one server: every single end as a plain reference has it, and means as the theory has them."""
+"""Preemptive orders on one server: every single end as a plain reference has it. Means: `test_queueing_laws`."""
 
 from __future__ import annotations
 
@@ -54,11 +54,6 @@ def reference(rank: Callable[[int, int], float], outputs: np.ndarray, arrivals: 
     return end
 
 
-def mean_time(ends: list[int], arrivals: list[int], outputs: np.ndarray) -> float:
-    """Mean time from arrival to end, in mean services."""
-    return float(np.mean(np.array(ends) - np.array(arrivals))) / (outputs.mean() * STEP_NS)
-
-
 RANKS: dict[str, Callable[[int, int], float]] = {
     "fcfs": lambda served, size: 0,
     "srpt,predictor=oracle": lambda served, size: size - served,
@@ -91,19 +86,3 @@ def test_no_work_is_lost_or_put_off(queue: str) -> None:
     expected = idle_from(reference(RANKS["fcfs"], outputs, arrivals))
     assert idle_from(serve(queue, outputs, arrivals)) == expected
     assert 10 < len(expected) < 200
-
-
-def test_means_are_those_of_the_theory() -> None:
-    """Sizes without memory: first come, first served and least attained service have the same mean; the least
-    remaining time first has the mean that is known for exponential sizes, 1.425 services at half load."""
-    outputs = np.random.default_rng(3).geometric(1 / 10, 40_000)
-    arrivals = poisson(outputs, 0.5, seed=5)
-    means = {
-        queue: mean_time(reference(RANKS[queue], outputs, arrivals), arrivals, outputs)
-        for queue in ("fcfs", "srpt,predictor=oracle", "las,quantum_ms=0")
-    }
-    rate, second = 0.5 / outputs.mean(), np.mean(outputs.astype(float) ** 2)
-    wait = rate * second / (2 * 0.5) / outputs.mean()
-    assert means["fcfs"] == pytest.approx(1 + wait, rel=0.03)
-    assert means["las,quantum_ms=0"] == pytest.approx(means["fcfs"], rel=0.03)
-    assert means["srpt,predictor=oracle"] == pytest.approx(1.425, rel=0.03)

@@ -116,7 +116,7 @@ def test_routers_that_mind_prefixes_have_more_of_them_cached(router: str, at_lea
 def test_sixty_four_replicas_are_served_by_every_router() -> None:
     limits = Limits(64, max_num_seqs=4, prefix_caching=False)
     for name in registry.names("router"):
-        if registry.moves_kv(registry.make("router", name)):
+        if registry.moves_kv(registry.find("router", name)):
             continue  # it hands requests on between replicas, and needs to be told what a transfer costs
         requests = [Request(i, i * 1_000, 8, 4) for i in range(200)]
         stacks = [StackSpec().build() for _ in range(64)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from policies.costing import prefill_ns, swap_ns
@@ -56,7 +58,7 @@ def test_a_roofline_moves_swapped_kv_at_what_the_host_link_reaches() -> None:
     # Section 7.3 of the vLLM paper, for this model and card: the longer the context, the more swapping saves.
     gains = [prefill_ns(cost, n) / swap_ns(cost, n) for n in (2048, 8192, 32_768)]
     assert 1 < gains[0] < gains[1] < gains[2]
-    assert Cheapest.needs_cost
+    assert Cheapest().needs_cost
 
 
 def decodes(batch: int, context: int, out: int = 0, back: int = 0) -> StepSample:
@@ -88,6 +90,20 @@ def test_a_fit_finds_what_copies_cost_each_way_and_leaves_the_other_prices_alone
     assert not without.inside(seen.shape)
     again = FittedCost(type(model.calibration).model_validate(model.calibration.model_dump()))
     assert again.cost(seen.shape) == model.cost(seen.shape)
+
+
+def test_noise_that_is_larger_than_a_copy_makes_copies_neither_dearer_nor_cheaper() -> None:
+    """Every other step takes 30% more than it should, the others less; a small copy is 17% of its step."""
+    noisy = []
+    for i, (n, context) in enumerate((n, context) for n in (1, 2, 4, 8) for context in (200, 300, 400, 500)):
+        for out, back in ((64 * n, 0), (0, 64 * n)):
+            step = decodes(n, context, out, back)
+            noisy.append(replace(step, device_ns=round(step.device_ns * (1.3 if (i + i // 4) % 2 else 0.7))))
+    swap = fit([*PLAIN, *noisy]).calibration.swap
+    assert swap is not None
+    for tokens in (64, 512):
+        assert swap.copies + swap.swapped_out * tokens == pytest.approx(30_000 + 900 * tokens, rel=0.02)
+        assert swap.copies + swap.swapped_in * tokens == pytest.approx(30_000 + 1_100 * tokens, rel=0.02)
 
 
 def test_a_calibration_from_before_there_was_swapping_is_still_one() -> None:

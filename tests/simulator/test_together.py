@@ -88,6 +88,42 @@ def test_the_rows_are_the_same_with_steps_taken_together(stack: StackSpec) -> No
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("scheduler", ["mixed", "sarathi", "prefill_first", "orca", "sglang"])
+def test_who_follows_from_an_end_comes_at_the_same_time_with_steps_taken_together(scheduler: str, lag: int) -> None:
+    """Every other request comes after the one before it has ended: at once, soon, or much later."""
+    limits = Limits(**{**_fields(LIMITS), "num_blocks": 400, "lag": lag})
+    rows, counts = [], []
+    for together in (True, False):
+        todo = arrivals(11, 24)
+        gaps = {2 * k: (todo[2 * k + 1], [0, 700, 90_000][k % 3]) for k in range(12)}
+        seen, plans = Rows(), 0
+
+        def follow(request: Request, now: int, gaps: dict = gaps) -> list[Arrival]:
+            if request.id not in gaps:
+                return []
+            arrival, gap = gaps[request.id]
+            arrival.request.arrival_ns = now + gap
+            return [arrival]
+
+        built = StackSpec(scheduler).build(block_size=4, seed=3)
+        simulation = Simulation(limits, [built], COST, recorder=seen, followers=follow, check=True, together=together)
+        plan = simulation.replicas[0].plane.plan
+
+        def counted(now: int, plan: object = plan) -> object:
+            nonlocal plans
+            plans += 1
+            return plan(now)  # type: ignore[operator]
+
+        simulation.replicas[0].plane.plan = counted  # type: ignore[method-assign,assignment]
+        simulation.run(todo[::2])
+        assert all(a.request.finish_ns for a in todo)
+        rows.append(seen.rows)
+        counts.append(plans)
+    assert rows[0] == rows[1]
+    assert counts[0] < 0.7 * counts[1]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("scheduler", ["mixed", "sarathi", "prefill_first", "orca", "sglang"])
 def test_most_steps_of_decodes_alone_are_not_asked_for(scheduler: str, lag: int) -> None:
     limits = Limits(**{**_fields(LIMITS), "num_blocks": 400, "lag": lag})
     rows, repeated = run(StackSpec(scheduler), limits, arrivals(5), together=True)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policies import registry
 from policies.contract import LATER, ClusterReplica, Move, Replica, Route
 from policies.random_stream import RandomStream
 from policies.records import REQUESTS
 from policies.replica_state import Limits
 from policies.request import Request
+from policies.routers.llumnix import PAIRINGS, Llumnix
 from policies.stack import StackSpec
 from simulator.arrivals import Arrival
 from simulator.costs.constant import ConstantCost, LinearCost
 from simulator.links import LinkSpeed
 from simulator.simulation import Simulation
+from tests.policies.fleet import make_router
 from tests.policies.harness import Log
 from tests.policies.library import EVERY
 
@@ -42,12 +46,13 @@ class To:
         self.rebalance_ns = every or self.rebalance_ns
         self.ended: list[tuple[int, int]] = []
         self.open = True
+        self.pulls_to = 1
 
     def route(self, request: Request, keys: Sequence[bytes], replicas: Sequence[Replica], now: int) -> Route:
         return self.routes[request.id] if isinstance(self.routes, dict) else self.routes
 
     def pull(self, request: Request, replicas: Sequence[ClusterReplica], now: int) -> int | None:
-        return 1 if self.open else None
+        return self.pulls_to if self.open else None
 
     def rebalance(self, replicas: Sequence[ClusterReplica], now: int) -> list[Move]:
         alive = {r.id: r for replica in replicas for r in replica.decoding()}
@@ -64,6 +69,7 @@ def simulate(
     costs: object = None,
     replicas: int = 2,
     keys: Sequence[Sequence[bytes]] | None = None,
+    check: bool = True,
     **limits: int,
 ) -> tuple[list[Request], Log, Simulation]:
     """Serve (arrival, prompt, output) with 4-token blocks and steps of 1,000 ns unless told otherwise."""
@@ -76,7 +82,7 @@ def simulate(
         router,  # type: ignore[arg-type]
         link=link,
         recorder=log,
-        check=True,
+        check=check,
     )
     made = [Request(i, at, prompt, output) for i, (at, prompt, output) in enumerate(requests)]
     simulation.run(Arrival(request, request.max_tokens, keys[request.id] if keys else ()) for request in made)
@@ -175,6 +181,15 @@ def test_a_prefill_that_nobody_takes_while_nothing_runs_goes_on_where_it_is() ->
     assert request.finish_ns == 3_000
 
 
+def test_a_prefill_that_its_own_replica_pulls_stays_there() -> None:
+    """Without being copied: it goes on at 1,000, though replica 1 works."""
+    router = To({0: Route(0, LATER), 1: Route(1)})
+    router.pulls_to = 0
+    (request, _), log, _ = simulate(router, [(0, 8, 3), (0, 8, 9)], LinkSpeed(1e9, 1_000))
+    assert happened(log, 0) == [(0, "export", 8), (0, "take_back", 8)]
+    assert request.finish_ns == 3_000
+
+
 def test_a_running_request_migrates_while_it_decodes_and_stands_still_for_the_last_block_only() -> None:
     """12 tokens of prompt, a step a microsecond, 4-token blocks of 2,000 bytes at a byte a nanosecond. The move starts
     at 10,000: 20 tokens are computed, and 5 full blocks copied until 20,000. Then 31 are, and 2 more blocks copied
@@ -227,7 +242,6 @@ class Chaos:
     def __init__(self, seed: int) -> None:
         self._stream = RandomStream(seed, "chaos")
         self._pulls = 0
-        self.open = Counter[int]()
 
     def route(self, request: Request, keys: Sequence[bytes], replicas: Sequence[Replica], now: int) -> Route:
         ids = [r.id for r in replicas]
@@ -236,7 +250,6 @@ class Chaos:
             return ids[int(self._stream.uniform(request.id, k) * len(ids))]
 
         way = self._stream.uniform(request.id, 9)
-        self.open[request.id] += 1
         decode = draw(1) if way < 0.5 else LATER if way < 0.8 else None
         return Route(draw(0), decode, draw(2) if self._stream.uniform(request.id, 8) < 0.5 else None)
 
@@ -251,8 +264,7 @@ class Chaos:
             Move(r, at, replicas[int(self._stream.uniform(r.id, now) * len(replicas))].id) for r, at in decoding[:3]
         ]
 
-    def on_end(self, request: Request, replica: int, now: int) -> None:
-        self.open[request.id] -= 1
+    def on_end(self, request: Request, replica: int, now: int) -> None: ...
 
 
 JOBS = st.lists(
@@ -276,8 +288,15 @@ WORLDS = st.tuples(
 )
 
 
-def chaos(jobs: Sequence[tuple], world: tuple, stack: StackSpec) -> tuple[list[tuple], list[tuple], Chaos]:
-    """Three replicas. The records."""
+def high_thresholds(pairing: str) -> Llumnix:
+    """Thresholds at which it moves many."""
+    return Llumnix(0.0025, migrate_out=9, pairing=pairing, target_tokens=8, drain="1", drain_at_s=4e-5)
+
+
+def chaos(
+    jobs: Sequence[tuple], world: tuple, stack: StackSpec, router: str | Llumnix | None = None
+) -> tuple[list[tuple], list[tuple]]:
+    """Three replicas behind `Chaos`, or a router given or by name. The records."""
     lag, bandwidth, num_blocks, caching, failures, seed = world
     limits = Limits(num_blocks, 4, max_num_seqs=4, max_num_batched_tokens=32, prefix_caching=caching, lag=lag)
     at, arrivals = 0, []
@@ -285,26 +304,50 @@ def chaos(jobs: Sequence[tuple], world: tuple, stack: StackSpec) -> tuple[list[t
         at += gap
         keys = [f"{prefix}{k}".encode() for k in range(min(prompt, 20) // 4)]
         keys += [f"{i}/{k}".encode() for k in range(len(keys), (prompt + output) // 4)]
-        arrivals.append(Arrival(Request(i, at, prompt, output + 2 * (i % 2), tenant=prefix), output, keys))
-    log, router = Log(), Chaos(seed)
-    stacks = [stack.build(block_size=4, oracle={i: job[2] for i, job in enumerate(jobs)}, future={}) for _ in range(3)]
-    simulation = Simulation(
-        limits, stacks, LinearCost(400, 20, 1), router, link=LinkSpeed(bandwidth, 400, 7), recorder=log, check=True
+        request = Request(i, at, prompt, output + 2 * (i % 2), tenant=prefix, priority=i % 3 - 1)
+        arrivals.append(Arrival(request, output, keys))
+    log, link, costs = Log(), LinkSpeed(bandwidth, 400, 7), LinearCost(400, 20, 1)
+    made: Any = (
+        Chaos(seed)
+        if router is None
+        else router
+        if isinstance(router, Llumnix)
+        else (make_router(router, block_size=4, cost=costs, transfer=link, seed=seed))
     )
+    open_routes = watch(made)
+    stacks = [stack.build(block_size=4, oracle={i: job[2] for i, job in enumerate(jobs)}, future={}) for _ in range(3)]
+    simulation = Simulation(limits, stacks, costs, made, link=link, recorder=log, check=True)
     for arrival, job in zip(arrivals, jobs, strict=True):
         if job[4] is not None:
             simulation.at(arrival.request.arrival_ns + job[4], lambda i=arrival.request.id: simulation.cancel(i))
     for when, replica in failures:
         simulation.at(when, lambda replica=replica: simulation.fail(replica))
     simulation.run(arrivals)
-    assert not any(router.open.values()), "the router was not told of every end"
+    assert not any(open_routes.values()), "the router was not told of every end"
     for replica in simulation.replicas:
         plane = replica.plane
         assert plane.num_live == 0
         assert not plane.transfers.underway
         held = plane.view.num_blocks - plane.num_free_blocks
         assert held == 0, f"{held} blocks are held for nobody"
-    return log.requests, log.decisions, router
+    return log.requests, log.decisions
+
+
+def watch(router: Any) -> Counter[int]:
+    """By request id, the routes that the router has given and not been told the end of."""
+    open_routes, route, on_end = Counter[int](), router.route, router.on_end
+
+    def routed(request: Request, *more: Any) -> Route | None:
+        answer = route(request, *more)
+        open_routes[request.id] += answer is not None
+        return answer  # type: ignore[no-any-return]
+
+    def ended(request: Request, *more: Any) -> None:
+        open_routes[request.id] -= 1
+        on_end(request, *more)
+
+    router.route, router.on_end = routed, ended
+    return open_routes
 
 
 def check_rows(jobs: Sequence[tuple], rows: Sequence[tuple], may_fail: bool) -> None:
@@ -327,10 +370,43 @@ def check_rows(jobs: Sequence[tuple], rows: Sequence[tuple], may_fail: bool) -> 
 def test_whatever_moves_fails_or_is_cancelled_every_request_ends_once_and_every_block_comes_back(
     jobs: list, world: tuple
 ) -> None:
-    rows, decisions, _ = chaos(jobs, world, StackSpec())
+    rows, decisions = chaos(jobs, world, StackSpec())
     check_rows(jobs, rows, bool(world[4]))
-    again = chaos(jobs, world, StackSpec())
-    assert (again[0], again[1]) == (rows, decisions)
+    assert chaos(jobs, world, StackSpec()) == (rows, decisions)
+
+
+@settings(max_examples=12, deadline=None)
+@given(JOBS, WORLDS, st.sampled_from(PAIRINGS))
+def test_whatever_llumnix_moves_every_request_ends_once_and_it_forgets_them_all(
+    jobs: list, world: tuple, pairing: str
+) -> None:
+    router = high_thresholds(pairing)
+    rows, decisions = chaos(jobs, world, StackSpec(queue="priority"), router)
+    check_rows(jobs, rows, bool(world[4]))
+    assert not router._at
+    assert not router._moving
+    assert not router._requests
+    assert not router._urgent
+    assert chaos(jobs, world, StackSpec(queue="priority"), high_thresholds(pairing)) == (rows, decisions)
+
+
+ROUTERS = [
+    *(name for name in registry.names("router") if registry.moves_kv(registry.find("router", name))),
+    "distserve,prefill=2,waiting=1",
+    "splitwise,prefill=2,max_pending_tokens=20",
+    "mooncake,prefill=2,threshold=1",
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@settings(max_examples=8, deadline=None)
+@given(JOBS, WORLDS)
+def test_every_router_that_moves_kv_bears_failures_cancellations_and_little_memory(
+    router: str, jobs: list, world: tuple
+) -> None:
+    rows, decisions = chaos(jobs, world, StackSpec(), router)
+    check_rows(jobs, rows, bool(world[4]))
+    assert chaos(jobs, world, StackSpec(), router) == (rows, decisions)
 
 
 @settings(max_examples=25, deadline=None)
@@ -338,5 +414,5 @@ def test_whatever_moves_fails_or_is_cancelled_every_request_ends_once_and_every_
 def test_every_policy_bears_requests_that_come_with_their_kv_and_leave_with_it(
     stack: StackSpec, jobs: list, world: tuple
 ) -> None:
-    rows, _, _ = chaos(jobs, world, stack)
+    rows, _ = chaos(jobs, world, stack)
     assert sorted(row[0] for row in rows) == list(range(len(jobs)))

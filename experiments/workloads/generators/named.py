@@ -4,9 +4,12 @@
 | --- | --- | --- |
 | `chat` | Azure 2023 conversation | MMPP of 3 states fitted to it (5.5) |
 | `code` | Azure 2023 code | MMPP of 4 states fitted to it (2.5): strongly on and off |
+| `sharegpt` | ShareGPT, 8k tokens at most: turns with their history | Poisson (5) |
 | `multi-tenant` | VTC's Chatbot Arena log | Gamma, CV 1.10, and that log's 27 client shares (2.5) |
 | `reasoning` | ServeGen deepseek-r1 | 73 bursty clients of very different rates (13.4) |
 | `prefix-chat` | Mooncake conversation, with prefix blocks | Poisson sessions with turns (3.4) |
+| `sessions` | Azure 2023 conversation, growing by turns | Poisson sessions, turns after think times (2) |
+| `agents` | mini-swe-agent's, growing by tools' answers | Poisson programs, calls after tools and each other (2) |
 | `fixed` | constant | Poisson at a given rate, or all at once |
 | `uniform` | uniform in a range | Poisson at a given rate, or all at once |
 """
@@ -26,6 +29,8 @@ from experiments.workloads.request import Workload
 
 VTC_RATE, VTC_CV = 2.498, 1.10
 REASONING_RATE = 13.41
+SHAREGPT_RATE = 5.0
+"""No trace has its arrivals."""
 
 #: Requests of each of the 27 clients in the Arena log of VTC (OSDI 2024): 1,500 in all.
 VTC_CLIENT_REQUESTS = (
@@ -53,6 +58,11 @@ def chat(size: Size, process: Process = "mmpp-conv", cv: float | None = None) ->
 def code(size: Size, process: Process = "mmpp-code", cv: float | None = None) -> Workload:
     """Azure 2023 code completion: input p50 1,469, output p50 13."""
     return draw("code", draw_times(process, _at(size, 2.49), cv), TABLES["azure_code"], size.seed)
+
+
+def sharegpt(size: Size, process: Process = "poisson", cv: float | None = None) -> Workload:
+    """ShareGPT's conversations, a turn with all before it: input p50 1,730, output p50 415."""
+    return draw("sharegpt", draw_times(process, _at(size, SHAREGPT_RATE), cv), TABLES["sharegpt_8k"], size.seed)
 
 
 def multi_tenant(size: Size, process: Process = "gamma", cv: float | None = None) -> Workload:

@@ -3,7 +3,8 @@
 A call has `t` (s from the session's start), `in`, `out` (tokens) and `hash_ids` (ids of the prompt's full
 blocks of `block_size` tokens, local to the session; here made distinct across sessions). An entry of `type`
 "subagent" holds `requests` of its own. Sessions have no common clock: all start at 0 here, so choose an
-arrival process for them.
+arrival process for them. `think_time` (s from the previous reply to this call, 0 where it is absent) is the gap of a
+closed loop.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def read(path: str | Path) -> TraceRows:
     Raises:
         TraceError: naming the line, what is wrong and what was expected.
     """
-    rows = TraceRows(str(path), NAME, session=[], hash_ids=[])
+    rows = TraceRows(str(path), NAME, session=[], hash_ids=[], gap_ns=[])
     numbering: dict[tuple[int, int], int] = {}  # (session, local id) -> id across sessions
     for number, (line, session) in enumerate(json_lines(path)):
         block = whole_number(rows.path, line, "block_size", json_field(rows.path, line, session, "block_size"))
@@ -71,7 +72,8 @@ def _add_call(
         expected = f"expected at most one each {rows.hash_block} tokens"
         raise TraceError(path, line, f"{len(local)} hash_ids for {prompt} tokens; {expected}")
     rows.add(line, time, prompt, output)
-    if rows.session is not None and rows.hash_ids is not None:
+    if rows.session is not None and rows.hash_ids is not None and rows.gap_ns is not None:
         rows.session.append(session)
+        rows.gap_ns.append(max(0, nanoseconds(path, line, "think_time", call.get("think_time") or 0, 1_000_000_000)))
         ids = (numbering.setdefault((session, block), len(numbering)) for block in local)
         rows.hash_ids.append(tuple(ids))

@@ -41,6 +41,7 @@ class TraceRows:
     session: list[int] | None = None
     turn: list[int] | None = None
     hash_ids: list[tuple[int, ...]] | None = None
+    gap_ns: list[int] | None = None
     hash_block: int = 0
     has_arrivals: bool = True
 
@@ -82,6 +83,7 @@ class TraceRows:
                 ("session", self.session),
                 ("turn", self.turn),
                 ("hash_ids", self.hash_ids),
+                ("gap_ns", self.gap_ns),
             )
         }
         source = {"source": Path(self.path).name, "format": self.format, "seed": None, "steps": steps}

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from policies import registry
 from policies.contract import Replica, Route
 from policies.replica_state import Limits
 from policies.request import Request
@@ -322,6 +323,9 @@ def test_a_router_that_names_a_replica_which_takes_nothing_hears_of_the_end() ->
     asyncio.run(main())
 
 
+MOVING = [name for name in registry.names("router") if registry.moves_kv(registry.find("router", name))]
+
+
 def test_a_router_that_cannot_be_made_is_the_operators_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     methods = "    def route(self, *a): ...\n    def on_end(self, *a): ...\n"
     bad = f"class Bad:\n{methods}    def __init__(self): raise RuntimeError('not today')\n"
@@ -337,7 +341,8 @@ def test_a_router_that_cannot_be_made_is_the_operators_mistake(tmp_path: Path, m
         errors.install(app)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            for name, reason in (("bad_router:Bad", "not today"), ("leaving_router:Bad", "SystemExit")):
+            bad = [("bad_router:Bad", "not today"), ("leaving_router:Bad", "SystemExit")]
+            for name, reason in bad + [(name, "moves KV between replicas") for name in MOVING]:
                 answer = await http.post("/admin/policies", json={"router": name, "scheduler": "static"})
                 assert answer.status_code == 400
                 assert reason in answer.json()["error"]["message"]
