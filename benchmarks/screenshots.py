@@ -83,6 +83,8 @@ def take(page: Any, url: str, name: str, file: Path, width: int) -> None:
     height = page.evaluate("document.querySelector('[data-testid=stMainBlockContainer]').scrollHeight")
     page.set_viewport_size({"width": width, "height": min(height + 10, 3200)})
     page.wait_for_timeout(1500)
+    idle = "document.querySelector('[data-testid=stApp]').dataset.testScriptState === 'notRunning'"
+    page.wait_for_function(idle, polling=50)  # while the script runs, what is there from before is pale
     page.screenshot(path=str(file))
 
 
