@@ -90,5 +90,6 @@ def _host(spec: RunSpec, options: EngineOptions, loaded: LoadedModel, on_flush: 
             spec.model.dtype,
             os.getpid(),
             None if options.record is None else str(options.record),
+            None if prepared.cost is None else dict(prepared.cost.describe()),
         )
         yield Hosted(engine, about, stack, spec.seed, rows)

@@ -34,6 +34,7 @@ __all__ = [
     "LittlesLaw",
     "ServiceGap",
     "TokenTimes",
+    "goodput",
     "jain_index",
     "largest_gap",
     "latencies_ms",
@@ -139,7 +140,7 @@ def summarize(
     }
     if slo is not None:
         summary["slo_ms"] = dict(slo)
-        summary["request_goodput"] = _rate(int(_meets(done, slo).sum()), duration)
+        summary["request_goodput"] = goodput(run, slo)
     summary |= _own_slos(requests, frame, duration)
     for name in LATENCIES:
         summary |= statistics(name, samples[name], percentiles)
@@ -180,6 +181,12 @@ def outline(run: Run, percentiles: Sequence[float] = PERCENTILES) -> dict[str, A
     for name, samples in (("ttft", ttft), ("tpot", tpot), ("itl", np.empty(0)), ("e2el", e2e)):
         figures |= statistics(name, samples, percentiles)
     return figures
+
+
+def goodput(run: Run, slo: Mapping[str, float]) -> float:
+    """Completed requests a second that meet every objective, as `summarize` has them. Raises ValueError for others."""
+    frame = per_request(run)
+    return _rate(int(_meets(frame[frame["completed"]], slo).sum()), _duration_s(run))
 
 
 def statistics(name: str, samples_ms: Float64, percentiles: Sequence[float] = PERCENTILES) -> dict[str, float | None]:

@@ -38,6 +38,8 @@ class SimulatedReplica:
     movements: Movements | None = None
     """Where KV moves between replicas: what carries it."""
     failed = False
+    unknown_end: Callable[[], simpy.Event | None] | None = None
+    """Where lengths become known as the simulation goes on: what the step just planned is to wait for, or None."""
 
     def __init__(
         self, env: simpy.Environment, plane: ControlPlane, pace: Pace, on_end: Callable[[Request], None]
@@ -164,6 +166,10 @@ class SimulatedReplica:
         self._endings.forget(request.id)
         self._on_end(request)
 
+    def correct_length(self, arrival: Arrival) -> None:
+        """Its `output_tokens` are known now."""
+        self._endings.correct(arrival)
+
     # Requests that leave and come
 
     @property
@@ -224,6 +230,8 @@ class SimulatedReplica:
                     self.now = max(self.now, plan_at)
                     answer = self._repeat_or_deliver()
             elif isinstance(action, Launch):
+                while self.unknown_end is not None and (known := self.unknown_end()) is not None:
+                    yield known
                 self._launch(action.step, self.now)
             elif isinstance(action, Collect):
                 timing = pace.end_of(action.step)

@@ -159,3 +159,25 @@ def progress(text: str, total: float | None) -> Iterator[Progress]:
     with Progress(*columns, console=console, transient=True) as bar:
         bar.add_task(text, total=total)
         yield bar
+
+
+OBJECTIVES = ("ttft", "tpot", "e2el")
+Goodput = Annotated[
+    list[str] | None, typer.Option(help="An objective in ms, as ttft:200, tpot:50 or e2el:5000; may be repeated.")
+]
+
+
+def objectives(given: list[str]) -> dict[str, float]:
+    """What --goodput says: name -> milliseconds. Raises SpecError."""
+    found = {}
+    for objective in given:
+        name, _, value = objective.partition(":")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise SpecError(f"--goodput {objective}: write an objective in milliseconds, as ttft:200") from None
+        if name not in OBJECTIVES:
+            raise SpecError(f"--goodput {objective}: there is no objective {name!r}; give {', '.join(OBJECTIVES)}")
+        if not 0 <= found[name] < float("inf"):
+            raise SpecError(f"--goodput {objective}: an objective is a number of milliseconds, 0 or more")
+    return found
