@@ -12,6 +12,7 @@ import itertools
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -135,7 +136,12 @@ def profile(
     were measured. The result's provenance has the device, its clocks, the software, the model and the limits; its
     held-out error is in its description.
     """
-    loaded = loaded or load(spec.model)
+    if loaded is None:
+        with closing(load(spec.model)) as loaded:
+            return profile(
+                spec, seconds, loaded=loaded, prepared=prepared, runner=runner, on_progress=on_progress,
+                on_start=on_start, steps_to=steps_to,
+            )  # fmt: skip
     prepared = prepared or prepare(spec, loaded)
     spec, limits = prepared.spec, prepared.limits
     # Prompts repeat here, and each is to be computed; and a host that waits would look like a busy one.
@@ -167,6 +173,7 @@ def profile(
         "dtype": spec.model.dtype,
         "quantization": spec.model.quantization,
         "kv_cache_dtype": spec.model.kv_cache_dtype,
+        "tensor_parallel": spec.model.tensor_parallel,
         "attention": spec.model.attention,
         "limits": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(limits).items()},
         "seconds": seconds,

@@ -183,15 +183,15 @@ def _interventions(run: Run, spec: StackSpec, block_size: int, seed: int) -> dic
         if kind == "swap":
             names = dict(part.split(": ", 1) for part in reason.split("; "))
             spec, policies = spec.rebuilt(names, block_size=block_size, seed=seed)
-            intervene: Intervention = functools.partial(_swap, policies, names)
+            intervene: Intervention = functools.partial(_change, policies, names)
         else:
             intervene = plain[kind]
         found.setdefault(step, []).append(intervene)
     return found
 
 
-def _swap(policies: dict[str, Any], names: dict[str, str], plane: ControlPlane, now: int) -> None:
-    plane.swap(policies, names, now)
+def _change(policies: dict[str, Any], names: dict[str, str], plane: ControlPlane, now: int) -> None:
+    plane.change_policies(policies, names, now)
 
 
 def _slo(row: dict[str, Any]) -> Slo | None:

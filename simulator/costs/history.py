@@ -18,11 +18,14 @@ from simulator.costs.calibration import DelayFit, LoadFit, ModeFit
 
 
 class History(Protocol):
-    """Of one replica, from its start on. Called once a step, in order."""
+    """Of one replica, from its start on."""
 
     def device_ns(self, shape: StepShape, cost_ns: int, started_ns: int) -> int:
-        """How long a step takes that costs so much by itself and starts on the device then; it is part of the history
-        from now on."""
+        """How long a step takes that costs so much by itself and starts on the device then."""
+        ...
+
+    def ran(self, shape: StepShape, cost_ns: int, started_ns: int, device_ns: int) -> None:
+        """It did, and took that long: in order."""
         ...
 
     def delay_ns(self, spare_ns: int) -> int:
@@ -75,9 +78,11 @@ class FittedHistory:
     def device_ns(self, shape: StepShape, cost_ns: int, started_ns: int) -> int:
         if self._meter is None:
             return cost_ns
-        duration = whole_ns(cost_ns * slowdown_of(self._fit_of(shape), self._meter.at(started_ns)))
-        self._meter.ran(shape, cost_ns, started_ns, duration)
-        return duration
+        return whole_ns(cost_ns * slowdown_of(self._fit_of(shape), self._meter.at(started_ns)))
+
+    def ran(self, shape: StepShape, cost_ns: int, started_ns: int, device_ns: int) -> None:
+        if self._meter is not None:
+            self._meter.ran(shape, cost_ns, started_ns, device_ns)
 
     def delay_ns(self, spare_ns: int) -> int:
         if self._delay is None or spare_ns < 0:  # who is late anyway is late by as much in the mean

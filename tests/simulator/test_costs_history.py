@@ -81,10 +81,11 @@ def test_a_simulation_of_a_throttled_device_takes_as_long_as_it_did() -> None:
     samples, model = fitted_to_throttled()
     history = model.history()
     assert history is not None
-    predicted = [
-        history.device_ns(sample.shape, model.cost(sample.shape).device_ns, sample.started_ns or 0)
-        for sample in samples
-    ]
+    predicted = []
+    for sample in samples:
+        cost, started = model.cost(sample.shape).device_ns, sample.started_ns or 0
+        predicted.append(history.device_ns(sample.shape, cost, started))
+        history.ran(sample.shape, cost, started, predicted[-1])
     measured = [sample.device_ns for sample in samples]
     assert sum(predicted) == pytest.approx(sum(measured), rel=0.002)
     assert predicted == pytest.approx(measured, rel=0.02)
@@ -151,6 +152,25 @@ def test_a_simulated_device_waits_for_its_host_by_the_mean_delay() -> None:
         ends.append([pace.end_of(Step(index, 0, shape=shape)).end_ns for index in range(2)])
     assert ends[1][0] == ends[0][0]  # nothing to hide behind: the prepare time's mean has it
     assert ends[1][1] == ends[0][1] + 70_000
+
+
+def test_a_step_that_is_coasted_takes_what_a_launched_one_takes() -> None:
+    calibration = fitted_to_throttled()[1].calibration
+    delay = DelayFit(spare_ns=[0, 10**9], mean_ns=[70_000.0, 70_000.0])
+    costs = FittedCost(calibration.model_copy(update={"delay": delay}))
+    one, other, now = ComputedPace(costs), ComputedPace(costs), 0
+    for index in range(50):
+        shape = shape_of(SIZES[index % 5], 1030)
+        assert one.coast(shape, now, 0, False) is None
+        assert one.coast(shape, now, now + 4_000_000 * (index % 2), True) is None  # nothing has changed
+        coasted = one.coast(shape, now, float("inf"), True)
+        step, plan = Step(index, 0, shape=shape), other.plan_at(index, now)
+        assert plan is not None
+        other.launch(step, plan)
+        timing = other.end_of(step)
+        assert coasted == (plan, *timing)
+        now = timing.end_ns
+        other.reported(step, now)
 
 
 def test_a_late_host_does_not_make_a_device_look_fast() -> None:

@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 
 from policies import registry
 from policies.contract import LATER, ClusterReplica, Move, Replica, Route
+from policies.plan import Plan
 from policies.random_stream import RandomStream
-from policies.records import REQUESTS
+from policies.records import ALIVE, REQUESTS, STEPS
 from policies.replica_state import Limits
-from policies.request import Request
+from policies.request import Request, State
 from policies.routers.llumnix import PAIRINGS, Llumnix
 from policies.stack import StackSpec
 from simulator.arrivals import Arrival
 from simulator.costs.constant import ConstantCost, LinearCost
 from simulator.links import LinkSpeed
 from simulator.simulation import Simulation
+from tests.policies.byhand import Desk
 from tests.policies.fleet import make_router
 from tests.policies.harness import Log
 from tests.policies.library import EVERY
@@ -179,6 +181,27 @@ def test_a_prefill_that_nobody_takes_while_nothing_runs_goes_on_where_it_is() ->
     [request], log, _ = simulate(router, [(0, 8, 3)])
     assert happened(log, 0) == [(0, "export", 8), (0, "take_back", 8)]
     assert request.finish_ns == 3_000
+
+
+def test_who_is_cancelled_while_it_waits_for_a_slot_to_go_on_in_is_recorded_as_alive_until_it_left() -> None:
+    """No replica counts it among those alive from the plan on before which it left, as its KV had not come back into a
+    slot: so the counts of the steps and the rows of the requests agree."""
+    desk = Desk(Limits(40, 4, 1, 32, 100, prefix_caching=False))
+    first = desk.submit(8)
+    desk.run(Plan(chunks=[(first, 8)]))
+    desk.run(Plan(decode_all=True))
+    assert desk.plane.transfers.export(first, desk.now)
+    second = desk.submit(8)
+    desk.run(Plan(chunks=[(second, 8)]))
+    desk.plane.transfers.take_back(first, desk.now)
+    desk.run(Plan(decode_all=True))
+    assert first.state is State.MOVING
+    assert desk.plane.cancel(first.id, desk.now)
+    row = dict(zip(REQUESTS, desk.log.requests[0], strict=True))
+    columns = ("status", "before_step", "end_before_step", "moves", "finish_ns")
+    assert [row[name] for name in columns] == ["cancelled", 0, 2, [], 40]
+    counted = [sum(dict(zip(STEPS, step, strict=True))[name] for name in ALIVE) for step in desk.log.steps]
+    assert counted == [1, 1, 1, 1], "the first, then the second"
 
 
 def test_a_prefill_that_its_own_replica_pulls_stays_there() -> None:
