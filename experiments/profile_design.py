@@ -82,8 +82,8 @@ class Design:
         """Around what is captured; and as many again between that and the longest prompt, past the token budget too."""
         captured = self._limits.mixed_capture_sizes
         around = [size + more for size in captured for more in (-1, 0, 1)]
-        low, count = max(captured, default=1), max(8, len(captured))
-        beyond = np.exp(np.linspace(np.log(low), np.log(max(low, self._longest)), count)).astype(int).tolist()
+        low, count = max((size for size in captured if size < self._longest), default=1), max(8, len(captured))
+        beyond = np.exp(np.linspace(np.log(low), np.log(self._longest), count)).astype(int).tolist()
         return sorted({size for size in (*around, *beyond) if 1 <= size <= self._longest})
 
     def _batches(self) -> list[int]:
