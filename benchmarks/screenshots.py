@@ -1,22 +1,68 @@
 """Pictures of the dashboard's pages for the documentation: `python -m benchmarks.screenshots FOLDER`.
 
-FOLDER holds run folders, as `diptych demo` leaves them. Needs Playwright and a Chromium, as tests/dashboard does.
+FOLDER holds run folders, as `diptych demo` leaves them. The page "Live" is that of a small random model, served on this
+machine's CPU, and of a twin with steps of 4 ms. Needs Playwright and a Chromium, as tests/dashboard does.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from tests.dashboard.browser import chromium, served, settled
+from tests.runtime.serving.conftest import make_model
+from tests.runtime.serving.running import ADMIN_KEY, running
 
 PAGES = {
     "compare": "",
     "timeline": "timeline",
     "policies": "policies",
     "try": "try?n=400&rate=12&scheduler=sarathi,chunk_size=256&seed=1",
+    "live": "live?window=30&server=",
 }
+WATCHED_S = 20
+"""How long the live page is watched before its picture is taken."""
+
+
+@contextmanager
+def loaded_server() -> Iterator[str]:
+    """A small server under a Poisson load, two requests a second; gives its address."""
+    over, draw = threading.Event(), random.Random(1)
+
+    def ask(url: str, body: dict[str, object]) -> None:
+        try:
+            httpx2.post(f"{url}/v1/completions", json=body, timeout=60)
+        except httpx2.HTTPError:
+            return  # the server is ended under it
+
+    def load(url: str) -> None:
+        while not over.wait(draw.expovariate(2.0)):
+            prompt = [draw.randrange(400) for _ in range(draw.randint(5, 80))]
+            body = {"prompt": prompt, "max_tokens": draw.randint(20, 120), "ignore_eos": True}
+            threading.Thread(target=ask, args=(url, body), daemon=True).start()
+
+    limits = {"num_blocks": 96, "max_num_seqs": 8, "max_model_len": 512}
+    cost = ("--set", "cost.kind=constant", "--set", "cost.step_ms=4")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running(make_model(Path(folder) / "babel"), *cost, **limits) as server,
+    ):
+        thread = threading.Thread(target=load, args=(server.url,))
+        thread.start()
+        try:
+            yield server.url
+        finally:
+            over.set()
+            thread.join()
 
 
 def take(page: Any, url: str, name: str, file: Path, width: int) -> None:
@@ -26,11 +72,19 @@ def take(page: Any, url: str, name: str, file: Path, width: int) -> None:
     if name == "try":
         page.get_by_role("button", name="Simulate").click()
         page.get_by_role("button", name="Save").wait_for(timeout=120_000)
+    if name == "live":
+        page.get_by_label("Operator's key").fill(ADMIN_KEY)
+        page.get_by_role("button", name="Attach").click()
+        page.get_by_text("Error so far").wait_for(timeout=120_000)
+        time.sleep(WATCHED_S)
     page.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=120_000)
-    settled(page)
+    if name != "live":  # whose script runs again and again
+        settled(page)
     height = page.evaluate("document.querySelector('[data-testid=stMainBlockContainer]').scrollHeight")
     page.set_viewport_size({"width": width, "height": min(height + 10, 3200)})
     page.wait_for_timeout(1500)
+    idle = "document.querySelector('[data-testid=stApp]').dataset.testScriptState === 'notRunning'"
+    page.wait_for_function(idle, polling=50)  # while the script runs, what is there from before is pale
     page.screenshot(path=str(file))
 
 
@@ -41,14 +95,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/dashboard"))
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--pages", nargs="*", default=list(PAGES), choices=list(PAGES))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with served(arguments.folder) as address, chromium() as browser:
         context = browser.new_context(color_scheme="dark" if arguments.dark else "light", reduced_motion="reduce")
+        context.set_default_timeout(120_000)  # a busy machine is slow
         page = context.new_page()
         for name, path in PAGES.items():
+            if name not in arguments.pages:
+                continue
             file = arguments.out / f"{name}{'-dark' * arguments.dark}.png"
-            take(page, f"{address}/{path}", name, file, arguments.width)
+            with loaded_server() if name == "live" else nullcontext("") as url:
+                take(page, f"{address}/{path}{url}", name, file, arguments.width)
             print(f"{file}: {file.stat().st_size // 1024} KiB")
 
 

@@ -9,9 +9,12 @@ the `sarathi` policy with the same settings. One core, one process; the run is r
 from __future__ import annotations
 
 import argparse
+import csv
+import datetime
 import gc
 import math
 import resource
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +27,7 @@ import simpy
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.saving import save
+from benchmarks.saving import cpu_name, save
 from experiments.records import RunWriter, read_run, run_info
 from policies.replica_state import Limits
 from policies.request import Request
@@ -51,6 +54,8 @@ VIDUR = {
 VIDUR_MAKESPAN_S, VIDUR_STEPS = 2375.4, 93_974
 VIDUR_SPEED = {"metrics off": (833, 7_800), "metrics on": (625, 5_870)}
 """(requests, steps) a second on one core."""
+REFERENCE_TIMEOUTS_PER_S = 1.48e6
+"""Of bare SimPy on the machine on which Vidur was run."""
 
 
 class VidurCost:
@@ -106,12 +111,15 @@ class Row:
     events_per_s: float
     makespan_s: float
     peak_mib: float
+    timeouts_per_s: float  # of bare SimPy in this process, before and after
+    reference_requests_per_s: float  # where those are `REFERENCE_TIMEOUTS_PER_S`
     latencies_s: dict[str, list[float]]  # at p50, p90, p99, and the mean
 
 
 def run(folder: Path, costs: VidurCost, *, together: bool) -> Row:
     """Simulate the scenario once, with its records, in a folder that is thrown away."""
     todo = arrivals(folder / "requests.csv.gz")
+    bare = timeouts_per_s()
     with tempfile.TemporaryDirectory() as out:
         info = run_info("sim", spec={}, limits={}, stack=STACK.as_dict(), clairvoyant=False, workload={})
         gc.collect()
@@ -122,6 +130,7 @@ def run(folder: Path, costs: VidurCost, *, together: bool) -> Row:
             end_ns = simulation.run(todo)
         seconds = time.process_time() - began
         latencies = _latencies(read_run(out).requests)
+    bare = (bare + timeouts_per_s()) / 2
     asked, events = plane.num_asked, next(simulation.env._eid)  # counts what was ever scheduled
     return Row(
         "together" if together else "one by one",
@@ -135,6 +144,8 @@ def run(folder: Path, costs: VidurCost, *, together: bool) -> Row:
         events / seconds,
         end_ns / 1e9,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        bare,
+        len(todo) / seconds / bare * REFERENCE_TIMEOUTS_PER_S,
         latencies,
     )
 
@@ -163,23 +174,31 @@ def _latencies(requests: pd.DataFrame) -> dict[str, list[float]]:
     }
 
 
-def show(rows: list[Row], bare: float, console: Console) -> None:
-    """Two tables: speed, and how far the answers are apart."""
-    table = Table(title=f"10,000 requests on one core; bare SimPy here: {bare / 1e6:.2f} million timeouts/s")
-    for heading in ("", "requests/s", "to Vidur", "steps/s", "to Vidur", "together", "events/s", "MiB"):
+def show(rows: list[Row], console: Console) -> None:
+    """Two tables: speed, here and as it would be on the machine that ran Vidur, and how far the answers are apart."""
+    table = Table(title="10,000 requests on one core, here and on the machine of the reference")
+    for heading in (
+        "",
+        "requests/s",
+        "bare SimPy/s",
+        "reference: requests/s",
+        "to Vidur",
+        "steps/s",
+        "together",
+        "MiB",
+    ):
         table.add_column(heading, justify="right" if heading else "left")
     for name, (requests, steps) in VIDUR_SPEED.items():
-        table.add_row(f"Vidur, {name}", f"{requests:,}", "", f"{steps:,}", "", "", "", "")
+        table.add_row(f"Vidur, {name}", "", "", f"{requests:,}", "", f"{steps:,}", "", "")
     for row in rows:
-        requests, steps = VIDUR_SPEED["metrics off"]
         table.add_row(
             row.name,
             f"{row.requests_per_s:,.0f}",
-            f"{row.requests_per_s / requests:.2f}",
-            f"{row.steps_per_s:,.0f}",
-            f"{row.steps_per_s / steps:.2f}",
+            f"{row.timeouts_per_s:,.0f}",
+            f"{row.reference_requests_per_s:,.0f}",
+            f"{row.reference_requests_per_s / VIDUR_SPEED['metrics off'][0]:.2f}",
+            f"{row.reference_requests_per_s * row.steps / row.requests:,.0f}",
             f"{row.taken_together:.1%}",
-            f"{row.events_per_s:,.0f}",
             f"{row.peak_mib:,.0f}",
         )
     console.print(table)
@@ -197,20 +216,39 @@ def show(rows: list[Row], bare: float, console: Console) -> None:
     )
 
 
+def remember(path: Path, rows: list[Row]) -> None:
+    """Add a line for each row to what was measured before."""
+    revision = subprocess.run(("git", "describe", "--always", "--dirty"), capture_output=True, text=True, check=False)
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(
+                ("date", "revision", "device", "steps", "timeouts_per_s", "requests_per_s", "reference_requests_per_s")
+            )
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        for row in rows:
+            figures = (row.timeouts_per_s, row.requests_per_s, row.reference_requests_per_s)
+            writer.writerow((today, revision.stdout.strip(), cpu_name(), row.name, *map(round, figures)))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with requests.csv.gz and steptime_a100_llama2_7b.npz")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/vidur.json"), help="for the figures")
+    history = Path("benchmarks/results/vidur-history.csv")
+    parser.add_argument("--history", type=Path, default=history, help="for a line a measurement")
     arguments = parser.parse_args()
     try:
         costs = VidurCost(arguments.folder / "steptime_a100_llama2_7b.npz")
     except FileNotFoundError as error:
         parser.error(f"{error.filename} is missing; name the folder that holds the scenario")
-    bare = timeouts_per_s()
     rows = [run(arguments.folder, costs, together=together) for together in (False, True)]
-    show(rows, bare, Console(width=100))
-    save(arguments.json, "vidur", {"bare_simpy_timeouts_per_s": round(bare)}, rows)
+    show(rows, Console(width=110))
+    save(arguments.json, "vidur", {"reference_timeouts_per_s": REFERENCE_TIMEOUTS_PER_S}, rows)
+    remember(arguments.history, rows)
 
 
 if __name__ == "__main__":

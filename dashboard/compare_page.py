@@ -10,10 +10,11 @@ import pandas as pd
 import streamlit as st
 
 from dashboard.figures import POINTS, latency_figure, scatter_figure
+from dashboard.objectives import objectives
 from dashboard.picking import pick_two, readable_runs
 from dashboard.store import Entry, fingerprint, open_run
 from dashboard.ui import downloads, figure, note, plain, segments, table, tile, tiles, verdict
-from experiments.compare import Comparison, compare, format_figure
+from experiments.compare import Comparison, compare, format_figure, with_objectives
 from experiments.metrics import per_request
 from experiments.records import RunError
 from experiments.render import difference_heading, headings
@@ -46,10 +47,12 @@ def show(root: Path) -> None:
     if a.name == b.name:
         st.info("Choose two different runs.")
         return
+    slo = objectives()
     try:
         with st.spinner("Reading the records"):
             comparison = _compared(str(root), a.name, b.name, (fingerprint(root, a.name), fingerprint(root, b.name)))
             noise, repeats = _noise(root, a, readable)
+        comparison = with_objectives(comparison, slo)
         _draw(comparison, noise, repeats, a.name, b.name)
     except RunError as error:
         st.error(plain(f"These runs cannot be compared: {error}"))
@@ -92,7 +95,10 @@ def _draw_tiles(comparison: Comparison, noise: dict[str, float], repeats: int) -
     by_metric = {row.metric: row for row in comparison.rows()}
     heading = difference_heading(comparison)
     parts = []
+    limited = "Goodput within limits"
     for metric in TILES:
+        if metric == "Goodput" and limited in by_metric:
+            metric = limited
         row = by_metric.get(metric)
         if row is None:
             parts.append(tile(metric, "–", ("–", "–"), "the requests came without objectives"))

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
-from dashboard import compare_page, policies_page, theme, timeline_page, try_page
+from dashboard import compare_page, live_page, policies_page, theme, timeline_page, try_page
 from dashboard.ui import swatch
 
 SELECTION = ("a", "b")
@@ -19,6 +19,7 @@ _SHOW: dict[str, tuple[str, Callable[[Path], None]]] = {
     "timeline": ("Timeline", timeline_page.show),
     "policies": ("Policies", policies_page.show),
     "try": ("Try", try_page.show),
+    "live": ("Live", live_page.show),
 }
 
 

@@ -92,10 +92,17 @@ def timeline_figure(
 
 
 def life_figure(lives: Mapping[str, Life]) -> go.Figure:
-    """A request's life, one lane a run, coloured by what it did."""
+    """A request's life, one lane a run and replica that it was on, coloured by what it did."""
     figure = go.Figure()
+    lanes = {label: life.lanes(label) for label, life in lives.items()}
+    names = [name for of in lanes.values() for name in of.values()]
     for phase in PHASES:
-        spans = [(label, span) for label, life in lives.items() for span in life.spans if span.phase == phase]
+        spans = [
+            (lanes[label][span.replica], span)
+            for label, life in lives.items()
+            for span in life.spans
+            if span.phase == phase
+        ]
         figure.add_trace(
             go.Bar(
                 y=[label for label, _ in spans],
@@ -113,11 +120,12 @@ def life_figure(lives: Mapping[str, Life]) -> go.Figure:
     ends = [ns for life in lives.values() for span in life.spans for ns in (span.begin_ns, span.end_ns)] or [0, 1]
     margin = 0.02 * (max(ends) - min(ends)) or 1.0
     for life, label in zip(lives.values(), lives, strict=True):
-        if life.first_token_ns is not None:
+        replica = life.first_token_replica
+        if life.first_token_ns is not None and replica is not None:
             figure.add_trace(
                 go.Scatter(
                     x=[life.first_token_ns / 1e9],
-                    y=[label],
+                    y=[lanes[label][replica]],
                     mode="markers",
                     marker={
                         "symbol": "diamond",
@@ -137,5 +145,5 @@ def life_figure(lives: Mapping[str, Life]) -> go.Figure:
         range=[(min(ends) - margin) / 1e9, (max(ends) + margin) / 1e9],
         tickformat=",~g",
     )
-    figure.update_yaxes(categoryorder="array", categoryarray=list(lives)[::-1], showgrid=False)
-    return laid_out(figure, 120 + 48 * len(lives))
+    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
+    return laid_out(figure, 120 + 48 * len(names))

@@ -7,14 +7,15 @@ run's. A signed relative error is (b - a) / a.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from experiments.divergence import Divergence, diff_decisions
-from experiments.metrics import LATENCIES, latencies_ms, per_request, summarize
+from experiments.metrics import LATENCIES, goodput, latencies_ms, per_request, summarize
 from experiments.records import Run, RunError
 
 Float64 = NDArray[np.float64]
@@ -25,6 +26,7 @@ THROUGHPUTS = {
     "output_throughput": ("Output tokens", "tok/s"),
     "total_token_throughput": ("All tokens", "tok/s"),
     "slo_goodput": ("Goodput", "req/s"),
+    "request_goodput": ("Goodput within limits", "req/s"),
 }
 STATISTICS = ("mean", "p50", "p90", "p99")
 _PER_REQUEST = {"ttft": "ttft_ms", "tpot": "tpot_ms", "e2el": "e2e_ms"}
@@ -132,6 +134,9 @@ class Comparison:
             )
         else:
             notes.append(f"steps: {self.steps.a} and {self.steps.b}; {self.decisions_line()}")
+        if "slo_ms" in self.summary_a:
+            limits = ", ".join(f"{TITLES[name]} {ms:,g} ms" for name, ms in self.summary_a["slo_ms"].items())
+            notes.append(f"goodput within limits: requests a second that completed within {limits}")
         marked = sorted({run.name for run in (self.a, self.b) if run.clairvoyant})
         if marked:
             notes.append(f"clairvoyant (a policy knows true output lengths): {', '.join(marked)}")
@@ -205,13 +210,27 @@ def compare(a: Run, b: Run, *, decisions: bool = True) -> Comparison:
         throughputs={
             key: Pair(summary_a[key], summary_b[key])
             for key in THROUGHPUTS
-            if key != "slo_goodput" or None not in (summary_a[key], summary_b[key])
+            if None not in (summary_a.get(key), summary_b.get(key))
         },
         spreads=spreads,
         steps=Pair(summary_a["steps"], summary_b["steps"]),
         decisions_compared=with_decisions,
         divergence=diff_decisions(a, b) if with_decisions else None,
     )
+
+
+def with_objectives(comparison: Comparison, slo: Mapping[str, float]) -> Comparison:
+    """The comparison with the goodput by these objectives (milliseconds, some of `ttft`, `tpot`, `e2el`), where there
+    are any. Raises ValueError for others."""
+    if not slo:
+        return comparison
+    values = [goodput(run, slo) for run in (comparison.a, comparison.b)]
+    summaries = [
+        {**summary, "slo_ms": dict(slo), "request_goodput": value}
+        for summary, value in zip((comparison.summary_a, comparison.summary_b), values, strict=True)
+    ]
+    throughputs = {**comparison.throughputs, "request_goodput": Pair(*values)}
+    return replace(comparison, summary_a=summaries[0], summary_b=summaries[1], throughputs=throughputs)
 
 
 def ks_distance(a: Float64, b: Float64) -> float | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.records import RunWriter, run_info
 from experiments.spec import RunSpec
@@ -14,6 +15,9 @@ from policies.contract import Recorder
 from runtime.serving.commands import Hosted
 from runtime.serving.messages import EngineInfo
 from runtime.serving.recent_rows import RecentRows
+
+if TYPE_CHECKING:
+    from runtime.weights import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +39,15 @@ class EngineOptions:
 @contextmanager
 def host_engine(spec: RunSpec, options: EngineOptions, on_flush: Callable[[], None]) -> Iterator[Hosted]:
     """In the engine's process: load the model, start the engine, keep the record."""
-    from experiments.real import load, prepare, start_engine  # torch, which the front does not need
+    from experiments.real import load  # torch, which the front does not need
 
-    loaded = replace(load(spec.model), tokenizer=None)  # text is the front's
+    with closing(replace(load(spec.model), tokenizer=None)) as loaded:  # text is the front's
+        yield from _host(spec, options, loaded, on_flush)
+
+
+def _host(spec: RunSpec, options: EngineOptions, loaded: LoadedModel, on_flush: Callable[[], None]) -> Iterator[Hosted]:
+    from experiments.real import prepare, start_engine
+
     prepared = prepare(spec, loaded)
     limits, stack = prepared.limits, spec.policies.stack
     policies = stack.build(block_size=limits.block_size, seed=spec.seed)
@@ -80,5 +90,6 @@ def host_engine(spec: RunSpec, options: EngineOptions, on_flush: Callable[[], No
             spec.model.dtype,
             os.getpid(),
             None if options.record is None else str(options.record),
+            None if prepared.cost is None else dict(prepared.cost.describe()),
         )
         yield Hosted(engine, about, stack, spec.seed, rows)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from experiments.records import Run, RunError
+from experiments.token_times import MOVE
 
-WAITING, PREFILL, DECODE, PAUSED = "waiting", "prefill", "decode", "paused"
-PHASES = (WAITING, PREFILL, DECODE, PAUSED)
+WAITING, PREFILL, DECODE, PAUSED, MOVING = "waiting", "prefill", "decode", "paused", "moving"
+PHASES = (WAITING, PREFILL, DECODE, PAUSED, MOVING)
 
 _WORDS = {
     "no blocks": "there were not enough free KV blocks for it",
@@ -24,11 +25,12 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A time in which a request did one thing (one of PHASES), in nanoseconds since the run began."""
+    """A time in which a request did one thing (one of PHASES), in nanoseconds since the run began, on a replica."""
 
     phase: str
     begin_ns: int
     end_ns: int
+    replica: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,17 @@ class Life:
         """Time spent in a phase."""
         return sum(span.end_ns - span.begin_ns for span in self.spans if span.phase == phase)
 
+    def lanes(self, label: str) -> dict[int, str]:
+        """What to call each replica that it was on, in order; with one it is the run's label."""
+        replicas = list(dict.fromkeys(span.replica for span in self.spans))
+        return {r: f"{label}, replica {r}" if len(replicas) > 1 else label for r in replicas}
+
+    @property
+    def first_token_replica(self) -> int | None:
+        """Where it got its first token."""
+        at = self.first_token_ns
+        return None if at is None else next((s.replica for s in self.spans if s.begin_ns < at <= s.end_ns), None)
+
     def sentences(self) -> list[str]:
         """Why it waited and for how long, longest first; waits for one reason are added up, whoever it stood behind."""
         total: dict[str, int] = {}
@@ -97,25 +110,32 @@ def request_life(run: Run, request_id: int) -> Life:
     if not len(found):
         raise RunError(f"{run.name} has no request {request_id}")
     row = found.iloc[0]
-    if len(row["moves"]):
-        raise RunError(f"request {request_id} of {run.name} went from one replica to another; such lives are not drawn")
-    replica = int(row["replica"])
-    steps = run.steps.loc[run.steps["replica"] == replica, ["step", "plan_ns", "end_ns"]].set_index("step")
     finish = None if pd.isna(row["finish_ns"]) else int(row["finish_ns"])
     end = finish if finish is not None else int(run.steps["end_ns"].max()) if len(run.steps) else int(row["arrival_ns"])
     arrival = int(row["arrival_ns"])
     first = None if pd.isna(row["first_token_ns"]) else int(row["first_token_ns"])
     waits: list[Wait] = []
-    if run.has_decisions:
-        decisions = run.decisions[run.decisions["replica"] == replica]
-        spans = list(_spans(decisions[decisions["request_id"] == request_id], steps, arrival, first or 0, end))
-        blocked = _Blocked(decisions, steps)
-        for span in spans:
+    spans: list[Span] = []
+    since = arrival
+    for stay in _stays(run, row):
+        steps = run.steps.loc[run.steps["replica"] == stay.replica, ["step", "plan_ns", "end_ns"]].set_index("step")
+        until = end if stay.left is None else min(max(since, _left_ns(steps, stay.left, run)), end)
+        if not run.has_decisions:
+            rough = [_cut(s, since, until, stay.replica) for s in _rough_spans(row, arrival, end)]
+            spans += rough
+            since = until
+            continue
+        here = run.decisions[run.decisions["replica"] == stay.replica]
+        own = here[(here["request_id"] == request_id) & (here["step"] >= stay.came)]
+        own = own if stay.left is None else own[own["step"] < stay.left]
+        phase = MOVING if spans else WAITING
+        here_spans = [replace(s, replica=stay.replica) for s in _spans(own, steps, phase, since, first or 0, until)]
+        blocked = _Blocked(here, steps)
+        for span in here_spans:
             if span.phase == WAITING:
-                before = int(row["before_step"]) if span.begin_ns == arrival else None
-                waits += blocked.explain(request_id, span, before)
-    else:
-        spans = list(_rough_spans(row, arrival, end))
+                waits += blocked.explain(request_id, span, stay.came if span.begin_ns == arrival else None)
+        spans += here_spans
+        since = until
     return Life(
         request_id=request_id,
         arrival_ns=arrival,
@@ -129,9 +149,38 @@ def request_life(run: Run, request_id: int) -> Life:
     )
 
 
-def _spans(decisions: pd.DataFrame, steps: pd.DataFrame, arrival: int, first_token: int, end: int) -> Iterator[Span]:
+@dataclass(frozen=True, slots=True)
+class _Stay:
+    """On a replica, from before the plan `came` to before the plan `left`; None: to the end."""
+
+    replica: int
+    came: int
+    left: int | None
+
+
+def _stays(run: Run, row: pd.Series) -> list[_Stay]:
+    moves = np.asarray(row["moves"], np.int64).reshape(-1, MOVE)
+    earlier = [_Stay(int(replica), int(came), int(left)) for replica, came, left in moves[:, :3]]
+    # A request that has not come to a plan of its last replica has -1 there.
+    return [*earlier, _Stay(int(row["replica"]), max(0, int(row["before_step"])), None)]
+
+
+def _left_ns(steps: pd.DataFrame, left: int, run: Run) -> int:
+    """It leaves with the report of the last step that was known before the plan `left`."""
+    known = steps.loc[steps.index < left - int(run.limits.get("lag", 0)), "end_ns"]
+    return int(known.iloc[-1]) if len(known) else 0
+
+
+def _cut(span: Span, begin: int, end: int, replica: int) -> Span:
+    """The part of a span in a stay."""
+    return Span(span.phase, min(max(span.begin_ns, begin), end), min(max(span.end_ns, begin), end), replica)
+
+
+def _spans(
+    decisions: pd.DataFrame, steps: pd.DataFrame, phase: str, since: int, first_token: int, end: int
+) -> Iterator[Span]:
     """From what was decided about it: it waits until it is admitted, computes its prompt, then decodes."""
-    phase, since, last_chunk = WAITING, arrival, -1
+    last_chunk = -1
     touched = steps[steps.index.isin(decisions["step"])]
     plan_ns, end_ns = touched["plan_ns"].to_dict(), touched["end_ns"].to_dict()
     for step, kind, reason in zip(*(decisions[c].tolist() for c in ("step", "kind", "reason")), strict=True):

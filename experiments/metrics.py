@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from experiments.backlog import ServiceGap, largest_gap
 from experiments.fairness import jain_index, service_difference, service_received
-from experiments.programs import program_samples_ms
+from experiments.programs import client_figures, program_samples_ms
 from experiments.records import Run
+from experiments.records.reader import to_pandas
 from experiments.timeline import LittlesLaw, littles_law, time_average, timeline
 from experiments.token_times import COMPLETED, TokenTimes, token_times
 from policies.records import ALIVE
@@ -33,10 +34,12 @@ __all__ = [
     "LittlesLaw",
     "ServiceGap",
     "TokenTimes",
+    "goodput",
     "jain_index",
     "largest_gap",
     "latencies_ms",
     "littles_law",
+    "outline",
     "per_request",
     "service_difference",
     "service_received",
@@ -105,8 +108,10 @@ def summarize(
     `largest_service_gap` is that of `experiments.backlog`, in weighted tokens, None where no two tenants ever waited at
     once. `slo_attainment` and `slo_goodput` go by the objectives that requests came with. Where programs have several
     calls, `programs` counts those whose calls all completed, and `mean_program_ms` and so on are their times
-    (`experiments.programs`). `duration` (seconds) runs from the first arrival to the last end. What there is nothing to
-    compute from is None.
+    (`experiments.programs`). Where clients have time-outs, `retries` are the tries beyond first ones, `answered` counts
+    the requests whose last try completed, and `mean_answer_ms` and so on are what those took from the first try on; all
+    other figures count each try as a request. `duration` (seconds) runs from the first arrival to the last end. What
+    there is nothing to compute from is None.
     Raises ValueError for an unknown objective, RunError for records that contradict themselves.
     """
     requests, frame = run.requests, per_request(run)
@@ -135,7 +140,7 @@ def summarize(
     }
     if slo is not None:
         summary["slo_ms"] = dict(slo)
-        summary["request_goodput"] = _rate(int(_meets(done, slo).sum()), duration)
+        summary["request_goodput"] = goodput(run, slo)
     summary |= _own_slos(requests, frame, duration)
     for name in LATENCIES:
         summary |= statistics(name, samples[name], percentiles)
@@ -149,7 +154,39 @@ def summarize(
     programs = program_samples_ms(run)
     if programs is not None:
         summary |= {"programs": len(programs), **statistics("program", programs, percentiles)}
+    clients = client_figures(run)
+    if clients is not None:
+        retries, answered, took = clients
+        summary |= {"retries": retries, "answered": answered, **statistics("answer", took, percentiles)}
     return summary | _memory(run)
+
+
+def outline(run: Run, percentiles: Sequence[float] = PERCENTILES) -> dict[str, Any]:
+    """The figures of `summarize` that need a few columns of the requests alone: for runs of millions of requests, whose
+    tokens one by one do not fit in memory. Gaps between tokens (ITL) are None."""
+    names = ["arrival_ns", "first_token_ns", "finish_ns", "output_tokens", "preemptions", "status"]
+    requests = to_pandas(run.columns("requests", names))
+    done = requests[requests["status"].isin(COMPLETED)]
+    arrival, output = done["arrival_ns"].to_numpy(), done["output_tokens"].to_numpy()
+    ttft, e2e = _since(arrival, done["first_token_ns"]), _since(arrival, done["finish_ns"])
+    tpot = (e2e - ttft)[output > 1] / (output[output > 1] - 1)
+    ends = requests["finish_ns"].dropna()
+    duration = (int(ends.max()) - int(requests["arrival_ns"].min())) / 1e9 if len(ends) else 0.0
+    figures: dict[str, Any] = {
+        "statuses": {status: int((requests["status"] == status).sum()) for status in STATUSES},
+        "request_throughput": _rate(len(done), duration),
+        "output_throughput": _rate(int(output.sum()), duration),
+        "preemptions": int(requests["preemptions"].sum()) if run.has_steps else None,
+    }
+    for name, samples in (("ttft", ttft), ("tpot", tpot), ("itl", np.empty(0)), ("e2el", e2e)):
+        figures |= statistics(name, samples, percentiles)
+    return figures
+
+
+def goodput(run: Run, slo: Mapping[str, float]) -> float:
+    """Completed requests a second that meet every objective, as `summarize` has them. Raises ValueError for others."""
+    frame = per_request(run)
+    return _rate(int(_meets(frame[frame["completed"]], slo).sum()), _duration_s(run))
 
 
 def statistics(name: str, samples_ms: Float64, percentiles: Sequence[float] = PERCENTILES) -> dict[str, float | None]:

@@ -12,6 +12,7 @@ import itertools
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from experiments.real import Prepared, load, prepare, start_engine
 from experiments.records import describe_environment, write_compact
 from experiments.records.environment import gpu_state
 from experiments.records.schema import to_table
+from experiments.refitting import DESIGN_SHARE
 from experiments.spec import RunSpec
 from experiments.workloads import WorkloadSpec, make_workload
 from policies.contract import Queue, View
@@ -41,8 +43,6 @@ from simulator.costs.fitted import FittedCost
 from simulator.costs.fitting import fit
 from simulator.costs.samples import samples_from_steps
 
-DESIGN_SHARE = 0.7
-"""Of the time, for the rounds of the design; the rest is the trace's."""
 CONCURRENCY = ((1 / 64, 1), (1 / 16, 1), (1 / 8, 1), (1 / 4, 1), (1 / 2, 2), (1, 3))
 """Requests of the trace that are kept in flight, as a share of `max_num_seqs`; and for how long, relatively: many take
 longer until old and young ones are mixed as in the long run."""
@@ -136,7 +136,12 @@ def profile(
     were measured. The result's provenance has the device, its clocks, the software, the model and the limits; its
     held-out error is in its description.
     """
-    loaded = loaded or load(spec.model)
+    if loaded is None:
+        with closing(load(spec.model)) as loaded:
+            return profile(
+                spec, seconds, loaded=loaded, prepared=prepared, runner=runner, on_progress=on_progress,
+                on_start=on_start, steps_to=steps_to,
+            )  # fmt: skip
     prepared = prepared or prepare(spec, loaded)
     spec, limits = prepared.spec, prepared.limits
     # Prompts repeat here, and each is to be computed; and a host that waits would look like a busy one.
@@ -152,6 +157,7 @@ def profile(
         stream = _Stream(engine, seconds, on_progress or (lambda share: None))
         stream.rounds(Design(uncached, spec.seed).rounds(), DESIGN_SHARE)
         scheduler.vary = False
+        serving_from_ns = engine.now()
         levels = [(max(1, round(share * uncached.max_num_seqs)), time) for share, time in CONCURRENCY]
         stream.trace(_trace(uncached, spec.seed), levels)
         after = gpu_state()
@@ -167,13 +173,16 @@ def profile(
         "dtype": spec.model.dtype,
         "quantization": spec.model.quantization,
         "kv_cache_dtype": spec.model.kv_cache_dtype,
+        "tensor_parallel": spec.model.tensor_parallel,
         "attention": spec.model.attention,
         "limits": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(limits).items()},
         "seconds": seconds,
         "seed": spec.seed,
         "num_steps": len(steps),
+        "serving_from_ns": serving_from_ns,
     }
-    return fit(samples_from_steps({name: steps[name].to_numpy() for name in STEPS}), provenance)
+    samples = samples_from_steps({name: steps[name].to_numpy() for name in STEPS}, serving_from_ns)
+    return fit(samples, provenance)
 
 
 class _Stream:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,16 @@ import torch
 
 from experiments.records import RunWriter, read_run, run_info
 from experiments.sending import send
-from experiments.simulated import GIB, LIMITS, check_swaps, make_costs, oracle_entry
+from experiments.simulated import (
+    GIB,
+    LIMITS,
+    check_swaps,
+    clients_entry,
+    make_costs,
+    oracle_entry,
+    oracle_of,
+    patience_of,
+)
 from experiments.spec import LimitsSpec, ModelSpec, RunSpec, SpecError
 from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload, prompt_token_ids
@@ -26,6 +36,8 @@ from runtime.engine import GPU_PLAN_LEAD_NS, Engine, EngineDead
 from runtime.kv_cache import bytes_per_block, num_blocks_that_fit
 from runtime.memory import free_bytes, profile_num_blocks
 from runtime.model_runner import ModelRunner
+from runtime.parallel.leader import Leader
+from runtime.parallel.ranks import Ranks
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Output
 from runtime.startup import timed
@@ -40,17 +52,25 @@ GPU_MEMORY_SHARE = 0.95
 
 
 def load(spec: ModelSpec) -> LoadedModel:
-    """The model of a specification, on its device. Raises SpecError or ModelError."""
+    """The model of a specification, on its device or devices; `close` it. Raises SpecError or ModelError."""
     if spec.device.startswith("cuda") and not torch.cuda.is_available():
         raise SpecError(f"model.device: {spec.device} was asked for, and PyTorch sees no CUDA device; use cpu")
-    with explained("loading the model"):
-        return load_model(
-            spec.source,
-            load_format=spec.load_format,
-            dtype=getattr(torch, spec.dtype),
-            device=torch.device(spec.device),
-            quantization=spec.quantization,
-        )
+    start = time.perf_counter()
+    ranks = Ranks() if spec.tensor_parallel == 1 else Leader(spec.tensor_parallel, spec.device)
+    try:
+        with explained("loading the model"):
+            loaded = load_model(
+                spec.source,
+                load_format=spec.load_format,
+                dtype=getattr(torch, spec.dtype),
+                device=torch.device(spec.device),
+                quantization=spec.quantization,
+                ranks=ranks,
+            )
+    except BaseException:
+        ranks.close()
+        raise
+    return replace(loaded, load_seconds=time.perf_counter() - start)
 
 
 def kv_dtype(spec: ModelSpec) -> torch.dtype | None:
@@ -113,13 +133,14 @@ def real_limits(spec: RunSpec, loaded: LoadedModel) -> Limits:
         if num_blocks < 1:
             raise SpecError(f"{memory / GIB:.2f} GiB hold no KV block of {loaded.name}; give limits.kv_cache_gib")
     needed = (num_blocks + 1) * bytes_per_block(loaded.config, given.block_size, dtype)
+    needed *= 1 if loaded.model.device.type == "cuda" else loaded.ranks.size
     there = _memory_there(loaded)
     if needed > there:
         raise SpecError(
             f"a KV cache of {num_blocks} blocks needs {needed / GIB:,.1f} GiB, and {loaded.model.device} has "
             f"{there / GIB:,.1f} GiB; lower limits.num_blocks or limits.kv_cache_gib"
         )
-    num_host_blocks = _host_blocks(given, bytes_per_block(loaded.config, given.block_size, dtype))
+    num_host_blocks = _host_blocks(given, loaded, bytes_per_block(loaded.config, given.block_size, dtype))
     fields = {name: getattr(given, name) for name in LIMITS}
     lead = given.plan_lead_ns
     if lead is None and loaded.model.device.type == "cuda":
@@ -130,8 +151,9 @@ def real_limits(spec: RunSpec, loaded: LoadedModel) -> Limits:
     )
 
 
-def _host_blocks(given: LimitsSpec, block_bytes: int) -> int:
-    """Blocks of host memory. Raises SpecError where the machine does not have so much."""
+def _host_blocks(given: LimitsSpec, loaded: LoadedModel, block_bytes: int) -> int:
+    """Blocks of host memory, of which each rank keeps its part. Raises SpecError where there is not so much."""
+    block_bytes *= loaded.ranks.size
     blocks = given.num_host_blocks
     if blocks is None:
         blocks = int(GIB * (given.host_memory_gib or 0) // block_bytes)
@@ -231,7 +253,13 @@ def run_real(
     """
     check_servable(spec)
     workload = workload or make_workload(spec.workload)
-    loaded = loaded or load(spec.model)
+    if loaded is None:
+        with closing(load(spec.model)) as loaded:
+            run_real(
+                spec, folder, workload=workload, loaded=loaded, cost=cost, overwrite=overwrite, check=check,
+                on_output=on_output, on_start=on_start,
+            )  # fmt: skip
+        return
     prepared = prepare(spec, loaded, cost)
     run_prepared(
         prepared, loaded, folder, workload, overwrite=overwrite, check=check, on_output=on_output, on_start=on_start
@@ -256,7 +284,8 @@ def run_prepared(
     Raises TimeoutError where the requests have not ended after `timeout_s`; the record is then incomplete.
     """
     spec, limits, cost = prepared.spec, prepared.limits, prepared.cost
-    oracle = dict(enumerate(workload.output_tokens.tolist()))
+    patience = patience_of(spec)
+    oracle = oracle_of(workload, patience)
     build = spec.policies.stack.build
     stack = build(block_size=limits.block_size, seed=spec.seed, oracle=oracle)
     encode = None if loaded.tokenizer is None else loaded.tokenizer.encode
@@ -268,6 +297,7 @@ def run_prepared(
         stack=spec.policies.stack.as_dict(),
         clairvoyant=stack.clairvoyant,
         **oracle_entry(oracle, stack.clairvoyant),
+        **clients_entry(workload, patience),
         workload=workload.provenance,
         model=loaded.name,
         **({} if cost is None else {"cost": cost.describe()}),

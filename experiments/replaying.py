@@ -53,7 +53,7 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
         clairvoyant=run.clairvoyant,
         workload=run.info["workload"],
         replay_of=run.name,
-        **{name: run.info[name] for name in ("oracle", "cost") if name in run.info},
+        **{name: run.info[name] for name in ("oracle", "cost", "clients") if name in run.info},
     )
     try:
         with RunWriter(folder, info, overwrite=overwrite) as writer:
@@ -183,15 +183,15 @@ def _interventions(run: Run, spec: StackSpec, block_size: int, seed: int) -> dic
         if kind == "swap":
             names = dict(part.split(": ", 1) for part in reason.split("; "))
             spec, policies = spec.rebuilt(names, block_size=block_size, seed=seed)
-            intervene: Intervention = functools.partial(_swap, policies, names)
+            intervene: Intervention = functools.partial(_change, policies, names)
         else:
             intervene = plain[kind]
         found.setdefault(step, []).append(intervene)
     return found
 
 
-def _swap(policies: dict[str, Any], names: dict[str, str], plane: ControlPlane, now: int) -> None:
-    plane.swap(policies, names, now)
+def _change(policies: dict[str, Any], names: dict[str, str], plane: ControlPlane, now: int) -> None:
+    plane.change_policies(policies, names, now)
 
 
 def _slo(row: dict[str, Any]) -> Slo | None:

@@ -101,15 +101,15 @@ def _link(number: int, nth: int, num_started: int, spec: RunSpec, options: Engin
     model, options = spec.model, replace(options, record=_record(options.record, "replica", number, nth))
     if places.ray is not None:
         options, on_gpu = _anywhere(options), model.device.startswith("cuda")
-        device = "cuda" if on_gpu else model.device  # Ray shows each engine its own card alone
+        device = "cuda" if on_gpu else model.device  # Ray shows each engine its own cards alone
         model = model.model_copy(update={"source": _absolute(model.source), "device": device})
-    elif model.device == "cuda":  # a card of its own
+    elif model.device == "cuda":  # cards of its own
         index = number if number < num_started else number - len(places.attached)
-        model = model.model_copy(update={"device": f"cuda:{index}"})
+        model = model.model_copy(update={"device": f"cuda:{index * model.tensor_parallel}"})
     own = spec.model_copy(update={"model": model, "seed": spec.seed + number})  # or they would draw alike
     launch = functools.partial(host_engine, own, options)
     if places.ray is not None:
-        return RayLink(launch, places.heartbeat_timeout_s, on_gpu=on_gpu)
+        return RayLink(launch, places.heartbeat_timeout_s, num_gpus=model.tensor_parallel if on_gpu else 0)
     return LocalLink(launch)
 
 

@@ -14,7 +14,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STEP_COLOURS = {"decode": "#56B4E9", "mixed": "#E69F00", "prefill": "#CC79A7", "idle": "rgba(128,134,146,0.16)"}
 """Kinds of `composition.composition` -> colours that read on a light and on a dark page."""
 
-PHASE_COLOURS = {"waiting": "#9AA4B2", "prefill": "#CC79A7", "decode": "#56B4E9", "paused": "#E69F00"}
+PHASE_COLOURS = {
+    "waiting": "#9AA4B2",
+    "prefill": "#CC79A7",
+    "decode": "#56B4E9",
+    "paused": "#E69F00",
+    "moving": "#009E73",
+}
 """Phases of `life.Life` -> colours; a phase has that of the steps that do it."""
 
 LATENCY_COLUMNS = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "e2e_ms": "E2E"}

@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from experiments.clients import Clients, Patience
 from experiments.records import RunWriter, read_run, run_info
 from experiments.spec import CostSpec, RunSpec, SpecError
 from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload
 from experiments.workloads.block_keys import block_keys
-from experiments.workloads.closed_loop import Followers
 from policies import registry
 from policies.contract import Router
 from policies.model_shape import ModelShape
@@ -25,6 +25,7 @@ from simulator.arrivals import Arrival
 from simulator.costs.base import CostModel
 from simulator.costs.calibration import Calibration
 from simulator.costs.constant import ConstantCost
+from simulator.costs.earlier import upgraded
 from simulator.costs.fitted import FittedCost
 from simulator.costs.roofline import HostTimes, RooflineCost
 from simulator.devices import Device, load_device
@@ -69,7 +70,8 @@ def run_simulated(
     workload = workload or make_workload(spec.workload)
     costs = costs or make_costs(spec.cost or CostSpec())
     limits = limits or simulated_limits(spec, costs)
-    oracle = dict(enumerate(workload.output_tokens.tolist()))
+    patience = patience_of(spec)
+    oracle = oracle_of(workload, patience)
     future = _future(spec, workload, limits)
     build = spec.policies.stack.build
     stacks = [
@@ -83,21 +85,23 @@ def run_simulated(
         stack=spec.policies.stack.as_dict(),
         clairvoyant=stacks[0].clairvoyant,
         **oracle_entry(oracle, stacks[0].clairvoyant),
+        **clients_entry(workload, patience),
         workload=workload.provenance,
         cost=costs.describe(),
     )
     with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions, flush_seconds=flush_seconds) as writer:
         routing = router if spec.replicas > 1 else None  # the real panel, which has one, routes nothing either
-        arrivals, followers = arrivals_of(workload, limits)
+        coming = arrivals_of(workload, limits, patience)
         simulation = Simulation(
             *(limits, stacks, costs, routing),
             link=link,
             recorder=writer,
             on_end=on_end,
-            followers=followers,
+            followers=coming.followers,
+            gives_up=coming.gives_up,
             check=check,
         )
-        simulated_ns = simulation.run(arrivals)
+        simulated_ns = simulation.run(coming.arrivals)
     if check:
         check_books(read_run(folder))
     return simulated_ns
@@ -136,8 +140,10 @@ def _future(spec: RunSpec, workload: Workload, limits: Limits) -> dict[int, list
         raise SpecError(
             "a policy that is told the block keys to come needs one replica: a router decides who gets what"
         )
-    if workload.parents is not None:
-        raise SpecError("a policy that is told the block keys to come needs arrivals that are known: no closed loop")
+    if workload.parents is not None or spec.workload.timeout_s is not None:
+        raise SpecError(
+            "a policy that is told the block keys to come needs arrivals that are known: no closed loop, no timeout_s"
+        )
     return dict(enumerate(_keys(workload, limits)))
 
 
@@ -146,6 +152,25 @@ def _keys(workload: Workload, limits: Limits) -> Iterator[list[bytes]]:
     if limits.prefix_caching:
         return block_keys(workload, limits.block_size, generated=True)
     return iter([[] for _ in range(len(workload))])
+
+
+PATIENT = Patience()
+
+
+def patience_of(spec: RunSpec) -> Patience:
+    """What a specification's clients bear."""
+    seconds = spec.workload.timeout_s
+    return Patience(None if seconds is None else round(1e9 * seconds), spec.workload.retries)
+
+
+def oracle_of(workload: Workload, patience: Patience) -> dict[int, int]:
+    """The true output length of every request by id, of all tries."""
+    return dict(enumerate((1 + patience.retries) * workload.output_tokens.tolist()))
+
+
+def clients_entry(workload: Workload, patience: Patience) -> dict[str, dict[str, int]]:
+    """For run.json: what tells tries apart, where clients try again."""
+    return {} if patience.timeout_ns is None else {"clients": {"requests": len(workload), **asdict(patience)}}
 
 
 def oracle_entry(oracle: dict[int, int], clairvoyant: bool) -> dict[str, list[int]]:
@@ -170,7 +195,7 @@ def costs_as_described(description: dict[str, Any]) -> CostModel:
     try:
         match description.get("kind"):
             case "fitted":
-                return FittedCost(Calibration.model_validate(fields))
+                return FittedCost(Calibration.model_validate(upgraded(fields)))
             case "constant":
                 return ConstantCost(**fields)
             case "roofline":
@@ -251,40 +276,60 @@ def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
     return blocks
 
 
-Follow = Callable[[Request, int], list[Arrival]]
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """Who comes to a simulation: at their times, and because others have ended or given up."""
+
+    arrivals: Iterable[Arrival]
+    followers: Callable[[Request, int], list[Arrival]] | None = None
+    gives_up: Callable[[Request, int], list[Arrival]] | None = None
 
 
-def arrivals_of(workload: Workload, limits: Limits) -> tuple[Iterable[Arrival], Follow | None]:
-    """The requests that come at their times, and in a closed loop who follows from whose end."""
-    everybody = _arrivals(workload, limits)
-    if workload.parents is None:
-        return everybody, None
-    made, followers = list(everybody), Followers(workload)
-
-    def follow(request: Request, now: int) -> list[Arrival]:
-        come = []
-        for at, i in followers.ended(request.id, now):
-            made[i].request.arrival_ns = at
-            come.append(made[i])
-        return come
-
-    return [arrival for arrival in made if not arrival.request.parents], follow
-
-
-def _arrivals(workload: Workload, limits: Limits) -> Iterator[Arrival]:
-    """The workload's requests, ids 0, 1, ... in order, with block keys where prefixes are cached."""
+def arrivals_of(workload: Workload, limits: Limits, patience: Patience = PATIENT) -> Coming:
+    """The requests of a workload's clients, with block keys where prefixes are cached."""
     keys = _keys(workload, limits)
-    rows = zip(
-        *(column.tolist() for column in (workload.arrival_ns, workload.prompt_tokens, workload.max_tokens)), strict=True
+    if workload.parents is None and patience.timeout_ns is None:
+        times = workload.arrival_ns.tolist()
+        each = zip(times, keys, strict=False)
+        return Coming(_arrival(workload, i, i, at, (), known) for i, (at, known) in enumerate(each))
+    clients = Clients(workload, patience)
+    keys_of = [known for _, known in zip(range(len(workload)), keys, strict=False)]
+
+    def come(who: list[tuple[int, int]]) -> list[Arrival]:
+        return [one(at, request_id) for at, request_id in who]
+
+    def one(at: int, request_id: int) -> Arrival:
+        i, _ = clients.row(request_id)
+        arrival = _arrival(workload, i, request_id, at, clients.parents(request_id), keys_of[i])
+        arrival.timeout_ns = patience.timeout_ns
+        return arrival
+
+    return Coming(
+        come(clients.first()),
+        lambda request, now: come(clients.ended(request.id, now)),
+        None if patience.timeout_ns is None else lambda request, now: come(clients.gives_up(request.id, now)),
     )
-    outputs = workload.output_tokens.tolist()
-    for i, ((arrival_ns, prompt, cap), known) in enumerate(zip(rows, keys, strict=False)):
-        told = request_details(workload, i)
-        request = Request(
-            *(i, arrival_ns, prompt, cap, told.tenant, told.session, told.program, told.parents),
-            *(told.priority, told.slo, told.hints),
-        )
-        yield Arrival(request, outputs[i], known)
+
+
+def _arrival(
+    workload: Workload, i: int, request_id: int, at: int, parents: tuple[int, ...], keys: list[bytes]
+) -> Arrival:
+    """Request i of a workload, as the one with this id."""
+    told = request_details(workload, i)
+    request = Request(
+        request_id,
+        at,
+        int(workload.prompt_tokens[i]),
+        int(workload.max_tokens[i]),
+        tenant=told.tenant,
+        session=told.session,
+        program=told.program,
+        parents=parents,
+        priority=told.priority,
+        slo=told.slo,
+        hints=told.hints,
+    )
+    return Arrival(request, int(workload.output_tokens[i]), keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +339,6 @@ class RequestDetails:
     tenant: str
     session: int | None
     program: int | None
-    parents: tuple[int, ...]
     priority: int
     slo: Slo | None
     hints: dict[str, float]
@@ -302,7 +346,7 @@ class RequestDetails:
 
 def request_details(workload: Workload, i: int) -> RequestDetails:
     """The details of request i, for both panels. Where nobody says otherwise a session is a program: its turns make one
-    job. Ids are numbers of the workload's requests in both panels, so parents are these."""
+    job."""
     hints = {}
     if workload.declared_output is not None:
         hints["output_tokens"] = float(workload.declared_output[i])
@@ -313,7 +357,6 @@ def request_details(workload: Workload, i: int) -> RequestDetails:
         tenant="" if workload.tenant is None else workload.tenant[i],
         session=session,
         program=session if workload.program is None else int(workload.program[i]),
-        parents=() if workload.parents is None else workload.parents[i],
         priority=0 if workload.priority is None else int(workload.priority[i]),
         slo=None if workload.slo is None else workload.slo[i],
         hints=hints,

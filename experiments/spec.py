@@ -105,6 +105,7 @@ class ModelSpec(_Part):
     Attributes:
         source: a folder, a GGUF file, a hub id, the default model's name, or with `dummy` a preset's.
         device: cpu, cuda, cuda:1, ...
+        tensor_parallel: over how many devices each layer is split, from `device` on; on a CPU so many processes.
         quantization: `fp8` rounds the layers' weights to float8 (e4m3) once they are loaded, each row with a scale of
             its own; embedding, norms and LM head stay as they are. Not of a mixture of experts.
         kv_cache_dtype: `fp8` keeps keys and values as float8 (e4m3), so that twice as many fit; `auto`: as `dtype`.
@@ -114,6 +115,7 @@ class ModelSpec(_Part):
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    tensor_parallel: Annotated[int, Field(strict=True, ge=1, le=64)] = 1
     attention: str = "auto"
     quantization: Literal["none", "fp8"] = "none"
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"

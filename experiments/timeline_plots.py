@@ -46,15 +46,17 @@ def timeline_figure(steps: Mapping[str, pd.DataFrame], states: Mapping[str, pd.D
 
 
 def life_figure(lives: Mapping[str, Life]) -> Figure:
-    """A request's life, one lane a run, coloured by what it did."""
+    """A request's life, one lane a run and replica that it was on, coloured by what it did."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 1.2 + 0.5 * len(lives)), layout="constrained")
+        lanes = [(life, r, name) for label, life in lives.items() for r, name in life.lanes(label).items()]
+        figure = Figure(figsize=(10, 1.2 + 0.5 * len(lanes)), layout="constrained")
         axis = figure.subplots()
-        for place, life in enumerate(lives.values()):
+        for place, (life, replica, _) in enumerate(lanes):
             for phase in PHASES:
-                spans = [(s.begin_ns / 1e9, (s.end_ns - s.begin_ns) / 1e9) for s in life.spans if s.phase == phase]
+                own = [s for s in life.spans if s.phase == phase and s.replica == replica]
+                spans = [(s.begin_ns / 1e9, (s.end_ns - s.begin_ns) / 1e9) for s in own]
                 axis.broken_barh(spans, (place - 0.3, 0.6), color=PHASE_COLOURS[phase])
-        axis.set_yticks(range(len(lives)), list(lives))
+        axis.set_yticks(range(len(lanes)), [name for _, _, name in lanes])
         axis.invert_yaxis()
         axis.set_xlabel("time since the run began (s)")
         keys = [mpl.patches.Patch(color=PHASE_COLOURS[phase], label=phase) for phase in PHASES]

@@ -8,8 +8,10 @@ is not found until somebody computes the gap again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from policies.contract import Eviction
 from policies.request import Request
@@ -73,6 +75,10 @@ class BlockPool:
         del free[-count:]
         taken.reverse()
         return taken
+
+    def allocate_one(self, now: int) -> int:
+        """`allocate` of a single block."""
+        return self._free.pop() if self._free else self._evict(now)
 
     def _evict(self, now: int) -> int:
         assert self.eviction is not None  # without a cache there is no idle block to need
@@ -171,18 +177,17 @@ class BlockPool:
 
         `held`: the block tables of all requests that hold any.
         """
-        references: dict[int, int] = {}
-        for table in held:
-            for block_id in table:
-                references[block_id] = references.get(block_id, 0) + 1
+        references = Counter(chain.from_iterable(held))
         idle = 0
         for block_id, block in self._registered.items():
             assert references.get(block_id, 0) == block.references, f"block {block_id}: wrong reference count"
             idle += block.references == 0
         assert idle == self.num_idle, "the count of idle blocks is wrong"
-        shared = [b for b, count in references.items() if count > 1 and b not in self._registered]
-        assert not shared, f"unregistered blocks held twice: {shared}"
-        assert len(set(self._free)) == len(self._free), "a block is on the free stack twice"
-        assert not references.keys() & set(self._free), "a held block is on the free stack"
+        if len(references) < sum(map(len, held)):
+            shared = [b for b, count in references.items() if count > 1 and b not in self._registered]
+            assert not shared, f"unregistered blocks held twice: {shared}"
+        free = set(self._free)
+        assert len(free) == len(self._free), "a block is on the free stack twice"
+        assert free.isdisjoint(references), "a held block is on the free stack"
         total = len(self._free) + idle + len(references)
         assert total == self.num_blocks, f"blocks not conserved: {total} of {self.num_blocks}"

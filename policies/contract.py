@@ -16,9 +16,9 @@ Rules (they make one object serve both panels):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from policies.plan import Mode, Plan, Report
 from policies.request import Request
@@ -128,6 +128,15 @@ class View(Protocol):
     def num_freed_by(self, request: Request, already: dict[int, int]) -> int:
         """Blocks that preempting it would make allocatable; `already` carries shared blocks between calls."""
         ...
+
+
+_Method = TypeVar("_Method", bound=Callable[..., None])
+
+
+def does_nothing(on_report: _Method) -> _Method:
+    """Decorates an `on_report` without effect, which a simulation need not call. A subclass's own is called again."""
+    on_report.does_nothing = True  # type: ignore[attr-defined]
+    return on_report
 
 
 @runtime_checkable

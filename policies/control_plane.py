@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from policies import swapping
+from policies import live_change
+from policies.coasting import Times, coast
 from policies.contract import CostModel, Recorder, View
+from policies.decoding import run_decodes
 from policies.enactment import Enactment
 from policies.plan import FOREVER, Plan, Report, Step
 from policies.recording import Recording
 from policies.replica_state import Limits, ReplicaState
 from policies.request import Request, State
+from policies.shapes import StepShape
 from policies.stack import PolicyStack
 from policies.transfers import Transfers
 
@@ -64,6 +67,7 @@ class ControlPlane:
         self._last_ns = 0
         self._num_repeated = 0
         self._repeats = 0  # times the last plan may be taken again without asking
+        self._last_plan = Plan()
 
     # What a panel may look at
 
@@ -235,7 +239,7 @@ class ControlPlane:
             self._recording.planned(plan, step)
         self._verify()
         self._watch(step)
-        self._repeats = plan.repeats - 1 if _only_decodes(step) else 0
+        self._repeats, self._last_plan = plan.repeats - 1 if _only_decodes(step) else 0, plan
         return step
 
     def repeat(self, now: int) -> Step | None:
@@ -250,14 +254,32 @@ class ControlPlane:
         if decodes > (free := state.pool.num_free) and len(state.decodes_that_need_a_block()) > free:
             return None
         self._advance(now)
-        step = Enactment(state, _DECODES, self._next_index, now).run_decodes()
+        step = run_decodes(state, self._next_index, now)
         self._next_index += 1
         self._num_repeated += 1
         self._repeats -= 1
         if self._recording is not None:
-            self._recording.planned(_DECODES, step)
+            self._recording.planned(self._last_plan, step)
         self._verify()
         return step
+
+    def coast(self, until_clock: int, time: Callable[[StepShape], Times | None]) -> None:
+        """With `lag=0` and no step in flight: what `repeat`, launch and `report` come to, as long as steps change
+        nothing but counts, the decode group's clock stays below `until_clock`, and `time` has times for their shapes.
+        """
+        state, group = self._state, self._state.group
+        most = min(until_clock, group.next_cap()) - group.clock - 1
+        if min(most, self._repeats) < 1 or not group.members or not self.stack.ignores_reports():
+            return
+        if state.loose or state.left_group or state.copies or len(group) > self.limits.max_num_batched_tokens:
+            return
+        taken = coast(state, self._recording, self._next_index, min(most, self._repeats), time)
+        self._next_index += taken
+        self._num_repeated += taken
+        self._repeats -= taken
+        if taken:
+            state.last_launched = state.last_reported = self._next_index - 1
+        self._verify()
 
     def _ask(self, now: int) -> Plan:
         if self._held:
@@ -265,7 +287,7 @@ class ControlPlane:
         plan, name = self.stack.scheduler.plan(self._state, now), type(self.stack.scheduler).__name__
         if not isinstance(plan, Plan):
             raise TypeError(f"{name}.plan answered {plan!r}; it must return a Plan")
-        for at in (plan.wake_at, *(until for _, until in plan.pin)):
+        for at in (plan.wake_at, *(until for _, until in plan.pin)) if plan.pin else (plan.wake_at,):
             if at is not None and not isinstance(at, int):
                 raise TypeError(
                     f"{name}.plan named the time {at!r}; times are nanoseconds as int, not {type(at).__name__}"
@@ -277,6 +299,10 @@ class ControlPlane:
         self._advance(report.end_ns)
         state, step = self._state, report.step
         state.last_reported = step.index
+        if report.finished and state.num_waiting:
+            # There may be room for the first who waits. Until then there is not: a block that is filled may be one of
+            # its prompt and save it one, but whoever filled it takes another.
+            self._repeats = 0
         if step.chunks or step.joined or step.decodes:
             firsts = [chunk.request for chunk in step.chunks if chunk.samples]
             for request in (*firsts, *step.joined, *step.decodes):
@@ -308,14 +334,14 @@ class ControlPlane:
     # What an operator does to a replica that is running. All of it comes after the submissions and cancellations that
     # precede the next plan, and stands among that plan's decisions, so that a replay does it again.
 
-    def swap(self, policies: Mapping[str, Any], names: Mapping[str, str], now: int) -> None:
-        """Let other policy objects, by role, decide from the next plan on. No request is lost (`policies.swapping`).
+    def change_policies(self, policies: Mapping[str, Any], names: Mapping[str, str], now: int) -> None:
+        """Let other policy objects, by role, decide from the next plan on. No request is lost (`policies.live_change`).
 
         `names`: role (a scheduler's queue too) -> the policy as text, for the record.
         """
         self._advance(now)
         self._repeats = 0
-        swapping.swap(self._state, policies, now)
+        live_change.change(self._state, policies, now)
         self._record_event("swap", 0, "; ".join(f"{role}: {name}" for role, name in names.items()))
         self._empty_plans = 0
         self._verify()
@@ -406,8 +432,11 @@ class ControlPlane:
     def _watch(self, step: Step) -> None:
         """Work conservation: a policy that plans nothing while it could must say when to ask again."""
         state = self._state
+        if step.num_decodes or step.chunks:
+            self._empty_plans = 0
+            return
         waits_for_a_time = step.wake_at is not None and step.wake_at > step.plan_ns
-        idle = not step.runs and state.last_launched == state.last_reported and not waits_for_a_time
+        idle = state.last_launched == state.last_reported and not waits_for_a_time
         moves = step.preempted or step.dropped or self.transfers.underway
         if not idle or not state.requests or moves or self._held:
             self._empty_plans = 0
@@ -424,9 +453,6 @@ class ControlPlane:
     def _verify(self) -> None:
         if self._check:
             self._state.check()
-
-
-_DECODES = Plan(decode_all=True)
 
 
 def _only_decodes(step: Step) -> bool:

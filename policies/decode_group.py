@@ -9,8 +9,12 @@ cap (a heap by clock), and the sums that a step's cost depends on.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection
 
 from policies.request import Request
+
+NEVER = 1 << 62
+"""A clock that is not reached."""
 
 
 class DecodeGroup:
@@ -56,9 +60,9 @@ class DecodeGroup:
         request._group = None
         request._decode_runs.append(clock)
 
-    def on_block_boundary(self) -> list[Request]:
-        """Members whose next token opens a new block."""
-        return list(self._ring[-self.clock % self._block_size].values())
+    def at_block_boundary(self) -> Collection[Request]:
+        """Members whose next token opens a new block, as they stand: not to be kept."""
+        return self._ring[-self.clock % self._block_size].values()
 
     def advance(self) -> list[Request]:
         """One token for every member. Returns those that have now reached their cap; they have left."""
@@ -71,6 +75,16 @@ class DecodeGroup:
                 self.leave(request)
                 capped.append(request)
         return capped
+
+    def next_cap(self) -> int:
+        """The clock at which a member reaches its cap."""
+        caps = self._caps
+        while caps:
+            member = self.members.get(caps[0][1])
+            if member is not None and self._cap_of(member) == caps[0]:
+                return caps[0][0]
+            heapq.heappop(caps)  # that of one who has left
+        return NEVER
 
     def _cap_of(self, member: Request) -> tuple[int, int]:
         return (self.clock + member.max_tokens - member.num_output_tokens, member.id)

@@ -243,20 +243,20 @@ class Draft:
             self.plan.hold[request.id] = hold
         return None
 
-    def finish(self, *, steady: bool = False) -> Plan:
+    def finish(self, *, steady: bool = False, ordered: bool = False) -> Plan:
         """The plan. Single decodes that turn out to be everybody's are said in one word.
 
         `steady`: the scheduler says that, with everybody decoding and nobody else there, it only ever runs them all.
+        `ordered`: that requests which wait change nothing about it as long as the first of them does not fit, and that
+        they keep their order.
         """
         plan, view = self.plan, self.view
-        if (
-            steady
-            and plan.decode_all
-            and not (plan.chunks or view.num_waiting or view.paused or view.swapped or view.prefilling)
-        ):
-            plan.repeats = FOREVER
-        rest = view.num_decoding - self._num_decodes_stopped()
-        if plan.decodes and not plan.resume and len(plan.decodes) == rest:
+        if steady and plan.decode_all and not (plan.chunks or view.paused or view.swapped or view.prefilling):
+            waiting = view.num_waiting
+            # Slots and blocks do not get more until somebody ends, while budgets may and admission might.
+            if not waiting or (ordered and len(plan.blocked) == 1 and plan.blocked[0][1] in (SLOTS, NO_BLOCKS)):
+                plan.repeats = FOREVER
+        if plan.decodes and not plan.resume and len(plan.decodes) == view.num_decoding - self._num_decodes_stopped():
             plan.decodes = []
             plan.decode_all = True
         return plan

@@ -11,16 +11,30 @@ import operator
 
 from policies.block_pool import num_idle
 from policies.contract import Hit
+from policies.decoding import advance_group, finish, note_filled, open_block
 from policies.draft import NO_BLOCKS, SLOTS, TOKEN_BUDGET
 from policies.plan import Chunk, Plan, Step
 from policies.preempting import Returns, objection_to_preempting, take_memory
 from policies.replica_state import ReplicaState
 from policies.request import Request, State
-from policies.shapes import StepShape, padded_batch
 
 
 class Enactment:
     """One plan on its way to a step. `back_to_queue`: requests that wait again, for the scheduler to take back."""
+
+    __slots__ = (
+        "_contexts",
+        "_hits",
+        "_hold",
+        "_returns",
+        "_seen",
+        "_set_back",
+        "_tokens_left",
+        "now",
+        "plan",
+        "state",
+        "step",
+    )
 
     def __init__(self, state: ReplicaState, plan: Plan, index: int, now: int) -> None:
         self.state = state
@@ -37,34 +51,31 @@ class Enactment:
 
     def run(self) -> Step:
         """Enact the whole plan."""
-        self._pin()
-        self._drop()
-        self._preempt()
-        self._resume()
-        chunks = self._claim_hits(self._bundled(self._whole(self.plan.chunks)))
-        self.step.grown += self._returns.bring_back(now=self.now)
+        state, plan = self.state, self.plan
+        if plan.pin or plan.fetch or state.pins:
+            self._pin()
+        if plan.drop:
+            self._drop()
+        if plan.preempt:
+            self._preempt()
+        if plan.resume:
+            self._resume()
+        chunks = self._claim_hits(self._bundled(self._whole(plan.chunks))) if plan.chunks else []
+        if self._returns.hits:
+            self.step.grown += self._returns.bring_back(now=self.now)
         self._decode()
         for request, num_tokens in chunks:
             self._chunk(request, num_tokens)
-        self._register()
-        return self._finish()
-
-    def run_decodes(self) -> Step:
-        """Enact a plan that is known to say `decode_all` and nothing else."""
-        self._decode_group()
-        return self._finish()
-
-    def _finish(self) -> Step:
-        self._measure()
-        if self.step.runs:
-            # A step that runs nothing is not reported: who left before it is named by the next that does.
-            self.step.left, self.state.left_group = self.state.left_group, []
-            self.state.last_launched = self.step.index
+        if state.limits.prefix_caching:
+            self._register()
+        finish(state, self.step, self._contexts)
         return self.step
 
     @property
     def back_to_queue(self) -> list[Request]:
         """Those that were preempted or refused and did not get to run by another item of the plan: each once."""
+        if not self._set_back:
+            return []
         live, waits = self.state.requests, (State.WAITING, State.PAUSED, State.SWAPPED)
         return [r for r in self._set_back.values() if r.id in live and r.state in waits]
 
@@ -278,48 +289,29 @@ class Enactment:
         self.step.decodes.append(request)
         self._contexts.append(request._computed)
         if state.limits.prefix_caching and request._computed % state.limits.block_size == 0:
-            self._fill(request)
+            note_filled(state, self.step, request)
 
     def _decode_group(self) -> None:
-        state, step, group = self.state, self.step, self.state.group
+        state, step = self.state, self.step
         if state.num_decoding > self._tokens_left:
             for request in state.decoding():
                 self._refuse(request, TOKEN_BUDGET)
             return
         without_block: list[Request] = []
         for request in state.decodes_that_need_a_block():
-            if not self._grow(request, request.num_computed_tokens + 1):
+            if state.pool.num_free:
+                open_block(state, step, request, self.now)
+            else:
                 self._refuse(request, NO_BLOCKS)
                 without_block.append(request)
         for request in without_block:
             if request._group is not None:
                 state.leave_group(request)
             state.loose.pop(request.id, None)  # it stands aside while the others advance
-        if state.loose:
-            for request in state.loose.values():
-                group.join(request)
-                step.joined.append(request)
-            state.loose.clear()
-        step.num_decodes = len(group)
-        self._tokens_left -= len(group)
-        if group.members:
-            step.decode_all = True
-            step.capped = group.advance()
-            step.decode_clock = group.clock
-            for request in step.capped:
-                request._busy_until = step.index
-                state.place(request)
-                self._contexts.append(request._computed)
-            if state.limits.prefix_caching:
-                size = state.limits.block_size
-                for request in [*group.on_block_boundary(), *(r for r in step.capped if r._computed % size == 0)]:
-                    self._fill(request)
+        self._contexts += advance_group(state, step)
+        self._tokens_left -= step.num_decodes
         for request in without_block:
             state.place(request)
-
-    def _fill(self, request: Request) -> None:
-        depth = request.num_computed_tokens // self.state.limits.block_size - 1
-        self.step.filled.append((request, depth, request._blocks[depth]))
 
     def _chunk(self, request: Request, num_tokens: int) -> None:
         state = self.state
@@ -382,46 +374,5 @@ class Enactment:
 
     def _register(self) -> None:
         """Prompt blocks are named as soon as the step that computes them is on its way: steps run in order."""
-        if self.state.limits.prefix_caching:
-            for request in [*self._returns.requests, *(chunk.request for chunk in self.step.chunks)]:
-                self.state.register_full_blocks(request, self.now)
-
-    def _measure(self) -> None:
-        step, group, limits, chunks = self.step, self.state.group, self.state.limits, self.step.chunks
-        context, longest = sum(self._contexts), max(self._contexts, default=0)
-        if step.decode_all:
-            context, longest = context + group.context, max(longest, group.longest)
-        else:
-            step.num_decodes = len(step.decodes)
-        out = back = 0
-        if step.runs and self.state.copies:  # else they wait for the next one that does
-            step.copies, self.state.copies = self.state.copies, []
-            out = limits.block_size * sum(len(copy.device) for copy in step.copies if copy.out)
-            back = limits.block_size * sum(len(copy.device) for copy in step.copies if not copy.out)
-        if not chunks:
-            padded, graph = padded_batch(step.num_decodes, 0, 0, limits.capture_sizes)
-            step.shape = StepShape(
-                step.num_decodes, context, longest, 0, 0, 0, 0, 0, step.num_decodes, padded, graph, out, back
-            )  # fmt: skip
-            return
-        ends = [chunk.start + chunk.num_tokens for chunk in chunks]
-        tokens = sum(chunk.num_tokens for chunk in chunks)
-        padded, graph = padded_batch(
-            step.num_decodes, len(chunks), tokens, limits.capture_sizes, limits.mixed_capture_sizes
-        )
-        squares = sum(chunk.num_tokens * chunk.num_tokens for chunk in chunks)
-        step.shape = StepShape(
-            num_decodes=step.num_decodes,
-            decode_context=context,
-            max_context=max([longest, *ends]),
-            num_chunks=len(chunks),
-            chunk_tokens=tokens,
-            chunk_pairs=sum(c.num_tokens * c.start for c in chunks) + (squares + tokens) // 2,
-            chunk_context=sum(ends),
-            chunk_squares=squares,
-            num_samples=step.num_decodes + sum(chunk.samples for chunk in chunks),
-            padded_tokens=padded,
-            graph=graph,
-            swapped_out=out,
-            swapped_in=back,
-        )
+        for request in [*self._returns.requests, *(chunk.request for chunk in self.step.chunks)]:
+            self.state.register_full_blocks(request, self.now)

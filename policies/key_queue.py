@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 
-from policies.contract import Queue
+from policies.contract import Queue, does_nothing
 from policies.draft import Draft
 from policies.plan import Report
 from policies.request import Request
@@ -81,5 +81,6 @@ class KeyQueue(ABC):
     def begin(self, draft: Draft, now: int) -> None:  # noqa: B027  (an answer, not a gap)
         """Nothing about the replica changes the order."""
 
-    def on_report(self, report: Report) -> None:  # noqa: B027  (an answer, not a gap)
+    @does_nothing  # noqa: B027  (an answer, not a gap)
+    def on_report(self, report: Report) -> None:
         """What ran does not change the order."""

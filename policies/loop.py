@@ -14,29 +14,29 @@ from policies.control_plane import ControlPlane
 from policies.plan import Report, Step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Deliver:
     """Hand the control plane what has arrived (`submit`, `cancel`), then answer with the time; None ends the loop.
 
-    Or answer with the step in flight, where the panel has taken steps by itself (`ControlPlane.repeat`) up to it.
+    Or answer with the steps in flight, eldest first, where the panel has taken steps by itself (`ControlPlane.repeat`).
     """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Launch:
     """Note who stopped running, and start the step if it `runs`. Steps run one after another, in this order."""
 
     step: Step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Collect:
     """Wait for this step to end and answer with its report."""
 
     step: Step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Idle:
     """Nothing runs: wait until something arrives, or until `wake_at`."""
 
@@ -46,7 +46,7 @@ class Idle:
 Action = Deliver | Launch | Collect | Idle
 
 
-Answer = int | Step | Report | None
+Answer = int | list[Step] | Report | None
 
 
 def send(loop: Generator[Action, Answer, None], answer: Answer) -> Action | None:
@@ -60,7 +60,7 @@ def send(loop: Generator[Action, Answer, None], answer: Answer) -> Action | None
 def step_loop(plane: ControlPlane, lag: int) -> Generator[Action, Answer, None]:
     """The calls of one replica, in order.
 
-    `Deliver` is answered with now (int), with a Step (see there), or with None to end once the steps in flight are in;
+    `Deliver` is answered with now (int), with a list (see there), or with None to end once the steps in flight are in;
     `Collect` with a Report.
     """
     in_flight: deque[Step] = deque()
@@ -68,15 +68,17 @@ def step_loop(plane: ControlPlane, lag: int) -> Generator[Action, Answer, None]:
         now = yield Deliver()
         if now is None:
             break
-        if isinstance(now, Step):
-            in_flight = deque([now])
-            continue
-        assert isinstance(now, int)
-        step = plane.plan(now)
-        yield Launch(step)
-        if step.runs:
-            in_flight.append(step)
-        if in_flight and (len(in_flight) > lag or not step.runs):
+        runs = True
+        if isinstance(now, list):
+            in_flight = deque(now)
+        else:
+            assert isinstance(now, int)
+            step = plane.plan(now)
+            yield Launch(step)
+            runs = step.runs
+            if runs:
+                in_flight.append(step)
+        if in_flight and (len(in_flight) > lag or not runs):
             report = yield Collect(in_flight.popleft())
             assert isinstance(report, Report)
             plane.report(report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from policies.request import Request, State
 from policies.shapes import StepShape
@@ -52,8 +52,9 @@ class Plan:
     wake_at: int | None = None
     """Ask again at this time even if nothing happens; without effect once no request is alive."""
     repeats: int = 1
-    """Steps in which this would be the plan, this one included, as long as nothing arrives, ends or runs out: the
-    simulator takes the others without asking. Only of a plan that runs every decode and does nothing else."""
+    """Steps in which this would be the plan, this one included, as long as nothing comes in from outside and blocks
+    suffice, and where somebody waits, nobody ends: the simulator takes the others without asking. Only of a plan that
+    runs every decode and does nothing else."""
     blocked: list[tuple[Request, str]] = field(default_factory=list)
     """(request, reason): waiting requests that were looked at and passed over. For the record only."""
 
@@ -95,39 +96,52 @@ class BlockCopy:
     host: tuple[int, ...]
 
 
-@dataclass(slots=True)
+_NO_WORK = StepShape()
+
+
+@dataclass(slots=True, init=False)
 class Step:
     """A plan as enacted: what a panel has to run. Counts and shapes are those after the plan's preemptions."""
 
     index: int
     plan_ns: int
-    chunks: list[Chunk] = field(default_factory=list)
-    decodes: list[Request] = field(default_factory=list)
+    chunks: list[Chunk]
+    decodes: list[Request]
     """Single decodes. When `decode_all` is set the decode group runs and this is empty."""
-    decode_all: bool = False
-    num_decodes: int = 0
-    decode_clock: int = 0
+    decode_all: bool
+    num_decodes: int
+    decode_clock: int
     """Steps, this one included, in which the whole decode group has run."""
-    joined: list[Request] = field(default_factory=list)
+    joined: list[Request]
     """Requests that decode with the group from this step on."""
-    left: list[Request] = field(default_factory=list)
+    left: list[Request]
     """Requests that have left the decode group since the last step that ran, before anybody joins for this one."""
-    capped: list[Request] = field(default_factory=list)
+    capped: list[Request]
     """Requests that run with the decode group for the last time: their cap is reached."""
-    admitted: list[Request] = field(default_factory=list)
-    resumed: list[Request] = field(default_factory=list)
-    grown: list[Request] = field(default_factory=list)
+    admitted: list[Request]
+    resumed: list[Request]
+    grown: list[Request]
     """Requests whose block table got longer (or is new) with this step."""
-    copies: list[BlockCopy] = field(default_factory=list)
+    copies: list[BlockCopy]
     """To be made in this order, after what earlier steps compute and before what this one does. A step that runs
     nothing leaves its copies to the next one that does."""
-    preempted: list[tuple[Request, Mode]] = field(default_factory=list)
-    dropped: list[tuple[Request, str]] = field(default_factory=list)
-    refused: list[tuple[Request, str]] = field(default_factory=list)
-    wake_at: int | None = None
-    shape: StepShape = field(default_factory=StepShape)
-    filled: list[tuple[Request, int, int]] = field(default_factory=list)
+    preempted: list[tuple[Request, Mode]]
+    dropped: list[tuple[Request, str]]
+    refused: list[tuple[Request, str]]
+    wake_at: int | None
+    shape: StepShape
+    filled: list[tuple[Request, int, int]]
     """(request, block index, block id): blocks that generated tokens fill in this step."""
+
+    def __init__(self, index: int, plan_ns: int, wake_at: int | None = None, **others: Any) -> None:
+        # By hand: every step makes one, and a dozen calls of factories take three times as long.
+        self.index, self.plan_ns, self.wake_at = index, plan_ns, wake_at
+        self.decode_all, self.num_decodes, self.decode_clock, self.shape = False, 0, 0, _NO_WORK
+        self.chunks, self.decodes, self.joined, self.left, self.capped = [], [], [], [], []
+        self.admitted, self.resumed, self.grown, self.copies, self.filled = [], [], [], [], []
+        self.preempted, self.dropped, self.refused = [], [], []
+        for name, value in others.items():
+            setattr(self, name, value)
 
     @property
     def runs(self) -> bool:

@@ -48,6 +48,8 @@ class Returns:
     """The swapped requests that a plan resumes. What they have on the device still is claimed at once; the blocks for
     the rest are only promised until every hit of the plan is claimed, so that none of those is evicted for them."""
 
+    __slots__ = ("_state", "hits", "promised")
+
     def __init__(self, state: ReplicaState) -> None:
         self._state = state
         self.hits: dict[int, Hit] = {}

@@ -41,6 +41,12 @@ class QueuedScheduler:
         """
         return type(self) is own and type(self.queue).begin is KeyQueue.begin
 
+    @property
+    def is_ordered(self) -> bool:
+        """For `Draft.finish`: whether the queue's order depends on nothing but its requests."""
+        queue = type(self.queue)
+        return (queue.begin, queue.peek, queue.on_report) == (KeyQueue.begin, KeyQueue.peek, KeyQueue.on_report)
+
     def start(self, view: View, now: int) -> Draft:
         """An empty plan, with the queue in order for this step."""
         draft = view.draft()

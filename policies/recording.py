@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from policies.contract import Recorder
 from policies.plan import Plan, Report, Step
 from policies.replica_state import ReplicaState
 from policies.request import Request, Slo, State
+from policies.shapes import StepShape
 
 
 class Recording:
@@ -22,7 +25,7 @@ class Recording:
         self._before_step: dict[int, int] = {}  # live request -> the plan before which it came
         self._blocked: dict[int, str] = {}
         self._empty_rows: list[tuple[object, ...]] = []
-        self._plan_rows: dict[int, tuple[object, ...]] = {}
+        self._plan_rows: dict[int, tuple[tuple[object, ...], tuple[object, ...], tuple[object, ...]]] = {}
 
     def submitted(self, request: Request, next_step: int) -> None:
         """It came before the plan with this index."""
@@ -117,16 +120,16 @@ class Recording:
             self._passed_over({request.id: reason for request, reason in plan.blocked}, index)
         state = self._state
         self._plan_rows[index] = (
-            len(step.admitted),
-            len(step.preempted),
-            state.pool.num_unused,
-            state.pool.num_idle,
-            len(state.running),
-            state.num_waiting,
-            len(state.paused),
-            step.wake_at,
-            len(state.swapped),
-            state.num_free_host_blocks,
+            (len(step.admitted), len(step.preempted)),
+            (
+                state.pool.num_unused,
+                state.pool.num_idle,
+                len(state.running),
+                state.num_waiting,
+                len(state.paused),
+                step.wake_at,
+            ),
+            (len(state.swapped), state.host.num_free),
         )
         if not step.runs:
             row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0)
@@ -134,6 +137,29 @@ class Recording:
                 self._recorder.step(row)
             else:
                 self._empty_rows.append(row)  # behind the row of the step in flight
+
+    def coasting(self) -> Callable[[int, tuple[int, int, int, int], StepShape, int, int], None]:
+        """What records steps that change nothing but counts (`policies.coasting`): told each one's index, times, shape,
+        decode clock and unused blocks."""
+        replica, state = self._replica, self._state
+        decision, step = self._recorder.decision, self._recorder.step
+        after = (
+            state.pool.num_idle,
+            len(state.running),
+            state.num_waiting,
+            len(state.paused),
+            None,
+            0,
+            0,
+            len(state.swapped),
+            state.host.num_free,
+        )
+
+        def record(index: int, times: tuple[int, int, int, int], shape: StepShape, clock: int, unused: int) -> None:
+            decision((replica, index, -1, "decode", shape[0], ""))
+            step((replica, index, *times, *shape[:11], clock, 0, 0, 0, unused, *after))
+
+        return record
 
     def _passed_over(self, blocked: dict[int, str], index: int) -> None:
         for request_id, reason in blocked.items():
@@ -144,10 +170,11 @@ class Recording:
     def reported(self, report: Report, num_finished: int) -> None:
         """The step's result is known. `num_finished`: of those that had not left before."""
         row = self._step_row(report.step, report.launch_ns, report.end_ns, report.device_ns, num_finished)
-        if self._empty_rows and self._empty_rows[0][1] < report.step.index:  # type: ignore[operator]
+        empty = self._empty_rows
+        if empty and empty[0][1] < report.step.index:  # type: ignore[operator]
             self._flush_empty_rows()
         self._recorder.step(row)
-        if self._state.last_launched == self._state.last_reported:
+        if empty and self._state.last_launched == self._state.last_reported:
             self._flush_empty_rows()
 
     def _flush_empty_rows(self) -> None:
@@ -158,8 +185,8 @@ class Recording:
     def _step_row(
         self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int
     ) -> tuple[object, ...]:
-        admitted, preempted, free, idle, running, waiting, paused, wake, *host = self._plan_rows.pop(step.index)
-        s = step.shape
+        changes, after, host = self._plan_rows.pop(step.index)
+        shape = step.shape
         return (
             self._replica,
             step.index,
@@ -167,28 +194,12 @@ class Recording:
             launch_ns,
             end_ns,
             device_ns,
-            s.num_decodes,
-            s.decode_context,
-            s.max_context,
-            s.num_chunks,
-            s.chunk_tokens,
-            s.chunk_pairs,
-            s.chunk_context,
-            s.chunk_squares,
-            s.num_samples,
-            s.padded_tokens,
-            s.graph,
+            *shape[:11],  # the columns from num_decodes to graph
             step.decode_clock,
-            admitted,
-            preempted,
+            *changes,
             num_finished,
-            free,
-            idle,
-            running,
-            waiting,
-            paused,
-            wake,
-            s.swapped_out,
-            s.swapped_in,
+            *after,
+            shape.swapped_out,
+            shape.swapped_in,
             *host,
-        )  # fmt: skip
+        )

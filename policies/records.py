@@ -29,7 +29,7 @@ REQUESTS: dict[str, str] = {
     "first_scheduled_ns": "int64?",
     "first_token_ns": "int64?",
     "finish_ns": "int64?",
-    "end_before_step": "int64?",  # ended before the plan with this index: cancelled, or stopped by a text
+    "end_before_step": "int64?",  # ended before the plan with this index: cancelled, or stopped by a text; see below
     "status": "string",  # stop, length, cancelled, dropped, refused, unfinished
     "error": "string",
     "token_steps": "list<int64>",  # steps that produced a token of it, where it did not run with the decode group
@@ -41,7 +41,9 @@ REQUESTS: dict[str, str] = {
 
 Tokens beyond `output_tokens` in the last run were discarded. `replica`, `before_step` and `end_before_step` are those
 of the last replica that had it. An earlier stay in `moves`: its replica, the plans before which it came and left, and
-how many entries of `token_steps` and `decode_runs` there are up to its end."""
+how many entries of `token_steps` and `decode_runs` there are up to its end. One that ends between two stays, on its way
+to another replica or taken back and not running again yet, is none of those that a replica counts as alive: its
+`end_before_step` is the plan before which it left."""
 
 STEPS: dict[str, str] = {
     "replica": "int32",
@@ -86,9 +88,10 @@ ALIVE = ("num_running", "num_waiting", "num_paused", "num_swapped")
 
 ADDED: dict[str, dict[str, object]] = {
     "requests": {"moves": []},
-    "steps": {"swapped_out": 0, "swapped_in": 0, "num_swapped": 0, "free_host_blocks": 0},
+    "steps": {"chunk_squares": 0, "swapped_out": 0, "swapped_in": 0, "num_swapped": 0, "free_host_blocks": 0},
 }
-"""Table -> columns that runs of earlier versions lack, and what those would have had there."""
+"""Table -> columns that runs of earlier versions lack, and what those would have had there; of `chunk_squares`, what a
+reader works out from the decisions."""
 
 DECISIONS: dict[str, str] = {
     "replica": "int32",

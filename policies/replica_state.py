@@ -151,7 +151,7 @@ class ReplicaState:
 
     def decodes_that_need_a_block(self) -> list[Request]:
         size, clock = self.limits.block_size, self.group.clock
-        needy = [r for r in self.group.on_block_boundary() if r._computed + clock >= len(r._blocks) * size]
+        needy = [r for r in self.group.at_block_boundary() if r._computed + clock >= len(r._blocks) * size]
         if self.loose:
             needy += [r for r in self.loose.values() if r._computed >= len(r._blocks) * size]
         return needy
@@ -277,24 +277,21 @@ class ReplicaState:
         for place in places:
             assert place.keys() <= self.running.keys(), "a request that does not run is among those that do"
         assert len(self.running) <= self.limits.max_num_seqs, "more sequences run than there are slots"
-        size = self.limits.block_size
+        size, waiting = self.limits.block_size, 0
         for request in self.requests.values():
-            states = (request.id in self.running, request.id in self.paused, request.id in self.swapped)
-            expected = {
-                State.RUNNING: (True, False, False),
-                State.PAUSED: (False, True, False),
-                State.SWAPPED: (False, False, True),
-                State.WAITING: (False, False, False),
-            }
-            assert states == expected[request.state], f"{request!r} is not where its state says"
-            swapped = self.blocks_of(request.num_computed_tokens) if request.state is State.SWAPPED else 0
-            assert request.num_host_blocks == swapped, f"{request!r} holds {request.num_host_blocks} host blocks"
-            held = request.num_blocks + request.num_host_blocks
-            assert request.num_computed_tokens <= held * size, f"{request!r} lacks blocks"
+            state, computed = request.state, request.num_computed_tokens
+            runs, paused, out = request.id in self.running, request.id in self.paused, request.id in self.swapped
+            right = runs is (state is State.RUNNING) and paused is (state is State.PAUSED)
+            right = right and out is (state is State.SWAPPED) and (runs or paused or out or state is State.WAITING)
+            assert right, f"{request!r} is not where its state says"
+            swapped = self.blocks_of(computed) if state is State.SWAPPED else 0
+            assert len(request._host_blocks) == swapped, f"{request!r} holds {request.num_host_blocks} host blocks"
+            assert computed <= (len(request._blocks) + swapped) * size, f"{request!r} lacks blocks"
             assert request.num_output_tokens <= request.max_tokens, f"{request!r} is past its cap"
-            if request.state in (State.WAITING, State.SWAPPED):
+            if state is State.WAITING or state is State.SWAPPED:
                 assert not request._blocks, f"{request!r} waits and holds blocks"
-        waiting = sum(r.num_pending_tokens for r in self.requests.values() if r.state is State.WAITING)
+            if state is State.WAITING:
+                waiting += request.num_pending_tokens
         assert waiting == self.waiting_tokens, "the count of waiting tokens is wrong"
         computed = sum(r.num_computed_tokens for r in self.group.members.values())
         assert computed == self.group.context, "the decode group's sum of contexts is wrong"

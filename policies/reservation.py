@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from policies.contract import does_nothing
 from policies.draft import Draft
 from policies.plan import Mode, Report
 from policies.request import Request
@@ -56,6 +57,7 @@ class Reservation:
     def on_release(self, request: Request) -> None:
         self._total -= self._promised.pop(request.id, 0)
 
+    @does_nothing
     def on_report(self, report: Report) -> None:
         """What ran changes no promise."""
 

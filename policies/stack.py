@@ -8,6 +8,7 @@ from typing import Any
 
 from policies import registry
 from policies.contract import Admission, Eviction, Preemption, Scheduler
+from policies.queued import QueuedScheduler
 from policies.registry import PolicySpec
 
 
@@ -30,6 +31,13 @@ class PolicyStack:
         """The name of a policy that plans by a cost model (it says `needs_cost = True`), or None."""
         roles = (self.scheduler, self.admission, self.preemption, self.eviction)
         return next((type(role).__name__ for role in roles if getattr(role, "needs_cost", False)), None)
+
+    def ignores_reports(self) -> bool:
+        """Whether `on_report` of none of them does anything."""
+        told: Any = self.scheduler
+        if getattr(told.on_report, "__func__", None) is QueuedScheduler.on_report:  # which tells its queue
+            told = told.queue
+        return all(getattr(policy.on_report, "does_nothing", False) for policy in (told, self.admission))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +81,10 @@ class StackSpec:
     def rebuilt(
         self, changes: Mapping[str, str], *, block_size: int = 16, seed: int = 0
     ) -> tuple[StackSpec, dict[str, Any]]:
-        """The stack with other policies by role, and new objects for those that this replaces (`ControlPlane.swap`).
+        """The stack with other policies by role, and new objects for those that this replaces.
 
-        A new queue comes with a new scheduler around it. Raises `registry.PolicyError`, also for a policy that wants an
-        oracle: what is swapped in while a replica runs gets none.
+        For `ControlPlane.change_policies`. A new queue comes with a new scheduler around it. Raises
+        `registry.PolicyError`, also for a policy that wants an oracle: what is put in while a replica runs gets none.
         """
         known = [f.name for f in fields(self)]
         for role in changes:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from policies.block_pool import num_blocks
-from policies.contract import View
+from policies.contract import CostModel, View
 from policies.costing import prefill_ns, swap_ns
 from policies.draft import Draft
 from policies.plan import Mode
@@ -26,6 +27,8 @@ class Taking:
 
     needs_cost = False
     _mode = "recompute"
+    _cost: CostModel | None = None
+    _prices: dict[tuple[Callable[[CostModel, int], int], int], int]  # by that cost model
 
     def __init__(self, mode: str = "recompute") -> None:
         if mode not in MODES:
@@ -39,17 +42,27 @@ class Taking:
             return Mode.RECOMPUTE
         if self._mode == "swap":
             return Mode.SWAP
-        recompute, swap = costs_of_taking(request, view, draft)
+        recompute, swap = self.costs(request, view, draft)
         return Mode.SWAP if swap < recompute else Mode.RECOMPUTE
 
+    def costs(self, request: Request, view: View, draft: Draft) -> tuple[float, float]:
+        """Nanoseconds that recomputing and swapping a victim cost, by the cost model; a full host is no way."""
+        assert view.cost is not None, "a policy that needs a cost model is never put where there is none"
+        if view.cost is not self._cost:
+            self._cost, self._prices = view.cost, {}
+        recompute = self._price(prefill_ns, request.num_tokens)
+        if not view.num_host_blocks or not draft.can_swap(request):
+            return recompute, float("inf")
+        return recompute, self._price(
+            swap_ns, num_blocks(request.num_computed_tokens, view.block_size) * view.block_size
+        )
 
-def costs_of_taking(request: Request, view: View, draft: Draft) -> tuple[float, float]:
-    """Nanoseconds that recomputing and swapping a victim cost, by the cost model; a full host is no way."""
-    assert view.cost is not None, "a policy that needs a cost model is never put where there is none"
-    recompute = prefill_ns(view.cost, request.num_tokens)
-    if not view.num_host_blocks or not draft.can_swap(request):
-        return recompute, float("inf")
-    return recompute, swap_ns(view.cost, num_blocks(request.num_computed_tokens, view.block_size) * view.block_size)
+    def _price(self, of: Callable[[CostModel, int], int], num_tokens: int) -> int:
+        """Each is asked of the cost model once: there are as many as a sequence can have tokens."""
+        if (of, num_tokens) not in self._prices:
+            assert self._cost is not None
+            self._prices[of, num_tokens] = of(self._cost, num_tokens)
+        return self._prices[of, num_tokens]
 
 
 class RankedVictim(Taking, ABC):

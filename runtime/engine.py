@@ -127,6 +127,8 @@ class Engine:
         self._cancelled: list[tuple[int, int | None]] = []  # request id; output tokens where a stop string ended it
         self._calls: list[_Call[Any]] = []
         self._closing = False
+        self._alarm = False  # the model's other ranks are to be looked at
+        self._runner.watch(self._wake)
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
@@ -361,6 +363,7 @@ class Engine:
     def _deliver(self) -> int:
         """Submissions in the order of their stamps, then ends from outside by id, then calls: the simulator's order
         too."""
+        self._runner.check()
         with self._inbox:
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
@@ -402,7 +405,14 @@ class Engine:
         if wake_at is not None:
             timeout = min(timeout, max(0, wake_at - self.now()) / 1e9)
         with self._inbox:
-            self._inbox.wait_for(lambda: self._submitted or self._cancelled or self._calls or self._closing, timeout)
+            self._inbox.wait_for(
+                lambda: self._submitted or self._cancelled or self._calls or self._closing or self._alarm, timeout
+            )
+
+    def _wake(self) -> None:
+        with self._inbox:
+            self._alarm = True
+            self._inbox.notify()
 
     def _collect(self, launched: Launched) -> Report:
         result = self._runner.collect(launched)

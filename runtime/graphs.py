@@ -15,8 +15,8 @@ from torch import Tensor
 
 from runtime.device_state import DeviceState
 from runtime.kernels.launch import compiling, is_compiling
-from runtime.kernels.sample import sample
 from runtime.models.llama import LlamaModel
+from runtime.sampling.plain import PlainSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +47,14 @@ class StepGraphs:
         self,
         model: LlamaModel,
         state: DeviceState,
-        hashed_vocab: Tensor,
+        sampler: PlainSampler,
         decode_sizes: Iterable[int],
         mixed_sizes: Iterable[int],
         stream: torch.cuda.Stream,
     ) -> None:
         self._model = model
         self._state = state
-        self._hashed_vocab = hashed_vocab
+        self._sampler = sampler
         self._tokens = torch.zeros(state.num_slots, dtype=torch.int64, device=state.device)
         shape = (state.num_slots, model.config.hidden_size)
         self._hidden = torch.zeros(shape, dtype=model.dtype, device=state.device)
@@ -90,14 +90,7 @@ class StepGraphs:
             rows = min(size, state.num_slots)
             hidden = torch.index_select(hidden, 0, state.part("sampled", rows), out=self._hidden[:rows])
         logits, tokens = self._model.logits(hidden), self._tokens[:rows]
-        sample(
-            logits,
-            state.part("temperature", rows),
-            state.part("keys", rows),
-            state.part("draws", rows),
-            self._hashed_vocab,
-            tokens,
-        )
+        self._sampler(logits, state, tokens)
         state.store(tokens)
         return hidden, tokens
 

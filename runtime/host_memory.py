@@ -12,17 +12,30 @@ know nothing of them. On a CPU the runner's thread does the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from policies.plan import BlockCopy
 from runtime.kv_cache import PagedKVCache
 from runtime.model_config import ModelError
 
 GIB = 1 << 30
 _BUFFER_BYTES = 64 << 20
 """How much is packed at once: copies of this size reach the link's full rate."""
+
+
+class Copy(Protocol):
+    """Which blocks go where, one to one: out from the device to the host, or in (`policies.plan.BlockCopy`)."""
+
+    @property
+    def out(self) -> bool: ...
+
+    @property
+    def device(self) -> tuple[int, ...]: ...
+
+    @property
+    def host(self) -> tuple[int, ...]: ...
 
 
 class HostMemory:
@@ -66,7 +79,7 @@ class HostMemory:
             self._pinned = False
         del self._host
 
-    def make(self, copies: Sequence[BlockCopy]) -> None:
+    def make(self, copies: Sequence[Copy]) -> None:
         """Make these copies in their order: on a card, queue them on the current stream."""
         for copy in copies:
             for start in range(0, len(copy.device), self._most):

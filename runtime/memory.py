@@ -9,6 +9,7 @@ from runtime.attention import AttentionShape, get_backend
 from runtime.forward import ForwardInputs
 from runtime.kv_cache import PagedKVCache, num_blocks_that_fit
 from runtime.model_config import ModelError
+from runtime.parallel.leader import Leader
 from runtime.sampling.filters import FilterRows, filter_threshold
 from runtime.sampling.noise import gumbel, vocab_hash
 from runtime.weights import LoadedModel
@@ -38,9 +39,22 @@ def profile_num_blocks(
     """KV blocks for a CUDA device: of `memory_share` of its memory, what weights and the largest step leave.
 
     Runs one step of `max_num_batched_tokens` prompt tokens and samples `max_num_seqs` rows, to see what it takes.
+    Of a model over several ranks, as many as the fullest of their cards has room for.
     Raises ModelError, saying what to lower, where not even that fits.
     """
-    device, dtype = loaded.model.device, kv_dtype or loaded.model.dtype
+    device, dtype, ranks = loaded.model.device, kv_dtype or loaded.model.dtype, loaded.ranks
+    ordered = None
+    if isinstance(ranks, Leader):
+        ordered = ranks.order(
+            "profile",
+            block_size=block_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            attention=attention,
+            kv_dtype=kv_dtype,
+            memory_share=memory_share,
+        )
     total = torch.cuda.mem_get_info(device)[1]
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
@@ -56,8 +70,10 @@ def profile_num_blocks(
     finally:
         torch.cuda.empty_cache()
     left = free_bytes(device) - round((1 - memory_share) * total) - activations - _GRAPH_BYTES
-    blocks = num_blocks_that_fit(left, loaded.config, block_size, dtype)
-    if blocks * block_size < min(max_model_len, 16 * block_size):
+    blocks = ranks.smallest(num_blocks_that_fit(left, loaded.config, block_size, dtype), device)
+    if isinstance(ranks, Leader) and ordered is not None:
+        ranks.wait(ordered)
+    if ranks.shard.rank == 0 and blocks * block_size < min(max_model_len, 16 * block_size):
         raise ModelError(
             f"{loaded.name} leaves {max(0, left) / GIB:.1f} GiB of {total / GIB:.0f} GiB for the KV cache; "
             "lower max_num_batched_tokens, or take a smaller model, a smaller dtype or fp8 weights"

@@ -4,14 +4,13 @@ never has to come back to the host before the next step, and a step sends only w
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,21 +18,18 @@ from torch import Tensor
 
 from policies.control_plane import ControlPlane
 from policies.plan import BlockCopy, Mode, Step
+from policies.replica_state import Limits
 from policies.request import Request
 from runtime.attention import AttentionShape, get_backend
-from runtime.device_state import Arrived, DeviceState, Ints, StepRows
-from runtime.host_memory import HostMemory
+from runtime.device_state import Arrived, Ints, StepRows
+from runtime.executor import Executor
 from runtime.kv_cache import PagedKVCache
-from runtime.model_config import ModelError
-from runtime.models.linear import check_float8
+from runtime.parallel.leader import Leader
+from runtime.parallel.wire import StepWork
 from runtime.sampling.batch import SamplingState
 from runtime.sampling.sampler import Logprobs, Sampler
 from runtime.sequence import Sequence, TokenLogprobs
-from runtime.startup import timed
 from runtime.weights import LoadedModel
-
-if TYPE_CHECKING:
-    from runtime.graphs import CapturedStep, StepGraphs
 
 _RECENT = 8
 _RESULTS = 4
@@ -151,14 +147,24 @@ class Launched:
     pending: Pending
 
 
-def _check_device(device: torch.device, kv_dtype: torch.dtype | None) -> None:
-    """Raises ModelError for what this device cannot do."""
-    if device.type != "cuda":
-        return
-    if importlib.util.find_spec("triton") is None:
-        raise ModelError("a CUDA device needs the package triton; pip install 'diptych[gpu]'")
-    if kv_dtype == torch.float8_e4m3fn:
-        check_float8(device)
+def _start(loaded: LoadedModel, limits: Limits, attention: str, kv_dtype: torch.dtype | None) -> Executor:
+    """This rank's executor, and those of the others."""
+    ranks = loaded.ranks
+    if not isinstance(ranks, Leader):
+        return Executor(loaded, limits, attention=attention, kv_dtype=kv_dtype)
+    shape = AttentionShape.of(loaded.config, limits.block_size, kv_dtype or loaded.model.dtype)
+    attention = get_backend(attention, loaded.model.device, shape).name  # the same on every rank
+    started = ranks.order("start", limits, attention, kv_dtype)
+    executor = None
+    try:
+        executor = Executor(loaded, limits, attention=attention, kv_dtype=kv_dtype)
+        ranks.wait(started)
+        ranks.serving = True
+        return executor
+    except Exception as error:
+        if executor is not None:
+            executor.close()
+        raise ranks.explain(error) from error
 
 
 class ModelRunner:
@@ -179,53 +185,28 @@ class ModelRunner:
         self, loaded: LoadedModel, plane: ControlPlane, *, attention: str = "auto", kv_dtype: torch.dtype | None = None
     ) -> None:
         limits = plane.limits
-        self.startup_seconds: dict[str, float] = {}
         self._plane = plane
-        self._model = loaded.model
-        self._device = loaded.model.device
-        _check_device(self._device, kv_dtype)
-        with timed(self.startup_seconds, "kv_cache"):
-            self.kv_cache = PagedKVCache(
-                loaded.config,
-                limits.num_blocks,
-                limits.block_size,
-                dtype=kv_dtype or loaded.model.dtype,
-                device=self._device,
-            )
-        self._host_memory: HostMemory | None = None
+        self._ranks = loaded.ranks
+        self._num_slots, device = limits.max_num_seqs, loaded.model.device
+        self._executor = _start(loaded, limits, attention, kv_dtype)
+        self.startup_seconds = self._executor.startup_seconds
+        self._sampler = Sampler(loaded.config.vocab_size, device)
+        eos = loaded.config.eos_token_ids
+        self._sampling = SamplingState(self._num_slots, loaded.config.vocab_size, eos, device)
         self._num_host_blocks = limits.num_host_blocks
-        if limits.num_host_blocks:
-            with timed(self.startup_seconds, "host_memory"):
-                self._host_memory = HostMemory(self.kv_cache, limits.num_host_blocks)
-        shape = AttentionShape.of(loaded.config, limits.block_size, self.kv_cache.dtype)
-        backend = get_backend(attention, self._device, shape)
-        self._model.attach(self.kv_cache, backend)
-        slots = limits.max_num_seqs
-        cuda = self._device.type == "cuda"
-        self._state = DeviceState(slots, limits.max_model_len, limits.block_size, self._device, fused=cuda)
-        self._sampler = Sampler(loaded.config.vocab_size, self._device)
-        self._sampling = SamplingState(slots, loaded.config.vocab_size, loaded.config.eos_token_ids, self._device)
         self._forget()
         self._last_end = 0  # when the last collected step ended
         self._recent: dict[int, deque[int]] = {}  # how long the last steps with chunks took, by their padded tokens
-        self._stream: torch.cuda.Stream | None = None
-        self._graphs: StepGraphs | None = None
         self._thread: ThreadPoolExecutor | None = None
-        if cuda:
-            try:
-                self._start_on_card(
-                    [size for size in limits.capture_sizes if backend.capturable and size <= slots],
-                    limits.mixed_capture_sizes if backend.captures_chunks else (),
-                )
-            except BaseException:
-                self._model.detach(self.kv_cache)  # or it would hold the memory for as long as the model lives
-                raise
+        if device.type == "cuda":
+            self._results = [torch.zeros(self._num_slots, dtype=torch.int64, pin_memory=True) for _ in range(_RESULTS)]
+            self._next_result = 0
         else:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="model-runner")
 
     def _forget(self) -> None:
         """Nobody has a slot."""
-        slots = self._state.num_slots
+        slots = self._num_slots
         # On the host: what the next step starts from.
         self._free_slots = list(range(slots - 1, -1, -1))
         self._slot_of: dict[int, int] = {}
@@ -238,23 +219,6 @@ class ModelRunner:
         # What the device does not know yet. It waits here where a step gives a request a slot and runs nothing.
         self._arrived: list[tuple[int, Sequence, list[int]]] = []
         self._grown: list[Request] = []
-
-    def _start_on_card(self, decode_sizes: Collection[int], mixed_sizes: Collection[int]) -> None:
-        from runtime.graphs import StepGraphs  # Triton is not needed elsewhere
-        from runtime.kernels.sample import sample
-
-        self._sample = sample
-        self._stream = torch.cuda.Stream(self._device)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        slots = self._state.num_slots
-        self._results = [torch.zeros(slots, dtype=torch.int64, pin_memory=True) for _ in range(_RESULTS)]
-        self._next_result = 0
-        if decode_sizes or mixed_sizes:
-            hashed_vocab = self._sampler.hashed_vocab
-            with timed(self.startup_seconds, "capture"):
-                self._graphs = StepGraphs(
-                    self._model, self._state, hashed_vocab, decode_sizes, mixed_sizes, self._stream
-                )
 
     def serve(self, plane: ControlPlane) -> None:
         """Run the steps of another control plane from now on: whoever had a slot is forgotten, the KV cache and the
@@ -278,23 +242,33 @@ class ModelRunner:
         """Wait for the steps on their way."""
         if self._thread is not None:
             self._thread.submit(lambda: None).result()
-        if self._stream is not None:
-            self._stream.synchronize()
+        self._executor.wait()
 
     def close(self) -> None:
-        """Wait for the steps on their way, and let the thread, the graphs and the KV cache go."""
+        """Wait for the steps on their way, and let the thread, the graphs and the KV cache go, on every rank."""
         try:
             if self._thread is not None:
                 self._thread.shutdown(wait=True)
-            if self._stream is not None:
-                self._stream.synchronize()
         finally:
-            if self._host_memory is not None:
-                self._host_memory.close()
-                self._host_memory = None
-            self._graphs = None
-            self._model.detach(self.kv_cache)
-            del self.kv_cache
+            self._executor.close()
+            if isinstance(self._ranks, Leader):
+                self._ranks.serving = False
+                if not self._ranks.failed:
+                    self._ranks.wait(self._ranks.order("stop"))
+
+    @property
+    def kv_cache(self) -> PagedKVCache:
+        """This rank's."""
+        return self._executor.kv_cache
+
+    def check(self) -> None:
+        """Raise RankFailed where another rank of the model has failed."""
+        self._ranks.check()
+
+    def watch(self, on_failure: Callable[[], None]) -> None:
+        """Call this, on another thread, when another rank of the model fails."""
+        if isinstance(self._ranks, Leader):
+            self._ranks.on_failure = on_failure
 
     def release(self, request: Request) -> None:
         """The request has ended, or has stopped running: its slot is free for the next step.
@@ -330,8 +304,11 @@ class ModelRunner:
         queued_from = launched_at = time.monotonic_ns()
         if self._thread is not None:
             return Launched(step, requests, queued_from, launched_at, OnThread(self._thread.submit(self._run, inputs)))
-        pending = self._queue(inputs)
-        if self._captured(inputs) is not None:
+        try:
+            pending = self._queue(inputs)
+        except Exception as error:
+            raise self._ranks.explain(error) from error
+        if self._executor.captured(inputs.rows, inputs.padded_tokens) is not None:
             launched_at = time.monotonic_ns()  # a graph is the last thing that is queued, and nothing runs before it
         return Launched(step, requests, queued_from, launched_at, pending)
 
@@ -403,39 +380,15 @@ class ModelRunner:
 
     # The step itself: on the runner's thread, or queued on the stream by the engine's
 
-    @torch.inference_mode()
     def _run(self, inputs: StepInputs) -> tuple[Tensor, Logprobs | None, int]:
-        rows = inputs.rows
-        self._swap(inputs.copies)
-        self._state.send(rows, self._take_in(inputs))
-        self._state.apply_blocks()
-        hidden = self._model.forward(self._state.inputs_of(rows))
-        if not len(rows.sampled_rows):
-            return torch.empty(0, dtype=torch.int64), None, time.monotonic_ns()
-        logits = self._model.logits(hidden[self._state.part("sampled", len(rows.sampled_rows)).long()])
-        sampled = self._sampler(logits.float(), self._sampling.batch(rows.slots[rows.sampled_rows], rows.draws))
-        self._state.store(sampled.token_ids)
-        return sampled.token_ids, sampled.logprobs, time.monotonic_ns()
+        token_ids, logprobs = self._step(inputs)
+        return token_ids, logprobs, time.monotonic_ns()
 
-    def _swap(self, copies: list[BlockCopy]) -> None:
-        if copies:
-            assert self._host_memory is not None, "a plan without host blocks swaps nobody"
-            self._host_memory.make(copies)
-
-    def _take_in(self, inputs: StepInputs) -> list[Arrived]:
-        for slot, sequence, ids in inputs.arrived:
-            prompt = sequence.request.num_prompt_tokens
-            self._sampling.add(slot, sequence.params, sequence.sampling_key, ids[:prompt], ids[prompt:])
-        return [Arrived(slot, ids) for slot, _, ids in inputs.arrived]
-
-    @torch.inference_mode()
     def _queue(self, inputs: StepInputs) -> OnStream:
-        assert self._stream is not None
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._executor.stream):
             began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             began.record()
-            self._swap(inputs.copies)
-            token_ids, logprobs = self._queue_step(inputs)
+            token_ids, logprobs = self._step(inputs)
             host = self._results[self._next_result][: len(token_ids)]
             self._next_result = (self._next_result + 1) % _RESULTS
             host.copy_(token_ids, non_blocking=True)
@@ -444,41 +397,33 @@ class ModelRunner:
             ended.record()
         return OnStream(host, logprobs, began, ended)
 
-    def _queue_step(self, inputs: StepInputs) -> tuple[Tensor, Logprobs | None]:
-        rows, state = inputs.rows, self._state
-        arrived = self._take_in(inputs)
-        slots, num = rows.slots[rows.sampled_rows], len(rows.sampled_rows)
-        plain = self._sampling.plain(slots, rows.draws)
-        temperature, keys = self._sampling.temperature_and_keys(slots)
-        captured = self._captured(inputs)
-        if captured is not None:
-            state.send(rows, arrived, temperature, keys, padded=(captured.num_seqs, captured.num_tokens))
-            captured.graph.replay()
-            if plain:
-                return captured.tokens[:num], None
-            hidden = captured.hidden[:num]
-        else:
-            state.send(rows, arrived, temperature, keys)
-            state.apply_blocks()
-            hidden = self._model.forward(state.inputs_of(rows))
-            if not num:
-                return torch.empty(0, dtype=torch.int64, device=self._device), None
-            hidden = hidden[state.part("sampled", num).long()]
-        logits = self._model.logits(hidden)
-        if plain:
-            tokens = torch.empty(num, dtype=torch.int64, device=self._device)
-            parts = (state.part("temperature", num), state.part("keys", num), state.part("draws", num))
-            self._sample(logits, *parts, self._sampler.hashed_vocab, tokens)
-            state.store(tokens)
-            return tokens, None
-        sampled = self._sampler(logits.float(), self._sampling.batch(slots, rows.draws))
-        state.store(sampled.token_ids)
-        return sampled.token_ids, sampled.logprobs
+    @torch.inference_mode()
+    def _step(self, inputs: StepInputs) -> tuple[Tensor, Logprobs | None]:
+        """Have every rank run it."""
+        for slot, sequence, ids in inputs.arrived:
+            prompt = sequence.request.num_prompt_tokens
+            self._sampling.add(slot, sequence.params, sequence.sampling_key, ids[:prompt], ids[prompt:])
+        rows = inputs.rows
+        slots = rows.slots[rows.sampled_rows]
+        work = StepWork(
+            inputs.copies,
+            [Arrived(slot, ids) for slot, _, ids in inputs.arrived],
+            rows,
+            *self._sampling.temperature_and_keys(slots),
+            self._sampling.plain(slots, rows.draws),
+            inputs.padded_tokens,
+        )
+        if isinstance(self._ranks, Leader):
+            self._ranks.send(work)
+        found: list[Logprobs | None] = [None]
 
-    def _captured(self, inputs: StepInputs) -> CapturedStep | None:
-        if self._graphs is None or inputs.padded_tokens is None:
-            return None
-        return self._graphs.find(len(inputs.rows.slots) > inputs.rows.num_decodes, inputs.padded_tokens)
+        def sample(logits: Tensor) -> Tensor:
+            sampled = self._sampler(logits, self._sampling.batch(slots, rows.draws))
+            found[0] = sampled.logprobs
+            return sampled.token_ids
+
+        token_ids = self._executor.execute(work, sample)
+        return token_ids, found[0]
 
     # The result, on the engine's thread
 
@@ -492,7 +437,11 @@ class ModelRunner:
     def collect(self, launched: Launched) -> StepResult:
         """Wait for a step's sampled tokens. Raises what went wrong on the device."""
         waiting = not launched.pending.done()
-        token_ids, logprobs = launched.pending.result()
+        try:
+            token_ids, logprobs = launched.pending.result()
+        except Exception as error:
+            raise self._ranks.explain(error) from error
+        self._ranks.check()  # after a rank has failed, what comes back is nothing
         known_at = time.monotonic_ns()
         # A short step may have ended before the host was awake from waiting for the one before.
         began_at = max(launched.launched_at, self._last_end)

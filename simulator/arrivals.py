@@ -15,7 +15,7 @@ class Arrival:
     `output_tokens` is its true length: the executor stops it there and no policy sees it. `keys`: hash chain of its
     full blocks, prompt first, as far as they are known; needed only with prefix caching. `end`: how it ends after that
     many tokens; None: `LENGTH` where they are its cap, else `STOPPED`. `hands_off`: another replica takes it over after
-    its first token.
+    its first token. `timeout_ns`: so long after it came its client gives up, and it is cancelled if it has not ended.
     """
 
     request: Request
@@ -23,6 +23,7 @@ class Arrival:
     keys: Sequence[bytes] = ()
     end: State | None = None
     hands_off: bool = False
+    timeout_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

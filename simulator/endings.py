@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 
+from policies.decode_group import NEVER
 from policies.plan import Step
 from policies.request import Request, State
 from simulator.arrivals import Arrival
@@ -16,16 +17,25 @@ class Endings:
         self._truth: dict[int, tuple[int, State]] = {}  # request id -> output tokens, how it ends
         self._due: list[tuple[int, int]] = []  # (decode clock, request id)
         self._members: dict[int, Request] = {}
+        self._clock = 0
 
     def expect(self, arrival: Arrival) -> None:
         """This request will end after its output tokens, or at its cap."""
-        cap = arrival.request.max_tokens_in_all
-        end = arrival.end or (State.STOPPED if arrival.output_tokens < cap else State.LENGTH)
-        self._truth[arrival.request.id] = (min(arrival.output_tokens, cap), end)
+        self._truth[arrival.request.id] = _truth(arrival)
+
+    def correct(self, arrival: Arrival) -> None:
+        """Its output tokens are fewer than `expect` was told, and no fewer than it has."""
+        request = arrival.request
+        if request.id in self._truth:
+            self._truth[request.id] = _truth(arrival)
+            if request.id in self._members:
+                self._push(request, self._clock)
 
     def of(self, step: Step) -> list[tuple[Request, State, int]]:
         """(request, how, output tokens) of those whose last token this step samples. Ask once, right after the plan."""
         ended: list[tuple[Request, State, int]] = []
+        if step.decode_all:
+            self._clock = step.decode_clock
         for chunk in step.chunks:
             if chunk.samples:
                 self._check(chunk.request, ended)
@@ -48,6 +58,15 @@ class Endings:
             if not self._check(member, ended):
                 self._push(member, step.decode_clock)
         return ended
+
+    def next_due(self) -> int:
+        """The decode clock at which the next member of the group may end."""
+        due = self._due
+        while due:
+            if due[0][1] in self._members and due[0][1] in self._truth:
+                return due[0][0]
+            heapq.heappop(due)
+        return NEVER
 
     def _push(self, request: Request, clock: int) -> None:
         left = self._truth[request.id][0] - request.num_output_tokens
@@ -75,3 +94,9 @@ class Endings:
         """The request was cancelled, dropped or refused."""
         self._truth.pop(request_id, None)
         self._members.pop(request_id, None)
+
+
+def _truth(arrival: Arrival) -> tuple[int, State]:
+    cap = arrival.request.max_tokens_in_all
+    end = arrival.end or (State.STOPPED if arrival.output_tokens < cap else State.LENGTH)
+    return min(arrival.output_tokens, cap), end

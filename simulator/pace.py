@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from policies.coasting import Times
 from policies.plan import Step
+from policies.shapes import StepShape
 from simulator.costs.base import CostModel
+from simulator.costs.history import HasHistory, History
 
 
 class Timing(NamedTuple):
@@ -42,31 +45,59 @@ class ComputedPace:
     def __init__(self, costs: CostModel, plan_lead_ns: int | None = None) -> None:
         self._costs = costs
         self._lead = plan_lead_ns
+        self._history = costs.history() if isinstance(costs, HasHistory) else None
         self._host_free = 0
         self._device_free = 0
         self._plan_from = 0
-        self._timings: dict[int, tuple[Timing, int]] = {}
+        self._timings: dict[int, tuple[int, int, int, int]] = {}  # launch, end, device and finish of steps in flight
 
     def plan_at(self, index: int, now: int) -> int | None:
         return max(now, self._host_free, self._plan_from)
 
     def launch(self, step: Step, now: int) -> None:
-        cost = self._costs.cost(step.shape)
-        launch = now + cost.prepare_ns
-        self._host_free = launch
-        self._device_free = max(launch, self._device_free) + cost.device_ns
+        prepare, device, finish = self._costs.cost(step.shape)
+        launch = self._host_free = now + prepare
+        if self._history is None:
+            self._device_free = max(launch, self._device_free) + device
+        else:
+            start, usual = self._start(launch, self._history), device
+            device = self._history.device_ns(step.shape, usual, start)
+            self._history.ran(step.shape, usual, start, device)
+            self._device_free = start + device
         if self._lead is not None:
             self._plan_from = self._device_free - self._lead if step.shape.num_chunks else 0
-        self._timings[step.index] = (Timing(launch, self._device_free, cost.device_ns), cost.finish_ns)
+        self._timings[step.index] = (launch, self._device_free, device, finish)
+
+    def _start(self, launch: int, history: History) -> int:
+        """When the device begins a step that is meant to be launched then."""
+        return max(launch, self._device_free) + history.delay_ns(self._device_free - launch)
 
     def end_of(self, step: Step) -> Timing:
-        timing = self._timings[step.index][0]
-        if self._host_free > timing.end_ns:  # the host was still preparing the next step
-            return Timing(timing.launch_ns, self._host_free, timing.device_ns)
-        return timing
+        launch, end, device, _ = self._timings[step.index]
+        return Timing(launch, max(end, self._host_free), device)  # the host may still be preparing the next step
 
     def reported(self, step: Step, now: int) -> None:
-        self._host_free = now + self._timings.pop(step.index)[1]
+        self._host_free = now + self._timings.pop(step.index)[3]
+
+    def coast(self, shape: StepShape, now: int, horizon: float, watched: bool) -> Times | None:
+        """With no step in flight: plan, launch and report the next one, as soon as that can be; None, with nothing
+        changed, where it is planned, or if `watched` ends, at `horizon` or later."""
+        plan = max(now, self._host_free, self._plan_from)
+        if plan >= horizon:
+            return None
+        prepare, device, finish = self._costs.cost(shape)
+        launch = plan + prepare
+        history, usual = self._history, device
+        start = max(launch, self._device_free) if history is None else self._start(launch, history)
+        if history is not None:
+            device = history.device_ns(shape, usual, start)
+        end = start + device
+        if watched and end >= horizon:
+            return None
+        if history is not None:
+            history.ran(shape, usual, start, device)
+        self._device_free, self._host_free, self._plan_from = end, end + finish, 0
+        return plan, launch, end, device
 
     def waits_when_idle(self) -> bool:
         return True

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import simpy
 
+from policies.coasting import Times
 from policies.control_plane import ControlPlane, RequestRefused
 from policies.loop import Action, Answer, Collect, Deliver, Idle, Launch, send, step_loop
 from policies.plan import Report, Step
 from policies.request import Request, State
+from policies.shapes import StepShape
 from simulator.arrivals import Arrival
 from simulator.endings import Endings
-from simulator.pace import Pace, Timing
+from simulator.pace import ComputedPace, Pace, Timing
 
 if TYPE_CHECKING:
     from simulator.movements import Movements
@@ -27,14 +29,17 @@ class SimulatedReplica:
     """Carries out what the control plane says, in simulated time.
 
     `on_end(request)` is called for every request that ends here. As a router sees it (`policies.contract.Replica`), a
-    replica's figures include what waits at its door for the next plan, or for KV that is fetched for it. `together`:
-    take decode steps that the policy would plan alike in one event; only where nobody looks at the replica between its
-    steps.
+    replica's figures include what waits at its door for the next plan, or for KV that is fetched for it.
+
+    `together`: do not ask for steps that the policy would plan alike, and go on without an event of the simulation's as
+    far as nothing else happens in it. `watched`: somebody may look in then, and is to find the replica as it is.
     """
 
     movements: Movements | None = None
     """Where KV moves between replicas: what carries it."""
     failed = False
+    unknown_end: Callable[[], simpy.Event | None] | None = None
+    """Where lengths become known as the simulation goes on: what the step just planned is to wait for, or None."""
 
     def __init__(
         self, env: simpy.Environment, plane: ControlPlane, pace: Pace, on_end: Callable[[Request], None]
@@ -45,11 +50,13 @@ class SimulatedReplica:
         self._pace = pace
         self._on_end = on_end
         self.together = False
+        self.watched = True
         self._arrivals: list[Arrival] = []
         self._cancellations: list[int] = []
         self._endings = Endings()
         self._ends_of_step: dict[int, Ended] = {}
-        self._in_flight: Step | None = None
+        self._in_flight: list[Step] = []
+        self.now = 0  # ahead of the simulation's while nothing else happens in it
         self._asleep: simpy.Event | None = None
         self._expected: dict[int, Arrival] = {}  # those whose KV is being fetched
         self._cancelled: set[int] = set()  # of those
@@ -147,9 +154,10 @@ class SimulatedReplica:
             with suppress(RequestRefused):  # which the control plane has recorded
                 self.plane.submit(arrival.request, now, arrival.keys, hands_off=arrival.hands_off)
                 self._endings.expect(arrival)
-        for request_id in sorted(self._cancellations):
-            self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
-        self._cancellations = []
+        if self._cancellations:
+            for request_id in sorted(self._cancellations):
+                self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
+            self._cancellations = []
         if self.movements is not None:
             self.plane.transfers.let_run(now)
             self.movements.look()
@@ -157,6 +165,10 @@ class SimulatedReplica:
     def _ended(self, request: Request) -> None:
         self._endings.forget(request.id)
         self._on_end(request)
+
+    def correct_length(self, arrival: Arrival) -> None:
+        """Its `output_tokens` are known now."""
+        self._endings.correct(arrival)
 
     # Requests that leave and come
 
@@ -211,59 +223,91 @@ class SimulatedReplica:
             answer: Answer = None
             if isinstance(action, Deliver):
                 answer = self._take_together() if self.together else None
-                plan_at = None if answer is not None else pace.plan_at(self.plane.next_step, int(env.now))
+                plan_at = None if answer is not None else pace.plan_at(self.plane.next_step, self.now)
                 if plan_at is not None:
-                    if plan_at > env.now:
+                    if self._has_to_wait(plan_at):
                         yield env.timeout(plan_at - env.now)
-                    answer = int(env.now)
-                    self._deliver(answer)
+                    self.now = max(self.now, plan_at)
+                    answer = self._repeat_or_deliver()
             elif isinstance(action, Launch):
-                self._launch(action.step, int(env.now))
+                while self.unknown_end is not None and (known := self.unknown_end()) is not None:
+                    yield known
+                self._launch(action.step, self.now)
             elif isinstance(action, Collect):
                 timing = pace.end_of(action.step)
-                if timing.end_ns > env.now:
+                if self._has_to_wait(timing.end_ns):
                     yield env.timeout(timing.end_ns - env.now)
-                answer = self._report(action.step, timing, int(env.now))
+                self.now = max(self.now, timing.end_ns)
+                answer = self._report(action.step, timing, self.now)
             elif isinstance(action, Idle) and pace.waits_when_idle():
                 yield from self._sleep(action.wake_at)
+                self.now = max(self.now, int(env.now))
             action = send(loop, answer)
             if isinstance(answer, Report):
                 self._after_report(answer.step)
+
+    def _has_to_wait(self, time: int) -> bool:
+        """Whether something else may happen in the simulation until then."""
+        env = self._env
+        return time > env.now and (not self.together or time >= env.peek())
 
     def _launch(self, step: Step, now: int) -> None:
         ended = self._endings.of(step)
         if step.runs:
             self._pace.launch(step, now)
             self._ends_of_step[step.index] = ended
-            self._in_flight = step
+            self._in_flight.append(step)
 
-    def _take_together(self) -> Step | None:
-        """Take the steps that the policy would plan like the last one, in this one event: those that are planned before
-        anything else happens in the simulation. Each is enacted, timed and recorded as if it had been asked for.
-        Returns the last one if it is still in flight (`lag=1`)."""
-        plane, pace, now = self.plane, self._pace, int(self._env.now)
+    def _repeat_or_deliver(self) -> int | list[Step]:
+        """The time of a plan has come: take its step at once where it is known, else have the policy asked."""
+        if self.together and not (self._arrivals or self._cancellations):
+            step = self.plane.repeat(self.now)
+            if step is not None:
+                self._launch(step, self.now)
+                return self._in_flight[:]
+        self._deliver(self.now)
+        return self.now
+
+    def _take_together(self) -> list[Step] | None:
+        """Take the steps that the policy would plan like the last one, as far as they are planned before anything else
+        happens in the simulation. Each is enacted, timed and recorded as if it had been asked for. Returns those in
+        flight, where these are others than before."""
+        plane, pace = self.plane, self._pace
         if self._arrivals or self._cancellations:
             return None
-        lag = plane.limits.lag
-        before = self._in_flight
+        lag, taken = plane.limits.lag, False
         while True:
-            plan_at = pace.plan_at(plane.next_step, now)
-            # Looked up each time: who ends here may have others come.
-            if plan_at is None or plan_at >= self._env.peek() or (step := plane.repeat(plan_at)) is None:
+            horizon = self._env.peek()  # looked up each time: who ends here may have others come
+            if not (lag or self._in_flight) and isinstance(pace, ComputedPace):
+                self._coast(pace, horizon)
+            plan_at = pace.plan_at(plane.next_step, self.now)
+            if plan_at is None or plan_at >= horizon or (step := plane.repeat(plan_at)) is None:
                 break
-            previous = self._in_flight
+            self.now, taken = plan_at, True
             self._launch(step, plan_at)
-            due = previous if lag else step
-            if due is not None:
+            if len(self._in_flight) > lag:
+                due = self._in_flight[0]
                 timing = pace.end_of(due)
-                now = max(plan_at, timing.end_ns)
-                plane.report(self._report(due, timing, now))
-        return None if self._in_flight is before else self._in_flight
+                if self.watched and timing.end_ns >= horizon:
+                    break
+                self.now = max(plan_at, timing.end_ns)
+                plane.report(self._report(due, timing, self.now))
+        return self._in_flight[:] if taken and self._in_flight else None
+
+    def _coast(self, pace: ComputedPace, horizon: float) -> None:
+        """The same for steps that change nothing but counts."""
+
+        def time(shape: StepShape) -> Times | None:
+            times = pace.coast(shape, self.now, horizon, self.watched)
+            if times is not None:
+                self.now = times[2]
+            return times
+
+        self.plane.coast(self._endings.next_due(), time)
 
     def _report(self, step: Step, timing: Timing, now: int) -> Report:
         """Its result is known to the host."""
-        if self._in_flight is step:
-            self._in_flight = None
+        del self._in_flight[0]
         self._pace.reported(step, now)
         return Report(step, timing.launch_ns, now, timing.device_ns, self._ends_of_step.pop(step.index))
 
@@ -275,6 +319,6 @@ class SimulatedReplica:
         self._asleep = self._env.event()
         if wake_at is None:
             yield self._asleep
-        elif wake_at > self._env.now:
+        elif wake_at > self.now:
             yield self._asleep | self._env.timeout(wake_at - self._env.now)
         self._asleep = None

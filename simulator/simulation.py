@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
@@ -20,6 +21,9 @@ from simulator.network import Network
 from simulator.pace import ComputedPace, RecordedPace, Timing
 from simulator.replica import SimulatedReplica
 
+_FEW_COLLECTIONS = (100_000, 20, 100)
+"""Thresholds of the garbage collector. A simulation makes millions of small objects and next to no cycles."""
+
 
 class Simulation:
     """Replicas behind a router, fed by arrivals, and by those that follow from ends.
@@ -34,9 +38,12 @@ class Simulation:
         on_end: called with every request that ends.
         followers: called with every request that ends and the time; answers who arrives because of that, at stamps that
             are not earlier.
+        gives_up: the same, called with every request whose client gives up (`Arrival.timeout_ns`), before it is
+            cancelled.
         check: verify the invariants after every step (slow).
-        together: with one replica and neither a router, an end in time nor an interference (`at`), take decode steps
-            that its policy would plan alike in one event; the records are the same without, bit for bit.
+        together: do not ask a policy for decode steps that it would plan alike, and take many of them in one event; the
+            records are the same without, bit for bit. Not where KV moves between replicas, nor
+            behind a router with followers.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class Simulation:
         recorder: Recorder | None = None,
         on_end: Callable[[Request], None] | None = None,
         followers: Callable[[Request, int], Iterable[Arrival]] | None = None,
+        gives_up: Callable[[Request, int], Iterable[Arrival]] | None = None,
         check: bool = False,
         together: bool = True,
     ) -> None:
@@ -63,6 +71,7 @@ class Simulation:
         self._recorder = recorder
         self._user_on_end = on_end
         self._followers = followers
+        self._gives_up = gives_up
         self._replica_of: dict[int, int] = {}
         self.replicas = [
             SimulatedReplica(
@@ -73,8 +82,8 @@ class Simulation:
             )
             for i, stack in enumerate(stacks)
         ]
-        # Only where nobody looks at the replica, or does anything to it, but the arrivals.
-        self._together = together and len(stacks) == 1 and router is None
+        # By others than the arrivals.
+        self._watched = len(stacks) > 1 or router is not None or gives_up is not None
         self._movements: Movements | None = None
         self._num_alive = 0
         self._more_to_come = True
@@ -84,6 +93,9 @@ class Simulation:
                 replica.movements = self._movements
             if isinstance(router, RebalancingRouter):
                 self.env.process(self._rebalance(router))
+        for replica in self.replicas:
+            # Behind a router, who follows from an end would come in another order than the plan of that instant.
+            replica.together = together and self._movements is None and (router is None or followers is None)
 
     def run(self, arrivals: Iterable[Arrival], until_ns: int | None = None) -> int:
         """Simulate until every request has ended, or until `until_ns`. Returns the simulated time in nanoseconds.
@@ -91,14 +103,18 @@ class Simulation:
         `arrivals` come in the order of their stamps and may be endless with `until_ns`. What is unfinished at the end,
         or at an interruption, is recorded as such.
         """
-        self.replicas[0].together = self._together and until_ns is None
+        for replica in self.replicas:
+            replica.watched = self._watched or until_ns is not None
+        thresholds = gc.get_threshold()
+        gc.set_threshold(*_FEW_COLLECTIONS)
         try:
             self.env.process(self._source(arrivals))
             self.env.run(until=until_ns)
         finally:
+            gc.set_threshold(*thresholds)
             for replica in self.replicas:
                 replica.plane.close()
-        return int(self.env.now)
+        return max(int(self.env.now), *(replica.now for replica in self.replicas))
 
     def _source(self, arrivals: Iterable[Arrival]) -> Generator[simpy.Event, None, None]:
         env = self.env
@@ -111,6 +127,8 @@ class Simulation:
         self._more_to_come = False
 
     def _admit(self, arrival: Arrival) -> None:
+        if arrival.timeout_ns is not None:
+            self._after(arrival.timeout_ns, lambda: self._client_leaves(arrival.request))
         if self._router is None:
             self.replicas[0].receive(arrival)
             return
@@ -160,10 +178,10 @@ class Simulation:
 
     def at(self, time_ns: int, do: Callable[[], None]) -> None:
         """Have something happen at a time, such as `cancel` or `fail`."""
-        self._together = self.replicas[0].together = False  # it is to find the replica as it is then
-        callbacks = self.env.timeout(time_ns - int(self.env.now)).callbacks
-        assert callbacks is not None
-        callbacks.append(lambda _: do())
+        self._watched = True
+        for replica in self.replicas:
+            replica.watched = True
+        self._after(time_ns - int(self.env.now), do)
 
     def _rebalance(self, router: RebalancingRouter) -> Generator[simpy.Event, None, None]:
         movements = self._movements
@@ -190,12 +208,12 @@ class Simulation:
             self._movements.forget(request)
         replica = self._replica_of.pop(request.id, None)
         if self._router is not None and replica is not None:  # None: the router itself has refused it
-            self._router.on_end(request, replica, int(self.env.now))
+            self._router.on_end(request, replica, max(int(self.env.now), self.replicas[replica].now))
         if self._user_on_end is not None:
             self._user_on_end(request)
         if self._followers is not None:
-            # Where steps are taken together, it has ended at a time to come.
-            ended = max(int(self.env.now), request.finish_ns or 0)
+            # Where a replica goes on by itself, it has ended, or been refused, at a time to come.
+            ended = max(int(self.env.now), request.finish_ns or 0, self.replicas[0].now if self._router is None else 0)
             for arrival in self._followers(request, ended):
                 self._num_alive += 1
                 self._follow(arrival)
@@ -205,10 +223,24 @@ class Simulation:
         wait = max(0, arrival.request.arrival_ns - int(self.env.now))
         if not wait and self._router is None:
             self._admit(arrival)
+        else:
+            self._after(wait, lambda: self._admit(arrival))
+
+    def _client_leaves(self, request: Request) -> None:
+        if request.state.ended:
             return
-        callbacks = self.env.timeout(wait).callbacks
+        for arrival in () if self._gives_up is None else self._gives_up(request, int(self.env.now)):
+            self._num_alive += 1
+            self._follow(arrival)
+        if self._router is None:
+            self.replicas[0].cancel(request.id)  # before the next plan, as an engine is told
+        else:
+            self.cancel(request.id)
+
+    def _after(self, delay_ns: int, do: Callable[[], None]) -> None:
+        callbacks = self.env.timeout(delay_ns).callbacks
         assert callbacks is not None
-        callbacks.append(lambda _: self._admit(arrival))
+        callbacks.append(lambda _: do())
 
 
 Intervention = Callable[[ControlPlane, int], object]

@@ -15,6 +15,7 @@ from policies.shapes import default_capture_sizes, default_mixed_capture_sizes
 from policies.stack import StackSpec
 from runtime.engine import GPU_PLAN_LEAD_NS, Engine
 from runtime.memory import profile_num_blocks
+from runtime.parallel.ranks import Ranks
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Output
 from runtime.startup import timed
@@ -62,8 +63,8 @@ def make_engine(loaded: LoadedModel, scheduler: str, block_size: int) -> Engine:
 class Bench:
     """One model, and the engine that serves it at the moment: a model serves one engine at a time."""
 
-    def __init__(self, preset: str, device: str, block_size: int) -> None:
-        self.loaded = load_model(preset, load_format="dummy", dtype=torch.bfloat16, device=device)
+    def __init__(self, preset: str, device: str, block_size: int, ranks: Ranks | None = None) -> None:
+        self.loaded = load_model(preset, load_format="dummy", dtype=torch.bfloat16, device=device, ranks=ranks)
         self.device = self.loaded.model.device
         self._block_size = block_size
         self._engine: Engine | None = None

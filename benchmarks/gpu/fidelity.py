@@ -5,7 +5,8 @@ runs as much of the matrix of workloads, loads and policies as the time allows, 
 replays and simulates every record, and prints the four levels of docs/fidelity.md. Results go into
 DIPTYCH_BENCH_OUT/fidelity/MODEL (else benchmarks/results/fidelity/MODEL); what is there is kept, so the next call goes
 on. Beside that folder, fidelity.tar has all of it in one file, renewed after every run, and fidelity-MODEL.md the
-tables. `--resume FILE` goes on from such a file. `--from-records`: only the simulated half, without a card.
+tables. `--resume FILE` goes on from such a file. `--from-records`: only the simulated half, without a card; with
+`--refit`, after fitting the cost models anew to the steps that were profiled.
 
 `--trace chat=FILE` takes a workload's lengths from a trace (chat, code: Azure's CSV files; sharegpt: a file of lengths)
 instead of the generator fitted to it. `--small`: a tiny model on the CPU, to see that all of it works.
@@ -26,6 +27,7 @@ from experiments.fidelity.sim_half import evaluate
 from experiments.fidelity.tables import markdown
 from experiments.fidelity.validation import full, measure, quick
 from experiments.records import RunError
+from experiments.refitting import refit
 from experiments.spec import SpecError
 
 MODELS = ("llama-3.1-8b", "qwen3-0.6b")
@@ -56,6 +58,10 @@ def validate(model: str, results: Path, seconds: float, options: argparse.Namesp
         sizes = Sizes(options.profile_seconds, options.cell_seconds, guess=GUESSES.get(model, 20.0))
     if not options.from_records:
         measure(base, works, cells, folder, sizes, limit_s=seconds - EVALUATION_S, say=say, kept=keep)
+    if options.refit:
+        for path in sorted((folder / "calibrations").glob("*.json")):
+            refit(path).save(path)
+            say(f"fitted {path.name} anew")
     found = evaluate(folder, processes=options.processes, say=say)
     keep()
     for path in (folder / "fidelity.md", results.parent / f"fidelity-{model}.md"):
@@ -83,6 +89,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="for the simulated half")
     parser.add_argument("--from-records", action="store_true")
+    parser.add_argument("--refit", action="store_true", help="fit cost models anew to the profiled steps")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     models = ["tiny"] if options.small else options.models.split(",")

@@ -23,7 +23,7 @@ def rows(measured: Measured, workload: Workload, spec: BenchSpec) -> tuple[tuple
         "tenant": details.tenant,
         "session": details.session,
         "program": details.program,
-        "parents": list(details.parents),
+        "parents": [],
         "priority": details.priority,
         "slo_ttft_ns": slo.ttft_ns,
         "slo_tpot_ns": slo.tpot_ns,

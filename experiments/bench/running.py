@@ -61,6 +61,8 @@ def prepare(spec: BenchSpec, workload: Workload, api_key: str | None = None) -> 
         raise SpecError(
             f"{workload.name} is a closed loop, which bench does not send; `diptych run` and `diptych simulate` do"
         )
+    if spec.workload.timeout_s is not None:
+        raise SpecError("workload.timeout_s: bench has no clients that try again; leave it out, or use `diptych run`")
     with Client(spec.base_url, api_key=api_key) as client:
         try:
             prompts, made_of = make_prompts(workload, spec, client)

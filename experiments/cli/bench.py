@@ -61,9 +61,7 @@ def bench(
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Send random token ids below it.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.", envvar="OPENAI_API_KEY")] = None,
-    goodput: Annotated[
-        list[str] | None, typer.Option(help="An objective in ms, as ttft:200, tpot:50 or e2el:5000; may be repeated.")
-    ] = None,
+    goodput: options.Goodput = None,
     save_result: Annotated[Path | None, typer.Option(help="Write vllm bench serve's result keys to this file.")] = None,
     save_detailed: Annotated[bool, typer.Option(help="In it, the figures of every request too.")] = False,
     seed: options.Seed = None,
@@ -83,7 +81,7 @@ def bench(
     if concurrency is not None and (rate is not None or speed_up is not None):
         raise SpecError("--concurrency sends a request when another has ended; leave --rate and --speed-up out")
     given = gather(context)
-    slo = _objectives(goodput or [])
+    slo = options.objectives(goodput or [])
     folder = out or folder_of(given, "client")
     check_free(folder, overwrite)
     if save_result is not None:
@@ -213,17 +211,4 @@ def _json_object(text: str | None) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise SpecError(f"--extra-body {text}: write a JSON object, as '{{\"top_k\": 1}}'")
-    return found
-
-
-def _objectives(given: list[str]) -> dict[str, float]:
-    found = {}
-    for objective in given:
-        name, _, value = objective.partition(":")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            raise SpecError(f"--goodput {objective}: write an objective in milliseconds, as ttft:200") from None
-        if name not in ("ttft", "tpot", "e2el"):
-            raise SpecError(f"--goodput {objective}: there is no objective {name!r}; give ttft, tpot or e2el")
     return found

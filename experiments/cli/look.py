@@ -16,6 +16,7 @@ from experiments.cli import options
 from experiments.cli.app import app, console
 from experiments.cli.options import make_parent
 from experiments.compare import compare as compare_runs
+from experiments.compare import with_objectives
 from experiments.divergence import diff_decisions
 from experiments.records import check_free, read_run
 from experiments.render import comparison_table
@@ -28,17 +29,19 @@ def compare(
     second: Annotated[Path, typer.Argument(help="Another, usually its simulation.")],
     plots: Annotated[Path | None, typer.Option(help="Save the figures in this folder.")] = None,
     json: Annotated[Path | None, typer.Option(help="Save the figures as numbers in this file.")] = None,
+    goodput: options.Goodput = None,
 ) -> None:
     """Put two runs side by side: latencies, throughput, errors, decisions.
 
-    Example: diptych compare runs/chat-mixed-real runs/chat-mixed-sim --plots plots
+    Example: diptych compare runs/chat-mixed-real runs/chat-mixed-sim --plots plots --goodput ttft:500
     """
+    slo = options.objectives(goodput or [])
     runs = read_run(first), read_run(second)
     if json is not None:
         make_parent(json)
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
-    comparison = compare_runs(*runs)
+    comparison = with_objectives(compare_runs(*runs), slo)
     console.print(comparison_table(comparison))
     if json is not None:
         json.write_text(comparison.to_json() + "\n", encoding="utf-8")

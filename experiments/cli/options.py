@@ -37,6 +37,10 @@ Preemption = Annotated[str | None, typer.Option(help="Whom to take memory from."
 Eviction = Annotated[str | None, typer.Option(help="Which idle cached block goes.")]
 Router = Annotated[str | None, typer.Option(help="Which replica gets a request.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder, GGUF file, hub id or preset.")]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Split each layer over N devices of this machine, from model.device on."),
+]
 HostMemory = Annotated[
     float | None,
     typer.Option(
@@ -56,6 +60,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "rate": ("workload.rate",),
     "seed": ("workload.seed", "seed"),
     "replicas": ("replicas",),
+    "tensor_parallel": ("model.tensor_parallel",),
     "link": ("link.bandwidth",),
     "host_memory": ("limits.host_memory_gib",),
     **{role: (f"policies.{role}",) for role in registry.ROLES},
@@ -154,3 +159,25 @@ def progress(text: str, total: float | None) -> Iterator[Progress]:
     with Progress(*columns, console=console, transient=True) as bar:
         bar.add_task(text, total=total)
         yield bar
+
+
+OBJECTIVES = ("ttft", "tpot", "e2el")
+Goodput = Annotated[
+    list[str] | None, typer.Option(help="An objective in ms, as ttft:200, tpot:50 or e2el:5000; may be repeated.")
+]
+
+
+def objectives(given: list[str]) -> dict[str, float]:
+    """What --goodput says: name -> milliseconds. Raises SpecError."""
+    found = {}
+    for objective in given:
+        name, _, value = objective.partition(":")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise SpecError(f"--goodput {objective}: write an objective in milliseconds, as ttft:200") from None
+        if name not in OBJECTIVES:
+            raise SpecError(f"--goodput {objective}: there is no objective {name!r}; give {', '.join(OBJECTIVES)}")
+        if not 0 <= found[name] < float("inf"):
+            raise SpecError(f"--goodput {objective}: an objective is a number of milliseconds, 0 or more")
+    return found

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
+import pyarrow.compute as pc
 import typer
 from pydantic import TypeAdapter
 from rich.progress import TaskID
@@ -20,6 +22,7 @@ from experiments.render import comparison_table
 from experiments.spec import CostSpec, RunSpec, SpecError
 from experiments.workloads import make_workload
 from policies.replica_state import Limits
+from policies.request import Request
 from policies.shapes import StepShape
 from simulator.costs.base import CostModel
 from simulator.costs.fitted import FittedCost
@@ -34,6 +37,7 @@ def run(
     rate: options.Rate = None,
     seed: options.Seed = None,
     model: options.Model = None,
+    tensor_parallel: options.TensorParallel = None,
     scheduler: options.Scheduler = None,
     queue: options.Queue = None,
     admission: options.Admission = None,
@@ -116,21 +120,25 @@ def share_outside(costs: CostModel, run: Run) -> float:
     """Share of a run's steps whose cost a fitted model had to extrapolate; 0 for a model that was not measured."""
     if not isinstance(costs, FittedCost):
         return 0.0
-    ran = run.steps[(run.steps["num_decodes"] > 0) | (run.steps["num_chunks"] > 0)]
-    names = list(StepShape._fields)
-    shapes = (StepShape(*row) for row in ran[names].itertuples(index=False, name=None))
+    steps = run.columns("steps", StepShape._fields)
+    ran = steps.filter(pc.greater(pc.add(steps["num_decodes"], steps["num_chunks"]), 0))
+    shapes = (
+        StepShape(*row) for batch in ran.to_batches(65_536) for row in zip(*batch.to_pydict().values(), strict=True)
+    )
     return sum(not costs.inside(shape) for shape in shapes) / len(ran) if len(ran) else 0.0
 
 
 def _say_what_was_refused(run: Run) -> None:
     """A run with refused requests has served the others; the first refusal is said, and the exit status is 1."""
-    refused = run.requests[run.requests["status"] == "refused"]
+    names = ["request_id", "status", "error", "prompt_tokens", "max_tokens"]
+    table = run.columns("requests", names)
+    refused = table.filter(pc.equal(table["status"], "refused")).to_pandas()
     if len(refused):
         first, limits = refused.iloc[0], run.limits
         longest = min(limits["max_model_len"], limits["num_blocks"] * limits["block_size"])
         too_long = first["prompt_tokens"] + first["max_tokens"] > longest
         complain(
-            f"{len(refused)} of {len(run.requests)} requests were refused, the first one (request "
+            f"{len(refused)} of {len(table)} requests were refused, the first one (request "
             f"{first['request_id']}) because {first['error']}"
             + (f". To cut what is too long: --set workload.max_model_len={longest}" if too_long else "")
         )
@@ -159,11 +167,12 @@ def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits:
         every = max(1, len(workload) // 200)  # a bar that moves costs more than a simulated step
         ended = 0
 
-        def on_end(request: object) -> None:
+        def on_end(request: Request) -> None:
             nonlocal ended
             ended += 1
-            if ended % every == 0:
-                bar.update(TaskID(0), completed=ended)
+            if ended % every == 0 and request.finish_ns is not None:
+                speed = request.finish_ns / 1e9 / (time.perf_counter() - started)
+                bar.update(TaskID(0), completed=ended, description=f"simulating, {speed:,.3g} x real time")
 
         simulated_ns = run_simulated(
             spec, folder, workload=workload, costs=costs, limits=limits, overwrite=overwrite, check=check, on_end=on_end
@@ -172,7 +181,7 @@ def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits:
     finished = read_run(folder)
     console.print(summary_table(finished, _cost_name(cost)))
     console.print(
-        f"{len(workload):,} requests, {len(finished.steps):,} steps, {simulated_ns / 1e9:,.1f} s simulated in "
+        f"{len(workload):,} requests, {finished.num_rows('steps'):,} steps, {simulated_ns / 1e9:,.1f} s simulated in "
         f"{took:.1f} s ({len(workload) / took:,.0f} requests a second). Records: {folder}"
     )
     outside = share_outside(costs, finished)
@@ -188,8 +197,11 @@ def _serve(spec: RunSpec, folder: Path, overwrite: bool, check: bool) -> None:
     check_servable(spec)
     workload = make_workload(spec.workload)
     console.print(f"loading {spec.model.source}")
-    loaded = load(spec.model)
-    with interruptible(folder), progress("serving", len(workload)) as bar:
+    with (
+        closing(load(spec.model)) as loaded,
+        interruptible(folder),
+        progress("serving", len(workload)) as bar,
+    ):
 
         def on_output(output: object) -> None:
             if getattr(output, "finish_reason", None) is not None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pyarrow.compute as pc
 from rich.table import Table
 from rich.text import Text
 
 from experiments.compare import format_figure
-from experiments.metrics import summarize
+from experiments.metrics import outline, summarize
 from experiments.records import Run
+
+MANY_TOKENS = 10_000_000
+"""Output tokens of a run beyond which they are not looked at one by one: it would take more than a gigabyte."""
 
 
 def startup_line(seconds: dict[str, float]) -> str:
@@ -17,8 +21,12 @@ def startup_line(seconds: dict[str, float]) -> str:
 
 
 def summary_table(run: Run, of: str) -> Table:
-    """Throughput and latencies of one run, and what became of its requests. `of`: the model and where it ran."""
-    figures = summarize(run, percentiles=(50, 90, 99))
+    """Throughput and latencies of one run, and what became of its requests. `of`: the model and where it ran.
+
+    Without gaps between tokens where there are more than `MANY_TOKENS` of them.
+    """
+    tokens = pc.sum(run.columns("requests", ["output_tokens"])["output_tokens"]).as_py() or 0
+    figures = (outline if tokens > MANY_TOKENS else summarize)(run, percentiles=(50, 90, 99))
     table = Table("latency, ms", title=Text(f"{run.label}: {of}"), title_justify="left")
     for heading in ("mean", "p50", "p90", "p99"):
         table.add_column(heading, justify="right")
@@ -28,6 +36,10 @@ def summary_table(run: Run, of: str) -> Table:
         kinds = (f"{kind}_program_ms" for kind in ("mean", "p50", "p90", "p99"))
         table.add_row(f"{figures['programs']} programs", *(format_figure(figures[kind]) for kind in kinds))
     statuses = ", ".join(f"{count} {status}" for status, count in figures["statuses"].items() if count)
+    if "retries" in figures:
+        statuses += f"; {figures['retries']} more tries, {figures['answered']} answered in the end"
+        kinds = (f"{kind}_answer_ms" for kind in ("mean", "p50", "p90", "p99"))
+        table.add_row("with retries", *(format_figure(figures[kind]) for kind in kinds))
     table.caption = Text(
         f"{format_figure(figures['request_throughput'])} requests/s, "
         f"{format_figure(figures['output_throughput'])} output tokens/s; {statuses}"

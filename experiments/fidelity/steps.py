@@ -1,8 +1,9 @@
 """Step times, given the real plans: what the cost model says of the very steps that a real run took.
 
-Two clocks are compared. The device's: how long it had each step. And the replica's: how long each step took from the
-end of the one before, while the replica was busy, with the host's own work beside the device's; for that the real plans
-are timed by the simulator's own two clocks (`simulator.pace.ComputedPace`), restarted whenever the real replica idled.
+Two clocks are compared. The device's: how long it had each step, of those whose end the host was waiting for (else it
+is not known). And the replica's: how long each step took from the end of the one before, while the replica was busy,
+with the host's own work beside the device's; for that the real plans are timed by the simulator's own two clocks
+(`simulator.pace.ComputedPace`), restarted whenever the real replica idled.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from experiments.records import Run
 from policies.plan import Step
 from policies.shapes import StepShape
 from simulator.costs.base import CostModel, regime
+from simulator.costs.samples import samples_from_steps
 from simulator.pace import ComputedPace
 
 Float64 = NDArray[np.float64]
@@ -67,12 +69,17 @@ def step_errors(run: Run, costs: CostModel) -> dict[str, dict[str, Any]]:
     kinds = np.array([f"{regime(shape)}, {'graph' if shape.graph else 'eager'}" for shape in shapes])
     outside = np.array([not costs.inside(shape) for shape in shapes])
     predicted = [costs.cost(shape) for shape in shapes]
-    device = np.array([cost.device_ns for cost in predicted], np.float64)
     measured = ran["device_ns"].to_numpy(np.float64)
+    exact = np.array(
+        [s.waited for s in samples_from_steps({str(name): column.to_numpy() for name, column in table.items()})]
+    )
+    if not exact.any():
+        exact[:] = True
     periods = busy_periods(run, costs)
+    device = np.array([periods.device_ns[step] for step in ran["step"].tolist()], np.float64)
     at = np.searchsorted(ran["step"].to_numpy(), periods.steps)
     errors: dict[str, dict[str, Any]] = {
-        "device": _by_kind(device, measured, kinds, outside),
+        "device": _by_kind(device[exact], measured[exact], kinds[exact], outside[exact]),
         "step": _by_kind(periods.predicted, periods.measured, kinds[at], outside[at]),
     }
     prepare = (ran["launch_ns"] - ran["plan_ns"]).to_numpy(np.float64)
@@ -110,11 +117,13 @@ def _finish(run: Run, predicted: list[int]) -> dict[str, list[float]]:
 
 
 class Periods(NamedTuple):
-    """Of each step that began while another ran: nanoseconds from the other's end to its own."""
+    """Of each step that began while another ran: nanoseconds from the other's end to its own. `device_ns`: of every
+    step by index, what it has the device for, as predicted."""
 
     steps: NDArray[np.int64]
     predicted: Float64
     measured: Float64
+    device_ns: dict[int, int]
 
 
 def busy_periods(run: Run, costs: CostModel) -> Periods:
@@ -129,6 +138,7 @@ def busy_periods(run: Run, costs: CostModel) -> Periods:
     last: tuple[int, int] | None = None  # the ends of the step before, predicted and measured
     found: list[tuple[int, int, int]] = []
     real_end: dict[int, int] = {}
+    device_ns: dict[int, int] = {}
     for (index, plan_ns, end_ns), shape in zip(zip(*columns, strict=True), shapes, strict=True):
         if not in_flight:
             pace, now, last = ComputedPace(costs, lead), plan_ns, None
@@ -137,6 +147,7 @@ def busy_periods(run: Run, costs: CostModel) -> Periods:
         runs = bool(shape.num_decodes or shape.num_chunks)
         if runs:
             pace.launch(step, now)
+            device_ns[index] = pace.end_of(step).device_ns
             in_flight.append(step)
             real_end[index] = end_ns
         if in_flight and (len(in_flight) > lag or not runs):
@@ -148,4 +159,4 @@ def busy_periods(run: Run, costs: CostModel) -> Periods:
                 found.append((done.index, now - last[0], measured - last[1]))
             last = (now, measured)
     rows = np.array([row for row in found if row[2] > 0], np.int64).reshape(-1, 3)
-    return Periods(rows[:, 0], rows[:, 1].astype(np.float64), rows[:, 2].astype(np.float64))
+    return Periods(rows[:, 0], rows[:, 1].astype(np.float64), rows[:, 2].astype(np.float64), device_ns)

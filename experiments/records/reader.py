@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from experiments.records.earlier import with_squares, without_squares
 from experiments.records.environment import KINDS
 from experiments.records.schema import SCHEMAS, RunError, check_columns, filled, tables_of
 
@@ -74,25 +76,35 @@ class Run:
             self._tables[table] = _read_table(self, table)
         return self._tables[table]
 
+    def columns(self, table: str, names: Sequence[str]) -> pa.Table:
+        """Some columns of a table, read without the others: of a long run, its tables may not fit in memory."""
+        if table in self._tables:
+            return self._tables[table].select(names)
+        return _read_table(self, table, names)
+
+    def num_rows(self, table: str) -> int:
+        """How many rows a table has, without its content."""
+        return len(self.columns(table, [SCHEMAS[table].names[0]]))
+
     @cached_property
     def requests(self) -> pd.DataFrame:
         """One row a request, in order of their ends; every column but `block_keys`. Nullable integers are Int64."""
-        return _to_pandas(self.table("requests").drop_columns(["block_keys"]))
+        return to_pandas(self.table("requests").drop_columns(["block_keys"]))
 
     @cached_property
     def steps(self) -> pd.DataFrame:
         """One row a call of plan(), in order. Raises RunError where `has_steps` is False."""
-        return _to_pandas(self.table("steps"))
+        return to_pandas(self.table("steps"))
 
     @cached_property
     def decisions(self) -> pd.DataFrame:
         """One row a decision, in order. Raises RunError where the run was recorded without them."""
-        return _to_pandas(self.table("decisions"))
+        return to_pandas(self.table("decisions"))
 
     @cached_property
     def client(self) -> pd.DataFrame:
         """What only a client sees, one row a request, in order of their ends. Raises RunError in any other run."""
-        return _to_pandas(self.table("client"))
+        return to_pandas(self.table("client"))
 
     def __repr__(self) -> str:
         return f"Run({self.label})"
@@ -133,26 +145,35 @@ def _read_info(path: Path) -> dict[str, Any]:
     return info
 
 
-def _read_table(run: Run, table: str) -> pa.Table:
+def _read_table(run: Run, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+    found = _read_parts(run, table, columns)
+    if table == "steps" and columns is None and without_squares(found):
+        decisions = run.table("decisions") if "decisions" in run.info["tables"] else None
+        return with_squares(found, decisions)
+    return found
+
+
+def _read_parts(run: Run, table: str, columns: Sequence[str] | None) -> pa.Table:
     if table not in run.info["tables"]:
         why = "" if run.has_steps else ": a client measured it from outside, and sees requests alone"
         raise RunError(f"{run.folder} was recorded without {table}{why}")
     final = run.folder / f"{table}.parquet"
     if final.is_file():
-        return _read_file(final, table)
+        return _read_file(final, table, columns)
     try:
         parts = sorted((run.folder / "parts").glob(f"{table}-*.parquet"))
-        tables = [_read_file(part, table) for part in parts]
+        tables = [_read_file(part, table, columns) for part in parts]
     except FileNotFoundError:  # the run was closed just now: its parts have become one file
-        return _read_file(final, table)
-    return pa.concat_tables(tables) if tables else SCHEMAS[table].empty_table()
+        return _read_file(final, table, columns)
+    return pa.concat_tables(tables) if tables else SCHEMAS[table].empty_table().select(columns or SCHEMAS[table].names)
 
 
-def _read_file(path: Path, table: str) -> pa.Table:
+def _read_file(path: Path, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+    names = SCHEMAS[table].names if columns is None else columns
     try:
         with pq.ParquetFile(path.absolute()) as file:
             check_columns(str(path), table, file.schema_arrow)
-            return filled(table, file.read()).select(SCHEMAS[table].names)
+            return filled(table, file.read(None if columns is None else list(columns))).select(names)
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:
@@ -160,7 +181,7 @@ def _read_file(path: Path, table: str) -> pa.Table:
         raise RunError(f"{path} is broken and cannot be read: {reason}") from error
 
 
-def _to_pandas(table: pa.Table) -> pd.DataFrame:
+def to_pandas(table: pa.Table) -> pd.DataFrame:
     """Plain NumPy columns where nothing can be null; pandas' nullable integers where it can (no detour by floats)."""
     nullable = [f.name for f in table.schema if f.nullable and pa.types.is_integer(f.type)]
     plain = table.drop_columns(nullable).to_pandas()

@@ -57,7 +57,7 @@ def tables_of(kind: str) -> tuple[str, ...]:
     return tuple(CLIENT_TABLES if kind == "client" else TABLES)
 
 
-def to_table(table: str, rows: Sequence[tuple[object, ...]]) -> pa.Table:
+def to_table(table: str, rows: Sequence[Sequence[object]]) -> pa.Table:
     """Rows, as the control plane emits them, as an Arrow table. Raises RunError for a row that does not fit."""
     schema = SCHEMAS[table]
     width = len(schema)

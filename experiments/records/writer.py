@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from experiments.records.environment import KINDS
 from experiments.records.schema import SCHEMAS, RunError, tables_of, to_table
 
-Row = tuple[object, ...]
+Row = Sequence[object]
 
 ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072, "client": 4096}
 """Rows of a row group in the final files. Requests carry their block keys: tens of kilobytes each for long prompts."""
@@ -90,7 +90,10 @@ class RunWriter:
     def request(self, row: Row) -> None:
         """A request has ended. Its lists are copied: the request may live on in a step in flight."""
         self._check_open()
-        self._requests.append(tuple(list(value) if isinstance(value, list) else value for value in row))
+        values = list(row)
+        for i in _LISTS:
+            values[i] = list(row[i])  # type: ignore[call-overload]
+        self._requests.append(values)
         self._num_requests += 1
         if self._settled == self._num_requests - 1 and row[_FIRST_TOKEN] is None:
             self._settled += 1  # no step is needed to read it
@@ -99,7 +102,8 @@ class RunWriter:
 
     def step(self, row: Row) -> None:
         """A step was reported, or a call of plan() planned nothing."""
-        self._check_open()
+        if self._closed.is_set():
+            self._check_open()
         rows = self._steps
         rows.append(row)
         self._settled = self._num_requests
@@ -229,6 +233,7 @@ class RunWriter:
             raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
+_LISTS = [i for i, field in enumerate(SCHEMAS["requests"]) if pa.types.is_nested(field.type)]
 _FIRST_TOKEN = SCHEMAS["requests"].names.index("first_token_ns")
 
 
@@ -242,9 +247,12 @@ def _run_json(info: Mapping[str, Any], tables: list[str]) -> str:
 
 
 def _write(path: Path, table: str, groups: Iterator[pa.Table], compression: str) -> None:
-    """One row group a table; the file appears under its name once it is whole."""
+    """One row group a table; the file appears under its name once it is whole.
+
+    No dictionaries: to look for repeated values takes longer than all else, and what is compressed is smaller without.
+    """
     unfinished = path.absolute().with_name(path.name + ".tmp")  # pyarrow takes a relative one with a colon for a URI
-    with pq.ParquetWriter(unfinished, SCHEMAS[table], compression=compression) as writer:
+    with pq.ParquetWriter(unfinished, SCHEMAS[table], compression=compression, use_dictionary=False) as writer:
         for group in groups:
             writer.write_table(group, row_group_size=max(1, len(group)))
     os.replace(unfinished, path)

@@ -93,6 +93,8 @@ class WorkloadSpec(BaseModel):
         turns: calls or turns of a program that follow each other, on average, for `sessions` and `agents`.
         think_s: mean seconds that a user thinks, or a tool takes, for `sessions` and `agents`; with `closed` think
             times are drawn with this mean instead of taken from the trace.
+        timeout_s: seconds after which a client that has no whole answer gives up, and its request is cancelled.
+        retries: how often it then tries again, at once.
         closed: a trace's sessions as closed loops: each turn comes its think time after the end of the one before.
     """
 
@@ -123,6 +125,8 @@ class WorkloadSpec(BaseModel):
     turns: Annotated[Number, Field(ge=1, le=1000)] | None = None
     think_s: Positive | None = None
     closed: bool = False
+    timeout_s: Positive | None = None
+    retries: Annotated[int, Field(strict=True, ge=0, le=100)] = 0
 
     @model_validator(mode="after")
     def _fields_that_apply(self) -> WorkloadSpec:
@@ -152,6 +156,8 @@ class WorkloadSpec(BaseModel):
             raise ValueError(f"turns is only for the workloads 'sessions' and 'agents', not {self.name!r}")
         if self.think_s is not None and self.name not in ("sessions", "agents") and not self.closed:
             raise ValueError("think_s is for the workloads 'sessions' and 'agents', and for traces with closed: true")
+        if self.retries and self.timeout_s is None:
+            raise ValueError("retries are those of clients that give up; say after how long: timeout_s")
         if self.closed and self.is_generator:
             raise ValueError(f"closed is for trace files; of generators 'sessions' and 'agents' are, not {self.name!r}")
         return self

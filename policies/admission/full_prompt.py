@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from policies.contract import does_nothing
 from policies.draft import Draft
 from policies.plan import Report
 from policies.registry import register
@@ -23,5 +24,6 @@ class FullPrompt:
     def on_release(self, request: Request) -> None:
         """Nothing was."""
 
+    @does_nothing
     def on_report(self, report: Report) -> None:
         """What ran changes nothing."""

@@ -4,7 +4,7 @@ from policies.contract import View
 from policies.draft import Draft
 from policies.registry import register
 from policies.request import Request
-from policies.victims import RankedVictim, costs_of_taking
+from policies.victims import RankedVictim
 
 
 @register("preemption", "cheapest")
@@ -16,7 +16,7 @@ class Cheapest(RankedVictim):
     with the square of the context. swap, where the host has room: copying the blocks that the context fills there and
     back, which grows with their number. So the choice depends on the model, the card and its link. A request that frees
     nothing goes last.
-    O(blocks held by the running) a victim. Needs a cost model.
+    O(blocks held by the running) a victim, some milliseconds with 256 running. Needs a cost model.
     Who was admitted first is spared (`policies.victims`).
     Source: Kwon et al., SOSP 2023, section 7.3, compares recomputation and swapping by block size and context length.
     """
@@ -30,4 +30,4 @@ class Cheapest(RankedVictim):
         freed = draft.blocks_freed_by(request)
         if not freed:
             return (0, 0.0)
-        return (1, -min(costs_of_taking(request, view, draft)) / freed)
+        return (1, -min(self.costs(request, view, draft)) / freed)

@@ -35,9 +35,8 @@ class Llumnix:
     `defrag` (the code's default): any, as far as the request fits.
     `balanced` (the code's other one): the target stays above `migrate_in`, and its freeness above the source's, with
         less between them than before; or the target is empty.
-    `guarded` (ours, the default): the target stays above `migrate_in`, and the lesser freeness of the two grows. Unlike
-        `balanced` it lets a long request go if that lets a blocked one in. Each move raises what the move back would
-        have to raise again, so at steady load none is moved back and forth.
+    `guarded` (ours, the default): the target stays above `migrate_in`. Unlike `balanced` it lets a long request go if
+        that lets a blocked one in. Who has taken one is no source, so at steady load nobody is moved twice.
 
     Draining: `drain(replica)`, or `drain=1:2` (ids) with `drain_at_s` (0). It gets no arrivals while another takes any,
     and what decodes there is moved away, wherever it fits; what is queued there is once it decodes.
@@ -154,7 +153,7 @@ class Llumnix:
         if more.freeness <= self._in:
             return False
         if self._pairing == "guarded":
-            return min(rest.freeness, more.freeness) > source.freeness
+            return True
         return math.isinf(target.freeness) or 0 < more.freeness - rest.freeness < target.freeness - source.freeness
 
     def _load(self, replica: Replica, queued: int, batch: int) -> Load:

@@ -62,16 +62,17 @@ class Mooncake:
     Rejection (section 7 of the report): a request is refused if the TTFT or the time of a decode step (TBT) would be
     above its objective. `reject=now` takes the decodes that its decode replica has now (early rejection), `predicted`
     (the default) those that it will have when the request comes there: those whose first token is expected by then are
-    added, those that decode for longer than `decode_ms` by then are taken off (early rejection based on prediction);
-    `never` refuses nobody. Objectives are `ttft_ms` and `tbt_ms` (none by default) for requests without a `Slo` of
-    their own, else those of the `Slo` (`ttft_ns`, `tpot_ns`) if it says `droppable`.
+    added, those that decode for longer than `decode_ms` by then are taken off (early rejection based on prediction; it
+    is worth as much as outputs are alike); `never` refuses nobody. Objectives are `ttft_ms` and `tbt_ms` (none by
+    default) for requests without a `Slo` of their own, else those of the `Slo` (`ttft_ns`, `tpot_ns`) if it says
+    `droppable`.
 
     Other knobs: `prefill`, so many replicas, those with the lowest ids, prefill (1); `threshold` 1.5 and `decode_ms`
     10,000 are ours, as the paper gives no values. Where one pool is empty, both phases are in one place.
 
     The paper's prediction averages the load over all decode replicas; here it is that of the chosen one. Its cache is
-    in host memory, that of all nodes; here it is the prefill replicas' own prefix caches. How busy the links are is
-    not looked at.
+    in host memory, that of all nodes; here it is the prefill replicas' own prefix caches, so that what decode replicas
+    have generated is computed anew in the next turn. How busy the links are is not looked at.
 
     O(R * matches + what has begun), with an objective for TBT O(requests in flight); memory: what is in flight.
     """

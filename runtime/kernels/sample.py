@@ -32,11 +32,28 @@ def sample(
         hashed_vocab: int32 [V], `runtime.sampling.noise.vocab_hash`.
         out: int64 [R], filled with the tokens.
     """
-    rows, vocab = logits.shape
-    if not rows:
+    if not len(logits):
         return
+    scores, tokens = score_chunks(logits, temperature, keys, positions, hashed_vocab)
+    merge_chunks(scores, tokens, logits.shape[1], out)
+
+
+def score_chunks(
+    logits: Tensor,
+    temperature: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    hashed_vocab: Tensor,
+    *,
+    width: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The best score and its token of each chunk of each row: float32 and int32, both [R, chunks].
+
+    Arguments as of `sample`. `width`: chunks are cut as for so many tokens; those that are not there score -inf.
+    """
+    rows, vocab = logits.shape
     block = 2048 if rows <= _FEW_ROWS else 4096
-    chunks = triton.cdiv(vocab, block)
+    chunks = triton.cdiv(width or vocab, block)
     scores = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
     tokens = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
     pdl = use_pdl(logits.device)
@@ -57,8 +74,15 @@ def sample(
         num_warps=block // 512,
         launch_pdl=pdl,
     )
+    return scores, tokens
+
+
+def merge_chunks(scores: Tensor, tokens: Tensor, vocab_size: int, out: Tensor) -> None:
+    """The token of the best score of each row, the smallest of equal ones: [R, chunks] both -> out int64 [R]."""
+    rows, chunks = scores.shape
+    pdl = use_pdl(scores.device)
     _merge_kernel[(rows,)](
-        scores, tokens, out, vocab, chunks, triton.next_power_of_2(chunks), pdl, num_warps=1, launch_pdl=pdl
+        scores, tokens, out, vocab_size, chunks, triton.next_power_of_2(chunks), pdl, num_warps=1, launch_pdl=pdl
     )
 
 

@@ -22,6 +22,8 @@ from runtime.models.linear import Linear, frozen
 from runtime.models.moe import MoeMlp
 from runtime.ops import Ops, get_ops
 from runtime.ops.base import Rotary
+from runtime.parallel.ranks import Ranks
+from runtime.parallel.shard import layout_of
 
 
 def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -53,6 +55,7 @@ class StepContext:
     attention: AttentionBackend
     plan: object
     ops: Ops
+    ranks: Ranks
 
 
 class GatedMlp(nn.Module):
@@ -112,21 +115,28 @@ class LlamaLayer(nn.Module):
         )  # fmt: skip
         query = ops.rotary(self.qkv(x, ops), how)
         attended = step.attention.attend(query, self.index, step.kv_cache, step.plan)
-        x = ops.add_rms_norm_(self.output(attended.flatten(1), ops), residual, self.mlp_norm, self.eps)
-        return self.mlp(x, ops), residual
+        x = step.ranks.all_reduce(self.output(attended.flatten(1), ops))
+        x = ops.add_rms_norm_(x, residual, self.mlp_norm, self.eps)
+        return step.ranks.all_reduce(self.mlp(x, ops)), residual
 
 
 class LlamaModel(nn.Module):
-    """A Llama-family model. Weights are uninitialised until a loader fills `weight_slots`.
+    """A Llama-family model, or one rank's part of it. Weights are uninitialised until a loader fills `weight_slots`.
+
+    `config` is the shape of the part (`runtime.parallel.shard.Layout`).
 
     Call `attach` once, before the first `forward`, with the cache and the attention backend to use.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, ranks: Ranks | None = None
+    ) -> None:
         super().__init__()
         device = torch.device(device)
-        self.config = config
-        shape = (config.vocab_size, config.hidden_size)
+        self.ranks = ranks or Ranks()
+        self.layout = layout_of(config, self.ranks.shard)
+        self.config = config = self.layout.config
+        shape = (self.layout.vocab_rows, config.hidden_size)
         self.embedding = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
         self.layers = nn.ModuleList(LlamaLayer(config, i, dtype, device) for i in range(config.num_layers))
         self.final_norm = nn.Parameter(torch.empty(shape[1], dtype=dtype, device=device), requires_grad=False)
@@ -173,29 +183,44 @@ class LlamaModel(nn.Module):
             raise RuntimeError("the model has no KV cache; call attach(kv_cache, attention) first")
         kv_cache, attention, ops = self._kv_cache, self._attention, self._ops
         plan = attention.prepare(inputs, kv_cache)
-        step = StepContext(inputs, self.cos, self.sin, kv_cache, attention, plan, ops)
-        x = F.embedding(inputs.input_ids, self.embedding)
+        step = StepContext(inputs, self.cos, self.sin, kv_cache, attention, plan, ops, self.ranks)
+        x = self._embed(inputs.input_ids)
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, step)
         assert residual is not None
         return ops.add_rms_norm_(x, residual, self.final_norm, self.config.rms_norm_eps)
 
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        if self.ranks.size == 1:
+            return F.embedding(input_ids, self.embedding)
+        own = input_ids - self.layout.vocab.start  # what is not the rank's adds nothing
+        others = (own < 0) | (own >= len(self.layout.vocab))
+        x = F.embedding(own.masked_fill_(others, 0), self.embedding)
+        return self.ranks.all_reduce(x.masked_fill_(others[:, None], 0))
+
     @torch.inference_mode()
     def logits(self, hidden_rows: Tensor) -> Tensor:
-        """Logits of chosen rows of `forward`'s result, [N, hidden_size] -> [N, vocab_size], same dtype."""
+        """Logits of chosen rows of `forward`'s result, [N, hidden_size] -> [N, vocab_size], same dtype.
+
+        Of a rank's part of a model [N, vocab_rows] (`Layout`): of its own tokens, and what follows is nothing.
+        """
         return self._ops.linear(hidden_rows, self.output_embedding)
 
     def weight_slots(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face name, as a view into the (fused) parameter it belongs to."""
-        yield "model.embed_tokens.weight", self.embedding
+        """Every weight under its Hugging Face name, as a view into the (fused) parameter it belongs to.
+
+        Of a rank's part of a model the rank's `layout.slice_of` each.
+        """
+        num_tokens = len(self.layout.vocab)
+        yield "model.embed_tokens.weight", self.embedding[:num_tokens]
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, LlamaLayer)
             for name, view in self._layer_slots(layer):
                 yield f"model.layers.{i}.{name}", view
         yield "model.norm.weight", self.final_norm
         if not self.config.tie_word_embeddings:
-            yield "lm_head.weight", self.output_embedding
+            yield "lm_head.weight", self.output_embedding[:num_tokens]
 
     def _layer_slots(self, layer: LlamaLayer) -> Iterator[tuple[str, Tensor]]:
         config = self.config

@@ -12,6 +12,7 @@ from runtime.serving import info
 from runtime.serving.coordinator import Coordinator
 from runtime.serving.engine_client import CommandFailed, EngineGone, EngineStartError
 from runtime.serving.errors import ApiError
+from runtime.serving.event_log import EventLog
 from runtime.serving.protocol import PoliciesBody
 from runtime.serving.service import Service
 
@@ -21,6 +22,9 @@ Answer = TypeVar("Answer")
 def router(service: Service) -> APIRouter:
     """The endpoints, for this service."""
     routes = APIRouter(tags=["Operator"])
+    limits = service.client.info.limits
+    log = EventLog(limits.block_size if limits.prefix_caching else None, limits.max_total_tokens)
+    service.metrics.events = log
 
     async def command(name: str, **arguments: Any) -> Any:
         try:
@@ -102,9 +106,9 @@ def router(service: Service) -> APIRouter:
                 raise ApiError(400, reason, "router") from error
             if new is None:
                 raise ApiError(400, f"router {router_name} moves KV between replicas: for simulations so far", "router")
-        answer = await command("swap", **changes) if changes else {}
+        answer = await command("change_policies", **changes) if changes else {}
         if router_name is not None:
-            replicas.swap_router(new, router_name)
+            replicas.change_router(new, router_name)
             answer = {**answer, "router": router_name}
         return answer
 
@@ -142,5 +146,31 @@ def router(service: Service) -> APIRouter:
     ) -> Any:
         """The newest rows of the record in memory, from a step on."""
         return await command("record", table=table, since_step=since_step, limit=limit)
+
+    @routes.get("/admin/events")
+    async def events(
+        after: Annotated[int, Query(ge=-1, le=2**62)] = -1,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    ) -> dict[str, Any]:
+        """Arrivals and ends of requests with numbers above `after`, those alive, and what the engines hold just now."""
+        return {
+            **log.page(after, limit),
+            "now_ns": log.now_ns(),
+            "output_tokens": service.metrics.num_output_tokens,
+            "alive": service.metrics.alive(),
+            "stack": service.client.info.stack,
+            "router": service.client.router_name if isinstance(service.client, Coordinator) else None,
+            "engines": [
+                {
+                    "id": engine.id,
+                    "state": engine.state,
+                    "running": engine.stats.num_running,
+                    "waiting": engine.stats.num_waiting,
+                    "num_blocks": engine.info.limits.num_blocks,
+                    "free_blocks": engine.stats.num_free_blocks if engine.stats.num_steps else None,
+                }
+                for engine in service.client.engines
+            ],
+        }
 
     return routes

@@ -12,7 +12,7 @@ from runtime.serving.service import Service
 
 def build_app(service: Service, *, keys: Keys, admin_keys: Keys) -> FastAPI:
     """The application. Without admin keys there are no operator's endpoints."""
-    app = FastAPI(title="Diptych", description="An OpenAI-compatible server whose policies are swapped by a flag.")
+    app = FastAPI(title="Diptych", description="An OpenAI-compatible server whose policies are changed by a flag.")
     errors.install(app)
     rooms = [completions, chat, native, tokenization, info, *([admin] if admin_keys else [])]
     for room in rooms:

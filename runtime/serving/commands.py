@@ -33,7 +33,7 @@ class Hosted:
             "hold": self._hold,
             "release": self._release,
             "flush": self._flush,
-            "swap": self._swap,
+            "change_policies": self._change_policies,
             "record": self._record,
         }
         if command not in commands:
@@ -53,11 +53,11 @@ class Hosted:
     def _flush(self, plane: ControlPlane, now: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {"before_step": plane.next_step, "blocks": plane.flush(now)}
 
-    def _swap(self, plane: ControlPlane, now: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _change_policies(self, plane: ControlPlane, now: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """`arguments`: role -> policy as text."""
         limits = self.info.limits
         stack, policies = self.stack.rebuilt(arguments, block_size=limits.block_size, seed=self.seed)
-        plane.swap(policies, {role: stack.as_dict()[role] for role in arguments}, now)
+        plane.change_policies(policies, {role: stack.as_dict()[role] for role in arguments}, now)
         self.stack = stack
         return {"before_step": plane.next_step, "stack": stack.as_dict()}
 

@@ -155,7 +155,7 @@ class Coordinator(EngineClient):
         self._closed = False
         self._changing = asyncio.Lock()  # held while a replica is restarted or joins: one at a time
         self._commanding = asyncio.Lock()  # held while a command goes to all: none of them misses one
-        self._swaps: dict[str, Any] = {}  # role -> policy, of all swaps so far; with `_held`, for engines to come
+        self._changes: dict[str, Any] = {}  # role -> policy, of all changes so far; with `_held`, for engines to come
         self._held = False
 
     @classmethod
@@ -252,8 +252,8 @@ class Coordinator(EngineClient):
             errors = [(replica, r) for replica, r in results if isinstance(r, BaseException)]
             if not answers:
                 raise next((error for _, error in errors if isinstance(error, CommandFailed)), errors[0][1])
-            if name == "swap":
-                self._swaps.update(arguments)
+            if name == "change_policies":
+                self._changes.update(arguments)
             elif name in ("hold", "release"):
                 self._held = name == "hold"
         return {"replicas": answers, "failed": [{"replica": r.id, "error": str(error)} for r, error in errors]}
@@ -297,8 +297,8 @@ class Coordinator(EngineClient):
         try:
             _check_alike(engine.info, self.info)
             async with self._commanding:
-                if self._swaps:
-                    await engine.command("swap", dict(self._swaps))
+                if self._changes:
+                    await engine.command("change_policies", dict(self._changes))
                 if self._held:
                     await engine.command("hold", {})
                 if self._closed:
@@ -312,7 +312,7 @@ class Coordinator(EngineClient):
                 raise EngineStartError(f"the engine does not take on what the others do: {error}") from error
             raise
 
-    def swap_router(self, router: Router, name: str) -> None:
+    def change_router(self, router: Router, name: str) -> None:
         """Let another router decide from the next request on. It hears of the end of what the old one has routed."""
         self._router, self.router_name = router, name
 

@@ -136,7 +136,7 @@ class EngineProxy(EngineClient):
         reply = self._replies[call_id] = asyncio.get_running_loop().create_future()
         self._send(messages.Admin(call_id, name, arguments))
         result = await reply
-        if name == "swap":
+        if name == "change_policies":
             self._info = replace(self._info, stack=result["stack"])
         return result
 

@@ -16,7 +16,7 @@ from runtime.serving.engine_client import EngineView
 from runtime.serving.errors import ApiError
 from runtime.serving.service import Service
 
-PRIVATE = frozenset({"pid", "record_folder"})
+PRIVATE = frozenset({"pid", "record_folder", "cost"})
 """Of an engine: nobody's affair but the operator's."""
 
 

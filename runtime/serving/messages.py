@@ -69,7 +69,7 @@ class TokenOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the front is told of an engine that is ready."""
+    """What the front is told of an engine that is ready. `cost`: the cost model that its policies plan by, if any."""
 
     model: str
     vocab_size: int
@@ -80,6 +80,7 @@ class EngineInfo:
     dtype: str
     pid: int
     record_folder: str | None = None
+    cost: dict[str, Any] | None = None
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from runtime.engine_stats import EngineStats
 from runtime.serving.engine_client import EngineClient, EngineView, Prompt
+from runtime.serving.event_log import EventLog
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _ITL = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
@@ -38,6 +39,9 @@ class ServerMetrics:
 
     def __init__(self, client: EngineClient, model: str) -> None:
         self.registry = CollectorRegistry()
+        self.events: EventLog | None = None
+        """Hears of arrivals and ends too, where there is one."""
+        self.num_output_tokens = 0
         self._lives: dict[int, _Life] = {}
         labels = {"model_name": model, "engine": "0" if len(client.engines) == 1 else "all"}
         names = list(labels)
@@ -72,8 +76,14 @@ class ServerMetrics:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
 
-    def arrived(self, request_ids: Iterable[int], prompts: Iterable[Prompt], at: float) -> None:
-        """Requests were handed in; `at`: when their HTTP request came."""
+    def alive(self) -> list[tuple[int, int]]:
+        """(request id, output tokens so far) of those that have not ended."""
+        return [(request_id, life.num_tokens) for request_id, life in self._lives.items()]
+
+    def arrived(self, request_ids: Sequence[int], prompts: Sequence[Prompt], at: float) -> None:
+        """Requests were handed in just now; `at`: when their HTTP request came."""
+        if self.events is not None:
+            self.events.arrived(request_ids, prompts)
         ids = iter(request_ids)
         for prompt in prompts:
             for _ in range(prompt.params.n):
@@ -96,12 +106,15 @@ class ServerMetrics:
         life.last_token = at
         life.num_tokens += num_tokens
         self._output_tokens.inc(num_tokens)
+        self.num_output_tokens += num_tokens
 
     def ended(self, request_id: int, at: float, reason: str) -> None:
         life = self._lives.pop(request_id, None)
         if life is None:
             return
         self._success.labels(*self._label_values, reason).inc()
+        if self.events is not None:
+            self.events.ended(request_id, at, life.first_token, life.num_tokens, reason)
         if reason in ("stop", "length") and life.first_token is not None:
             self._e2e.observe(at - life.arrived)
             self._prompt_lengths.observe(life.num_prompt_tokens)

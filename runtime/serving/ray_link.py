@@ -68,13 +68,13 @@ def _ray() -> Any:
 
 
 class RayLink(Link):
-    """Starts the engine on the cluster that `connect` has joined. It has a GPU of its own if `on_gpu`, else a CPU."""
+    """Starts the engine on the cluster that `connect` has joined. It has `num_gpus` GPUs of its own, or a CPU."""
 
-    def __init__(self, launch: Launch, heartbeat_timeout_s: float, *, on_gpu: bool) -> None:
+    def __init__(self, launch: Launch, heartbeat_timeout_s: float, *, num_gpus: int) -> None:
         self._ray = _ray()
         self._launch = launch
         self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._resources = {"num_cpus": 1, "num_gpus": int(on_gpu)}
+        self._resources = {"num_cpus": 1, "num_gpus": num_gpus}
         self._actor: Any = None
         self._link: RemoteLink | None = None
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from runtime.model_config import ModelConfig, ModelError
 from runtime.models.llama import LlamaModel
+from runtime.parallel.leader import Leader
+from runtime.parallel.ranks import Ranks
 from runtime.tokenizer import Tokenizer
 from runtime.weights import default_model, dummy, hub, safetensors
 from runtime.weights.default_model import DEFAULT_MODEL
@@ -25,7 +27,10 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to be attached to a KV cache. `tokenizer` is None where the source has none."""
+    """A model ready to be attached to a KV cache. `tokenizer` is None where the source has none.
+
+    Of a model that is spread over `ranks`, `model` is this one's part, and `config` its shape.
+    """
 
     model: LlamaModel
     config: ModelConfig
@@ -34,6 +39,11 @@ class LoadedModel:
     name: str
     source_path: Path | None  # None for a preset
     load_seconds: float = 0.0  # what loading took, quantising included
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def close(self) -> None:
+        """End the other ranks that have parts of the model, if there are any. Nobody may be serving it."""
+        self.ranks.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,8 @@ class _Wanted:
     device: torch.device
     max_model_len: int | None
     quantization: str
+    ranks: Ranks
+    with_text: bool
 
     def config(self, config: ModelConfig) -> ModelConfig:
         """The model's shape, shortened as asked. Raises ModelError where it cannot be had, before memory is taken."""
@@ -58,7 +70,13 @@ class _Wanted:
 
     def model(self, config: ModelConfig) -> LlamaModel:
         """The model, its weights still to be filled."""
-        return LlamaModel(config, dtype=self.dtype, device=self.device)
+        return LlamaModel(config, dtype=self.dtype, device=self.device, ranks=self.ranks)
+
+    def loaded(
+        self, model: LlamaModel, tokenizer: Tokenizer | None, template: str | None, source: str, path: Path | None
+    ) -> LoadedModel:
+        """What is returned in the end."""
+        return LoadedModel(model, model.config, tokenizer, template, _display_name(source), path, ranks=self.ranks)
 
 
 def load_model(
@@ -70,17 +88,28 @@ def load_model(
     seed: int = 0,
     max_model_len: int | None = None,
     quantization: str = "none",
+    ranks: Ranks | None = None,
+    with_text: bool = True,
 ) -> LoadedModel:
     """Load `source`: the default model's name, a folder of safetensors, a GGUF file, or a hub id (org/name).
 
     With load_format "dummy" the weights are random (by `seed`) and `source` is a preset's name or a folder
     with a config.json; the network is not used. `max_model_len` shortens the longest sequence the model is
     made for. With quantization "fp8" the layers' weights are rounded to float8, a scale a row, once they are there.
+    With `ranks` only this one's part is loaded; rank 0 has the others load theirs. `with_text`: the tokenizer too.
     Raises ModelError, in one line that says what to do, when the model cannot be loaded.
     """
     start = time.perf_counter()
-    wanted = _Wanted(dtype, torch.device(device), max_model_len, quantization)
+    ranks = ranks or Ranks()
+    wanted = _Wanted(dtype, torch.device(device), max_model_len, quantization, ranks, with_text)
+    ordered = None
+    if isinstance(ranks, Leader):
+        path = source if load_format == "dummy" else str(_locate(source))  # fetched once
+        how = {"load_format": load_format, "dtype": dtype, "seed": seed}
+        ordered = ranks.order("load", path, **how, max_model_len=max_model_len, quantization=quantization)
     loaded = _load(source, load_format, wanted, seed)
+    if isinstance(ranks, Leader) and ordered is not None:
+        ranks.wait(ordered)
     if quantization != "none":
         quantise_layers_(loaded.model)
     if wanted.device.type == "cuda":
@@ -133,10 +162,10 @@ def _load_folder(source: str, folder: Path, wanted: _Wanted) -> LoadedModel:
         )
     config = wanted.config(ModelConfig.from_folder(folder))
     safetensors.weight_files(folder)  # fail before memory is taken
-    tokenizer, template = _folder_tokenizer(folder)
+    tokenizer, template = _folder_tokenizer(folder) if wanted.with_text else (None, None)
     model = wanted.model(config)
     fill(model, safetensors.read_tensors(folder), origin=str(folder))
-    return LoadedModel(model, config, tokenizer, template, _display_name(source), folder)
+    return wanted.loaded(model, tokenizer, template, source, folder)
 
 
 def _load_gguf(source: str, path: Path, wanted: _Wanted) -> LoadedModel:
@@ -147,19 +176,20 @@ def _load_gguf(source: str, path: Path, wanted: _Wanted) -> LoadedModel:
         )
     file = GGUFFile(path)
     config = wanted.config(file.config)
-    tokenizer = Tokenizer.from_gguf(file.metadata)
+    tokenizer = Tokenizer.from_gguf(file.metadata) if wanted.with_text else None
+    template = None if tokenizer is None else tokenizer.chat_template
     model = wanted.model(config)
     fill(model, file.read_tensors(), origin=str(path))
-    return LoadedModel(model, config, tokenizer, tokenizer.chat_template, _display_name(source), path)
+    return wanted.loaded(model, tokenizer, template, source, path)
 
 
 def _load_dummy(source: str, wanted: _Wanted, seed: int) -> LoadedModel:
     config = wanted.config(dummy.dummy_config(source))
     folder = None if source in dummy.PRESETS else Path(source)
-    tokenizer, template = (None, None) if folder is None else _folder_tokenizer(folder)
+    tokenizer, template = (None, None) if folder is None or not wanted.with_text else _folder_tokenizer(folder)
     model = wanted.model(config)
     dummy.fill_randomly(model, seed)
-    return LoadedModel(model, config, tokenizer, template, _display_name(source), folder)
+    return wanted.loaded(model, tokenizer, template, source, folder)
 
 
 def _folder_tokenizer(folder: Path) -> tuple[Tokenizer | None, str | None]:

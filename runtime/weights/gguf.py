@@ -54,22 +54,33 @@ class GGUFFile:
             raise ModelError(f"{path}: scaled rope in GGUF is not supported; use the model's safetensors files")
         self.config = ModelConfig.from_gguf(self.metadata, tie_word_embeddings="output.weight" not in names)
 
-    def read_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, float32 tensor on the CPU) of every weight."""
-        heads = {"attn_q": self.config.num_heads, "attn_k": self.config.num_kv_heads}
+    def read_tensors(self) -> Iterator[tuple[str, GGUFTensor]]:
+        """(Hugging Face name, tensor) of every weight."""
         for stored in self._reader.tensors:
             name, kind = _hf_name(stored.name, self.path)
-            try:
-                array = np.asarray(dequantize(stored.data, stored.tensor_type), dtype=np.float32)
-            except NotImplementedError as error:
-                kept_as = stored.tensor_type.name
-                raise ModelError(
-                    f"{self.path}: cannot dequantise {stored.name} ({kept_as}); use another quantisation"
-                ) from error
-            tensor = torch.from_numpy(np.array(array))  # a copy: the file is mapped read-only
-            if kind in heads:
-                tensor = _unpermute(tensor, heads[kind])
-            yield name, tensor
+            yield name, GGUFTensor(stored, self.path, self.config.head_dim if kind in ("attn_q", "attn_k") else None)
+
+
+class GGUFTensor:
+    """One tensor of a file. `head_dim`: its rows are those of heads, in llama.cpp's order."""
+
+    def __init__(self, stored: Any, path: Path, head_dim: int | None) -> None:
+        self._stored, self._path, self._head_dim = stored, path, head_dim
+        self.shape = tuple(int(size) for size in reversed(stored.shape))
+
+    def read(self, dim: int, kept: range) -> Tensor:
+        """Float32; see `runtime.weights.fill.StoredTensor`. Rows of q and k are whole heads."""
+        stored, rows = self._stored, slice(kept.start, kept.stop)
+        try:
+            array = dequantize(stored.data[rows] if dim == 0 else stored.data, stored.tensor_type)
+        except NotImplementedError as error:
+            kept_as = stored.tensor_type.name
+            raise ModelError(
+                f"{self._path}: cannot dequantise {stored.name} ({kept_as}); use another quantisation"
+            ) from error
+        array = np.asarray(array, dtype=np.float32)
+        tensor = torch.from_numpy(np.array(array[:, rows] if dim else array))  # a copy: the file is mapped read-only
+        return tensor if self._head_dim is None else _unpermute(tensor, self._head_dim)
 
 
 def _hf_name(name: str, path: Path) -> tuple[str, str]:
@@ -82,7 +93,7 @@ def _hf_name(name: str, path: Path) -> tuple[str, str]:
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight", match[2]
 
 
-def _unpermute(weight: Tensor, num_heads: int) -> Tensor:
+def _unpermute(weight: Tensor, head_dim: int) -> Tensor:
     """Undo llama.cpp's order of q and k rows: its rope pairs neighbours, the Hugging Face layout halves."""
     rows, columns = weight.shape
-    return weight.view(num_heads, -1, 2, columns).transpose(1, 2).reshape(rows, columns)
+    return weight.view(-1, head_dim // 2, 2, columns).transpose(1, 2).reshape(rows, columns)

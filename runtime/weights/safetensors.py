@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -36,12 +37,24 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor on the CPU) of every weight in `folder`. Raises ModelError, also for a file cut short."""
+class SafeTensor:
+    """One tensor of an open file; what is not asked for is not read."""
+
+    def __init__(self, stored: Any) -> None:
+        self._stored = stored
+        self.shape = tuple(stored.get_shape())
+
+    def read(self, dim: int, kept: range) -> Tensor:
+        """See `runtime.weights.fill.StoredTensor`."""
+        return self._stored[(slice(None),) * dim + (slice(kept.start, kept.stop),)]
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, SafeTensor]]:
+    """(name, tensor) of every weight in `folder`. Raises ModelError, also for a file cut short."""
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt", device="cpu") as content:
                 for name in content.keys():  # noqa: SIM118 (not a dict)
-                    yield name, content.get_tensor(name)
+                    yield name, SafeTensor(content.get_slice(name))
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} cannot be read ({error}); it may be cut short, fetch it again") from error

@@ -11,19 +11,20 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 
 from policies.shapes import StepShape
 from simulator.costs.base import Regime
+from simulator.costs.earlier import FIRST_FORMAT
 
 DEVICE_TERMS = (
     "step",
+    "any_decode",
     "any_chunk",
     "num_decodes",
-    "decode_context",
-    "max_context",
     "num_chunks",
+    "chunk_tokens",
     "chunk_pairs",
     "chunk_context",
     "num_samples",
 )
-"""Terms of the device's time beside the padded tokens: `step` is 1, `any_chunk` 1 where the step has a chunk; the
+"""Terms of the device's time beside its curves: `step` is 1, `any_decode` and `any_chunk` 1 where the step has one; the
 others are fields of StepShape."""
 PREPARE_TERMS = ("step", "num_decodes", "num_chunks", "chunk_tokens")
 FINISH_TERMS = ("step", "num_samples")
@@ -62,28 +63,61 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class TokenSlope(_Part):
-    """From `above` padded tokens on, until the next slope's `above`, a token adds `ns`."""
+class Slope(_Part):
+    """From a size above `above` on, until the next slope's `above`, one more adds `ns`."""
 
     above: int = Field(ge=0)
     ns: Coefficient
 
 
-def _ascending(slopes: list[TokenSlope]) -> list[TokenSlope]:
+def _ascending(slopes: list[Slope]) -> list[Slope]:
     if slopes[0].above != 0 or any(a.above >= b.above for a, b in pairwise(slopes)):
-        raise ValueError("must begin at 0 tokens and ascend")
+        raise ValueError("must begin at 0 and ascend")
     return slopes
 
 
+Curve = Annotated[list[Slope], Field(min_length=1), AfterValidator(_ascending)]
+
+
 class ModeFit(_Part):
-    """Coefficients of steps that ran one way, from a captured graph or eagerly, in nanoseconds a unit of each term."""
+    """Coefficients of steps that ran one way, in nanoseconds a unit of each term.
+
+    Attributes:
+        context_by_size: what a token of decode context costs beside `decode_context`, by padded tokens: attention
+            divides its work among a card's processors by the size of the captured batch.
+        slowdown: share by which the device is slower where the load of the time before (`LoadFit`) is 1, beside 0.
+        usual_load: that load where the other prices hold.
+    """
 
     num_samples: int = Field(ge=1)
     num_finish_samples: int = Field(ge=0)  # fewer: what follows the last step of a busy time is not known
-    tokens: Annotated[list[TokenSlope], Field(min_length=1), AfterValidator(_ascending)]
+    padded_tokens: Curve
+    decode_context: Curve
+    max_context: Curve
+    context_by_size: Curve
     device: Annotated[dict[str, Coefficient], _exactly(*DEVICE_TERMS)]
     prepare: Annotated[dict[str, Coefficient], _exactly(*PREPARE_TERMS)]
     finish: Annotated[dict[str, Coefficient], _exactly(*FINISH_TERMS)]
+    slowdown: Coefficient = 0.0
+    usual_load: Coefficient = 0.0
+
+
+class LoadFit(_Part):
+    """A card at its power limit lowers its clocks: after much arithmetic, steps take longer for a while.
+
+    The load is a mean over the time before a step, weighted exponentially: of 0 where the device was idle, and of the
+    rate of padded tokens elsewhere, as a share of `full_rate`.
+    """
+
+    time_constant_ns: int = Field(gt=0)
+    full_rate: float = Field(gt=0)  # padded tokens a nanosecond
+
+
+class DelayFit(_Part):
+    """The host is late now and then, by more than it has to spare: the mean of that, by what it has to spare."""
+
+    spare_ns: Annotated[list[int], Field(min_length=1)]
+    mean_ns: Annotated[list[Coefficient], Field(min_length=1)]
 
 
 class SwapFit(_Part):
@@ -121,13 +155,22 @@ class HeldOutError(_Part):
 
 
 class Calibration(_Part):
-    """A fitted cost model in full."""
+    """A fitted cost model in full.
 
-    format: Literal["diptych-calibration-1"] = "diptych-calibration-1"
+    `decode` is of captured steps of decodes alone, `chunked` of captured ones with chunks; `other` of eager ones,
+    and of captured ones of which too few were measured for a fit of their own.
+    """
+
+    format: Literal["diptych-calibration-2"] = "diptych-calibration-2"
     provenance: dict[str, JsonValue]
     """What was measured: device, model, software, date, as the caller states them."""
-    graph: ModeFit | None
-    eager: ModeFit | None
+    decode: ModeFit | None
+    chunked: ModeFit | None
+    other: ModeFit | None
+    under_load: LoadFit | None = None
+    """None where steps do not depend on those before them."""
+    delay: DelayFit | None = None
+    """None where it was not measured."""
     swap: SwapFit | None = None
     """None where no step of the measurement swapped anything."""
     ranges: list[MeasuredRange]
@@ -149,6 +192,9 @@ class Calibration(_Part):
             ) from error
         except ValueError as error:
             raise CalibrationError(f"calibration {path} is not JSON ({error}); make it anew") from error
+        found = content.get("format") if isinstance(content, dict) else None
+        if found == FIRST_FORMAT:
+            raise CalibrationError(f"calibration {path} is of an earlier version; make it anew with `diptych profile`")
         try:
             return cls.model_validate(content)
         except ValidationError as error:

@@ -1,26 +1,22 @@
 """Fits step times: non-negative least squares on sizes of the step, robust, and checked on what was held out.
 
-Errors are relative: a fit that is 1% off is as good at 1 ms as at 100 ms. Padded tokens enter piecewise linearly,
-which interpolates between measured sizes whether the curve bends up or down (products of few tokens wait for the
-weights, those of many for arithmetic). The other terms are what the work is physically linear in.
+Errors are relative: a fit that is 1% off is as good at 1 ms as at 100 ms. Captured steps of decodes alone, captured
+ones with chunks, and the others are fitted each by themselves. What a device took is known from the steps whose end the
+host was waiting for; what the host took, from all of them, and in the mean as it was among a server's requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import median
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import JsonValue
-from scipy.optimize import nnls
 
 from policies.shapes import StepShape
 from simulator.costs.base import Regime, regime
 from simulator.costs.calibration import (
-    DEVICE_TERMS,
     FINISH_TERMS,
     PREPARE_TERMS,
     RANGE_FIELDS,
@@ -30,22 +26,21 @@ from simulator.costs.calibration import (
     ModeFit,
     Part,
     SwapFit,
-    TokenSlope,
 )
+from simulator.costs.features import DeviceFeatures, term
 from simulator.costs.fitted import FittedCost
+from simulator.costs.history_fit import Corrections, delays, fit_load
+from simulator.costs.least_squares import FLOOR_NS, Array, robust_nnls
 from simulator.costs.samples import StepSample
-
-Array = npt.NDArray[np.float64]
 
 MIN_SHAPES = 10
 """Fewer distinct shapes than this are no measurement."""
 MIN_SWAPS = 4
 """Distinct amounts of swapped KV, fewer of which give no price."""
+MIN_SERVING = 100
+"""Steps among a server's requests, fewer of which say nothing of a mean."""
 _FOLDS = 5
-_KNOT_RATIO = 1.5
-_REWEIGHTINGS = 8
-_OUTLIER = 3.0  # spreads beyond which a sample's influence falls
-_FLOOR_NS = 1000.0  # below a microsecond an error counts as if the time were a microsecond
+_MODES = ("decode", "chunked", "other")
 
 
 def fit(samples: Sequence[StepSample], provenance: Mapping[str, JsonValue] | None = None) -> FittedCost:
@@ -54,22 +49,41 @@ def fit(samples: Sequence[StepSample], provenance: Mapping[str, JsonValue] | Non
     Repeats of a shape count as their median. Raises ValueError for fewer than 10 distinct shapes and for negative
     times.
     """
-    points = _points([sample for sample in samples if not _swaps(sample.shape)])
+    for sample in samples:
+        if min(sample.prepare_ns, sample.device_ns, sample.finish_ns or 0) < 0:
+            raise ValueError(f"a step cannot take less than no time: {sample}")
+    plain = [sample for sample in samples if not _swaps(sample.shape)]
+    points = _points(plain)
     if len(points) < MIN_SHAPES:
         raise ValueError(
             f"a fit needs steps of at least {MIN_SHAPES} distinct shapes, not {len(points)}; profile more sizes"
         )
-    model = _model(points, provenance or {})
-    held_out = _held_out_errors(points)
-    swap = _swap_fit(model, _points([sample for sample in samples if _swaps(sample.shape)]))
-    return FittedCost(model.calibration.model_copy(update={"held_out": held_out, "swap": swap}))
+    model, corrections = _model(points, {}), Corrections.none()
+    found = fit_load(model, samples)
+    if found is not None:
+        for _ in range(3):  # prices without the slowdown and the slowdown, in turn
+            corrections = found
+            model = _model(points, {}, corrections)
+            found = fit_load(model, samples, time_constant_ns=corrections.load.time_constant_ns) or corrections
+    held_out = _held_out_errors(points, corrections)
+    swap = _swap_fit(model, _points([sample for sample in samples if _swaps(sample.shape)]), corrections)
+    return FittedCost(
+        model.calibration.model_copy(
+            update={
+                "provenance": dict(provenance or {}),
+                "held_out": held_out,
+                "swap": swap,
+                "delay": delays(model, samples, MIN_SERVING),
+            }
+        )
+    )
 
 
 def _swaps(shape: StepShape) -> bool:
     return bool(shape.swapped_out or shape.swapped_in)
 
 
-def _swap_fit(model: FittedCost, points: Sequence[_Point]) -> SwapFit | None:
+def _swap_fit(model: FittedCost, points: Sequence[_Point], corrections: Corrections) -> SwapFit | None:
     """Prices of copies: what steps with copies took beyond the model's time for the same steps without. None where
     fewer than MIN_SWAPS steps were measured, or all copied as much."""
     if len({(point.shape.swapped_out, point.shape.swapped_in) for point in points}) < MIN_SWAPS:
@@ -83,43 +97,35 @@ def _swap_fit(model: FittedCost, points: Sequence[_Point]) -> SwapFit | None:
         for shape in (point.shape for point in points)
     ]
     plain = [model.cost(point.shape._replace(swapped_out=0, swapped_in=0)).device_ns for point in points]
+    times = [_device_ns(point, corrections) for point in points]
     # Noise is that of whole steps: some take less than the same without copies, and count like those that take more.
-    copies, out, back = _robust_nnls(np.array(columns), [point.device_ns for point in points], _counts(points), plain)
+    copies, out, back = robust_nnls(np.array(columns), times, _counts(points), plain)
     count = sum(len(point.samples) for point in points)
     return SwapFit(num_samples=count, copies=copies, swapped_out=out, swapped_in=back)
 
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """All samples of one shape: their medians, and themselves."""
+    """All samples of one shape; `timed`: those whose device time is known, or all where it is for none."""
 
     shape: StepShape
-    prepare_ns: float
-    device_ns: float
-    finish_ns: float | None
     samples: tuple[StepSample, ...]
+    timed: tuple[StepSample, ...]
+
+    @property
+    def waited(self) -> bool:
+        return self.timed[0].waited
 
 
 def _points(samples: Sequence[StepSample]) -> list[_Point]:
     """One point a distinct shape, in order of size."""
     groups: dict[StepShape, list[StepSample]] = {}
     for sample in samples:
-        if min(sample.prepare_ns, sample.device_ns, sample.finish_ns or 0) < 0:
-            raise ValueError(f"a step cannot take less than no time: {sample}")
         groups.setdefault(sample.shape, []).append(sample)
     points = []
     for shape in sorted(groups, key=_by_size):
-        group = groups[shape]
-        finish = [sample.finish_ns for sample in group if sample.finish_ns is not None]
-        points.append(
-            _Point(
-                shape,
-                median(sample.prepare_ns for sample in group),
-                median(sample.device_ns for sample in group),
-                median(finish) if finish else None,
-                tuple(group),
-            )
-        )
+        group = tuple(groups[shape])
+        points.append(_Point(shape, group, tuple(sample for sample in group if sample.waited) or group))
     return points
 
 
@@ -128,126 +134,85 @@ def _by_size(shape: StepShape) -> tuple[int, ...]:
     return (shape.padded_tokens, *sizes, int(shape.graph), shape.swapped_out, shape.swapped_in)
 
 
-def _model(points: Sequence[_Point], provenance: Mapping[str, JsonValue]) -> FittedCost:
-    graph = [point for point in points if point.shape.graph]
-    eager = [point for point in points if not point.shape.graph]
+def _counts(points: Sequence[_Point]) -> list[int]:
+    return [len(point.samples) for point in points]
+
+
+def _device_ns(point: _Point, corrections: Corrections) -> float:
+    """Its median, under the usual load."""
+    return median(sample.device_ns / corrections.factor(sample) for sample in point.timed)
+
+
+def _model(
+    points: Sequence[_Point], provenance: Mapping[str, JsonValue], corrections: Corrections | None = None
+) -> FittedCost:
+    corrections = corrections or Corrections.none()
+    modes: dict[str, list[_Point]] = {name: [] for name in _MODES}
+    for point in points:
+        shape = point.shape
+        modes["other" if not shape.graph else "chunked" if shape.num_chunks else "decode"].append(point)
+    for name in ("decode", "chunked"):
+        if len(modes[name]) < MIN_SHAPES:
+            modes["other"] += modes.pop(name)
+    fits = {name: _mode(modes[name], corrections, name) if modes.get(name) else None for name in _MODES}
     return FittedCost(
         Calibration(
             provenance=dict(provenance),
-            graph=_mode(graph) if graph else None,
-            eager=_mode(eager) if eager else None,
+            decode=fits["decode"],
+            chunked=fits["chunked"],
+            other=fits["other"],
+            under_load=corrections.load_fit,
             ranges=_ranges(points),
             held_out=[],
         )
     )
 
 
-def _mode(points: Sequence[_Point]) -> ModeFit:
-    finished = [point for point in points if point.finish_ns is not None]
-    knots = _token_knots([point.shape.padded_tokens for point in points])
-    tokens = _token_segments([point.shape.padded_tokens for point in points], knots)
-    device = _robust_nnls(
-        np.hstack([tokens, _terms(points, DEVICE_TERMS)]), [point.device_ns for point in points], _counts(points)
+def _mode(points: Sequence[_Point], corrections: Corrections, name: str) -> ModeFit:
+    exact = [point for point in points if point.waited]
+    timed = exact if len(exact) >= MIN_SHAPES else points
+    features = DeviceFeatures([point.shape for point in timed], captured=name != "other")
+    device = robust_nnls(
+        features.matrix([point.shape for point in timed]),
+        [_device_ns(point, corrections) for point in timed],
+        [len(point.timed) for point in timed],
     )
-    prepare = _robust_nnls(_terms(points, PREPARE_TERMS), [point.prepare_ns for point in points], _counts(points))
-    finish = _robust_nnls(
-        _terms(finished, FINISH_TERMS), [point.finish_ns or 0.0 for point in finished], _counts(finished)
-    )
-    slopes, rest = device[: len(knots)], device[len(knots) :]
+    samples = [sample for point in points for sample in point.samples]
+    finished = [sample for sample in samples if sample.finish_ns is not None]
+    slowdown, usual = corrections.modes.get(name, (0.0, 0.0))
     return ModeFit(
-        num_samples=sum(len(point.samples) for point in points),
-        num_finish_samples=sum(sample.finish_ns is not None for point in points for sample in point.samples),
-        tokens=[TokenSlope(above=knot, ns=slope) for knot, slope in zip(knots, slopes, strict=True)],
-        device=dict(zip(DEVICE_TERMS, rest, strict=True)),
-        prepare=dict(zip(PREPARE_TERMS, prepare, strict=True)),
-        finish=dict(zip(FINISH_TERMS, finish, strict=True)),
+        num_samples=len(samples),
+        num_finish_samples=len(finished),
+        **features.named(device),
+        prepare=_host_terms(samples, [sample.prepare_ns for sample in samples], PREPARE_TERMS),
+        finish=_host_terms(finished, [sample.finish_ns or 0 for sample in finished], FINISH_TERMS),
+        slowdown=slowdown,
+        usual_load=usual,
     )
 
 
-def _counts(points: Sequence[_Point]) -> list[int]:
-    return [len(point.samples) for point in points]
+def _host_terms(samples: Sequence[StepSample], times: Sequence[int], names: Sequence[str]) -> dict[str, float]:
+    """A host part's prices: robust, then as much higher or lower as the mean among a server's requests says, for rare
+    long delays are part of what they wait for."""
+    if not samples:
+        return dict.fromkeys(names, 0.0)
+    groups: dict[StepShape, list[int]] = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(sample.shape, []).append(i)
+    shapes = sorted(groups, key=_by_size)
+    typical = [float(median(times[i] for i in groups[shape])) for shape in shapes]
+    solution = robust_nnls(_terms(shapes, names), typical, [len(groups[shape]) for shape in shapes])
+    serving = [i for i, sample in enumerate(samples) if sample.serving]
+    scale = 1.0
+    if len(serving) >= MIN_SERVING:
+        predicted = float((_terms([samples[i].shape for i in serving], names) @ np.array(solution)).sum())
+        scale = sum(times[i] for i in serving) / predicted if predicted > 0 else 1.0
+    return {name: scale * price for name, price in zip(names, solution, strict=True)}
 
 
-# Features
-
-
-def _token_knots(sizes: Sequence[int]) -> list[int]:
-    """Where the price of a token may change: 0, and measured sizes, each of them at least 1.5 times the one before.
-
-    The last stretch is as long: on a short one, noise would make a slope that larger steps are priced by.
-    """
-    knots, last = [0], min(sizes)
-    for size in sorted(set(sizes)):
-        if size >= _KNOT_RATIO * last and max(sizes) >= _KNOT_RATIO * size:
-            knots.append(size)
-            last = size
-    return knots
-
-
-def _token_segments(sizes: Sequence[int], knots: Sequence[int]) -> Array:
-    """[points, knots]: how many tokens of each size lie between a knot and the next one."""
-    tokens = np.asarray(sizes, dtype=np.float64)
-    columns = [np.clip(tokens - low, 0, high - low) for low, high in pairwise(knots)]
-    return np.column_stack([*columns, np.maximum(tokens - knots[-1], 0)])
-
-
-def _terms(points: Sequence[_Point], names: Sequence[str]) -> Array:
-    """[points, names]"""
-    return np.column_stack([_term([point.shape for point in points], name) for name in names])
-
-
-def _term(shapes: Sequence[StepShape], name: str) -> Array:
-    if name == "step":
-        return np.ones(len(shapes))
-    if name == "any_chunk":
-        return np.array([float(shape.num_chunks > 0) for shape in shapes])
-    return np.array([float(getattr(shape, name)) for shape in shapes])
-
-
-# Least squares
-
-
-def _robust_nnls(
-    features: Array, times: Sequence[float], counts: Sequence[int], known: Sequence[float] = ()
-) -> list[float]:
-    """Coefficients >= 0, one a column, that minimise relative errors; far-off times count less and less. `known`: the
-    part of each time that is priced already.
-
-    Iteratively reweighted. Errors are relative to the measured times at first, which no large outlier survives, then
-    to the fitted ones: relative to measured times alone, noise would make every fit come out low. Beyond 3 spreads
-    (median absolute residual, scaled as for a normal distribution) a row's weight falls with the square of its
-    residual. No rows: zeros.
-    """
-    if not len(features):
-        return [0.0] * features.shape[1]
-    measured = np.asarray(times, dtype=np.float64)
-    unit = np.maximum(measured, _FLOOR_NS)
-    priced = np.asarray(known, dtype=np.float64) if len(known) else np.zeros(len(measured))
-    measured = measured - priced
-    weights = np.sqrt(np.asarray(counts, dtype=np.float64))
-    solution = _nnls(features * (weights / unit)[:, None], measured * weights / unit)
-    for _ in range(_REWEIGHTINGS):
-        fitted = features @ solution
-        unit = np.maximum(priced + fitted, _FLOOR_NS)
-        residual = np.abs(fitted - measured) / unit
-        limit = _OUTLIER * 1.4826 * float(np.median(residual))
-        if limit < 1e-6:  # more than half of the rows are met exactly
-            break
-        scale = weights / unit * np.minimum(1.0, limit / np.maximum(residual, limit))
-        solution = _nnls(features * scale[:, None], measured * scale)
-    return [float(value) for value in solution]
-
-
-def _nnls(features: Array, target: Array) -> Array:
-    """As scipy's, on columns of equal length, and on a square root of their products: the rows may be many."""
-    norms = np.linalg.norm(features, axis=0)
-    norms[norms == 0] = 1.0
-    columns = np.column_stack([features / norms, target])
-    # By eigenvalues rather than by Cholesky's method: columns may depend on each other.
-    values, vectors = np.linalg.eigh(columns.T @ columns)
-    root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
-    solution, _ = nnls(root[:, :-1], root[:, -1], maxiter=100 * features.shape[1])
-    return np.asarray(solution / norms, dtype=np.float64)
+def _terms(shapes: Sequence[StepShape], names: Sequence[str]) -> Array:
+    """[shapes, names]"""
+    return np.column_stack([term(shapes, name) for name in names])
 
 
 # What it is worth
@@ -267,32 +232,39 @@ def _ranges(points: Sequence[_Point]) -> list[MeasuredRange]:
     return ranges
 
 
-def _held_out_errors(points: Sequence[_Point]) -> list[HeldOutError]:
+def _held_out_errors(points: Sequence[_Point], corrections: Corrections) -> list[HeldOutError]:
     """Every fifth shape is predicted from the other four fifths, five times; its single samples are compared."""
     pairs: dict[tuple[Regime, Part], list[tuple[float, float]]] = {}
     # Shifted by one every five, so that a grid of five contexts a size does not lose the same context everywhere.
     folds = [(index + index // _FOLDS) % _FOLDS for index in range(len(points))]
     for fold in range(_FOLDS):
         train = [point for point, its in zip(points, folds, strict=True) if its != fold]
-        model = _model(train, {})
+        model = _model(train, {}, corrections)
         for point, its in zip(points, folds, strict=True):
             if its == fold:
-                _compare(model, point, pairs)
+                _compare(model, point, corrections, pairs)
     return [_error(kind, part, pairs[kind, part]) for kind, part in sorted(pairs)]
 
 
-def _compare(model: FittedCost, point: _Point, pairs: dict[tuple[Regime, Part], list[tuple[float, float]]]) -> None:
+def _compare(
+    model: FittedCost,
+    point: _Point,
+    corrections: Corrections,
+    pairs: dict[tuple[Regime, Part], list[tuple[float, float]]],
+) -> None:
     cost, kind = model.cost(point.shape), regime(point.shape)
     for sample in point.samples:
-        pairs.setdefault((kind, "device"), []).append((cost.device_ns, sample.device_ns))
+        device_ns = cost.device_ns * corrections.factor(sample)
+        if sample.waited:
+            pairs.setdefault((kind, "device"), []).append((device_ns, sample.device_ns))
         if sample.finish_ns is not None:
             total = sample.prepare_ns + sample.device_ns + sample.finish_ns
-            pairs.setdefault((kind, "step"), []).append((cost.total_ns, total))
+            pairs.setdefault((kind, "step"), []).append((cost.prepare_ns + device_ns + cost.finish_ns, total))
 
 
 def _error(kind: Regime, part: Part, pairs: Sequence[tuple[float, float]]) -> HeldOutError:
     predicted, measured = np.array(pairs, dtype=np.float64).T
-    errors = np.abs(predicted - measured) / np.maximum(measured, _FLOOR_NS)
+    errors = np.abs(predicted - measured) / np.maximum(measured, FLOOR_NS)
     p50, p90 = np.quantile(errors, [0.5, 0.9])
     return HeldOutError(
         regime=kind,
@@ -301,5 +273,5 @@ def _error(kind: Regime, part: Part, pairs: Sequence[tuple[float, float]]) -> He
         mean=float(errors.mean()),
         p50=float(p50),
         p90=float(p90),
-        bias=float(predicted.sum() / max(measured.sum(), _FLOOR_NS) - 1),
+        bias=float(predicted.sum() / max(measured.sum(), FLOOR_NS) - 1),
     )

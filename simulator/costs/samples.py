@@ -17,20 +17,30 @@ _COLUMNS = ("plan_ns", "launch_ns", "end_ns", "device_ns", *_SIZES)
 
 @dataclass(frozen=True, slots=True)
 class StepSample:
-    """One measured step: durations in nanoseconds. `finish_ns` is None where it is not known."""
+    """One measured step: durations in nanoseconds. `finish_ns` is None where it is not known.
+
+    Attributes:
+        started_ns: when the device could begin it; None: not known.
+        waited: whether the host was waiting for its end, which is known exactly then. A late host knows only that it
+            has ended.
+        serving: whether requests came as to a server, rather than in rounds that begin and end together.
+    """
 
     shape: StepShape
     prepare_ns: int
     device_ns: int
     finish_ns: int | None
+    started_ns: int | None = None
+    waited: bool = True
+    serving: bool = False
 
 
-def samples_from_steps(steps: Mapping[str, Any]) -> list[StepSample]:
+def samples_from_steps(steps: Mapping[str, Any], serving_from_ns: int | None = None) -> list[StepSample]:
     """From columns of steps.parquet, as a DataFrame or arrays by name: one sample a step that ran, in their order.
 
     Prepare is launch_ns - plan_ns; finish is from end_ns to the next plan of the same replica, which comes as soon as
     the host can plan again (before it idles, it makes a plan of nothing). Raises ValueError for missing columns, those
-    excepted that runs of earlier versions lack.
+    excepted that runs of earlier versions lack. `serving_from_ns`: plans from then on were for a server's requests.
     """
     added = ADDED["steps"]
     missing = [name for name in _COLUMNS if name not in steps and name not in added]
@@ -49,10 +59,25 @@ def samples_from_steps(steps: Mapping[str, Any]) -> list[StepSample]:
         finish[rows[known]] = plans[following[known]] - columns["end_ns"][rows[known]]
     ran = np.flatnonzero((columns["num_decodes"] > 0) | (columns["num_chunks"] > 0))
     prepare = (columns["launch_ns"] - columns["plan_ns"])[ran].tolist()
+    started, waited = _began(columns, replica, ran)
+    serving = columns["plan_ns"][ran] >= (np.inf if serving_from_ns is None else serving_from_ns)
     sizes = zip(*(columns[name][ran].tolist() for name in _SIZES), strict=True)
+    times = (columns["device_ns"][ran], finish[ran], started, waited, serving)
     return [
-        StepSample(StepShape(*row), before, device, None if after < 0 else after)
-        for row, before, device, after in zip(
-            sizes, prepare, columns["device_ns"][ran].tolist(), finish[ran].tolist(), strict=True
+        StepSample(StepShape(*row), before, device, None if after < 0 else after, *rest)
+        for row, before, (device, after, *rest) in zip(
+            sizes, prepare, zip(*(column.tolist() for column in times), strict=True), strict=True
         )
     ]
+
+
+def _began(columns: Mapping[str, Any], replica: Any, ran: Any) -> tuple[Any, Any]:
+    """When the device could begin each step that ran: at its launch, or when the step before had ended; and whether
+    the host was waiting for its end."""
+    ended = np.full(len(ran), np.iinfo(np.int64).min)  # the step before
+    for one in np.unique(replica):
+        mine = np.flatnonzero(replica[ran] == one)
+        mine = mine[np.argsort(columns["plan_ns"][ran[mine]], kind="stable")]
+        ended[mine[1:]] = columns["end_ns"][ran[mine[:-1]]]
+    began = np.maximum(columns["launch_ns"][ran], ended)
+    return began, columns["end_ns"][ran] - began == columns["device_ns"][ran]

@@ -45,9 +45,17 @@ def address(runs: Path, browser: Any) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A fresh page of a common size."""
+@pytest.fixture(scope="module")
+def shared_page(browser: Any) -> Iterator[Any]:
+    """One for all tests of a file: what it has loaded of the dashboard itself stays in its cache."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    context.set_default_timeout(60_000)
     yield context.new_page()
     context.close()
+
+
+@pytest.fixture
+def page(shared_page: Any) -> Iterator[Any]:
+    """It, of a common size. Every address that it is sent to begins a session of its own."""
+    yield shared_page
+    shared_page.goto("about:blank")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import openai
 import pandas as pd
 import pytest
 
@@ -14,8 +18,10 @@ from experiments.metrics import per_request
 from experiments.records import read_run
 from experiments.series import request_pairs
 from tests.dashboard.browser import settled
+from tests.runtime.serving.conftest import make_model
+from tests.runtime.serving.running import ADMIN_KEY, running
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 
 def opened(page: Any, url: str) -> None:
@@ -138,3 +144,65 @@ def test_a_simulation_is_started_watched_and_cancelled(page: Any, address: str) 
     page.get_by_text("Cancelled:").wait_for(timeout=60_000)
     settled(page)
     assert page.locator(".dp-tile").count() == 5
+
+
+TWO_LINES = "document.querySelector('.js-plotly-plot').calcdata.slice(0, 2).map(line => line.map(at => at.y || 0))"
+"""The first two lines of the page's first figure, as drawn."""
+
+
+@contextmanager
+def clients(url: str, count: int = 3) -> Iterator[None]:
+    """So many at a time that ask again and again, with the openai package, while the server answers."""
+    over = threading.Event()
+
+    def ask(number: int) -> None:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        while not over.is_set():
+            try:
+                client.completions.create(model="babel", prompt=f"{number} asks for more", max_tokens=12, seed=number)
+            except openai.APIError:
+                return
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_server_and_its_twin_are_watched_until_the_server_is_gone(page: Any, address: str, tmp_path: Path) -> None:
+    page.goto(f"{address}/live?server=http://127.0.0.1:9&window=30")
+    page.get_by_role("button", name="Attach").click()
+    page.get_by_text("nothing answers at http://127.0.0.1:9").wait_for(timeout=60_000)
+    cost = ("--set", "cost.kind=constant", "--set", "cost.step_ms=5")
+    with running(make_model(tmp_path / "babel"), *cost, num_blocks=64, max_num_seqs=2, max_model_len=256) as server:
+        assert server.operators_info()["engines"][0]["cost"] == {
+            "kind": "constant",
+            "ns": 5_000_000,
+            "swap_ns_per_token": 0,
+        }
+        assert "cost" not in server.info()["engines"][0]
+        with clients(server.url):
+            page.get_by_label("Server").fill(server.url)
+            page.get_by_label("Operator's key").fill(ADMIN_KEY)
+            page.get_by_role("button", name="Attach").click()
+            page.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=60_000)
+            # Both sides' output tokens are above 0, and change.
+            page.wait_for_function(f"{TWO_LINES}.every(y => Math.max(...y) > 0)", timeout=60_000)
+            before = page.evaluate(TWO_LINES)
+            moved = f"before => {TWO_LINES}.every((y, at) => String(y) != String(before[at]))"
+            page.wait_for_function(moved, arg=before, timeout=60_000)
+            page.get_by_text("Error so far").wait_for(timeout=60_000)
+            rows = page.locator(".dp-table tr").all_inner_texts()
+            assert [row.split("\t")[0] for row in rows[1:]] == [
+                f"{x} {y}" for x in ("TTFT", "TPOT", "E2E") for y in ("mean", "p99")
+            ]
+            assert rows[3].split("\t")[2] == "5.000"  # with never more than two requests each token takes a step
+    page.get_by_text(f"nothing answers at {server.url}").wait_for(timeout=60_000)
+    assert page.locator(".js-plotly-plot").count() == 1
+    assert in_url(page) == {"server": server.url, "window": "30", "cost": "stated"}
+    assert page.locator('[data-testid="stException"]').count() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -11,7 +12,8 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from dashboard.ui import plain
-from experiments.compare import compare
+from experiments.cli import look
+from experiments.compare import compare, format_figure
 from experiments.metrics import per_request
 from experiments.records import read_run
 from tests.dashboard.reading import bodies, opened, table
@@ -20,16 +22,23 @@ from tests.experiments.fake_run import constant, fake_run, random_requests
 APP = Path(__file__).resolve().parents[2] / "dashboard" / "app.py"
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a simulated and a real run of the same requests, and a second real one in a folder of its own."""
+    folder = tmp_path_factory.mktemp("runs")
     requests = random_requests(60, seed=1, cancelled=0.1)
-    fake_run(tmp_path / "a model", requests, step_ns=lambda step: constant(step) * 9 // 10)
-    fake_run(tmp_path / "gpu", requests, kind="real")
-    fake_run(tmp_path / "sweep" / "1", requests[:-5], kind="real")
-    about = tmp_path / "sweep" / "1" / "run.json"
+    fake_run(folder / "a model", requests, step_ns=lambda step: constant(step) * 9 // 10)
+    fake_run(folder / "gpu", requests, kind="real")
+    fake_run(folder / "sweep" / "1", requests[:-5], kind="real")
+    about = folder / "sweep" / "1" / "run.json"
     about.write_text(about.read_text().replace('"seed": 0', '"seed": 1'))  # no repeat of the other
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def own(root: Path, tmp_path: Path) -> Path:
+    """A copy, to be changed."""
+    return shutil.copytree(root, tmp_path / "own")
 
 
 def page(root: Path, monkeypatch: pytest.MonkeyPatch, **in_url: str) -> AppTest:
@@ -64,12 +73,12 @@ def test_the_figures_are_those_of_the_command_line_to_the_last_digit(
 
 
 def test_repeats_of_the_reference_run_say_what_a_difference_is_worth(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = random_requests(60, seed=1, cancelled=0.1)
-    again = fake_run(root / "gpu again", requests, kind="real", step_ns=lambda step: constant(step) * 11 // 10)
-    apart = {row.metric: row.error for row in compare(read_run(root / "gpu"), again).rows()}
-    app = page(root, monkeypatch)
+    again = fake_run(own / "gpu again", requests, kind="real", step_ns=lambda step: constant(step) * 11 // 10)
+    apart = {row.metric: row.error for row in compare(read_run(own / "gpu"), again).rows()}
+    app = page(own, monkeypatch)
     headings, cells = table(app, "metric")
     assert headings[-1] == "noise floor"
     assert {row[0]: row[-1] for row in cells} == {metric: error.lstrip("+-") for metric, error in apart.items()}
@@ -128,26 +137,26 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest
     assert "nowhere" in page(tmp_path / "nowhere", monkeypatch).error[0].value
 
 
-def test_a_run_without_a_file_is_named_and_the_others_are_shown(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (root / "sweep" / "1" / "steps.parquet").unlink()
-    app = page(root, monkeypatch)
+def test_a_run_without_a_file_is_named_and_the_others_are_shown(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own / "sweep" / "1" / "steps.parquet").unlink()
+    app = page(own, monkeypatch)
     assert "steps\\.parquet is missing" in app.warning[0].value
     assert app.selectbox[0].options == ["a model (sim)", "gpu (real)"]
     assert len(app.get("plotly_chart")) == 2
 
 
-def test_a_broken_file_is_said_in_place_of_the_figures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (root / "gpu" / "steps.parquet").write_bytes(b"nonsense")
-    app = page(root, monkeypatch)
+def test_a_broken_file_is_said_in_place_of_the_figures(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own / "gpu" / "steps.parquet").write_bytes(b"nonsense")
+    app = page(own, monkeypatch)
     assert "is broken" in app.error[0].value
     assert not app.get("plotly_chart")
 
 
-def test_a_run_that_changes_on_disk_is_read_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = page(root, monkeypatch)
+def test_a_run_that_changes_on_disk_is_read_again(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = page(own, monkeypatch)
     _, before = table(app, "metric")
-    shutil.rmtree(root / "a model")
-    fake_run(root / "a model", random_requests(60, seed=1), step_ns=lambda step: constant(step) * 2)
+    shutil.rmtree(own / "a model")
+    fake_run(own / "a model", random_requests(60, seed=1), step_ns=lambda step: constant(step) * 2)
     app.run()
     _, after = table(app, "metric")
     assert any(old[2] == new[2] for old, new in zip(before, after, strict=True))
@@ -156,3 +165,24 @@ def test_a_run_that_changes_on_disk_is_read_again(root: Path, monkeypatch: pytes
 
 def test_names_are_shown_as_they_are_and_not_as_markdown() -> None:
     assert plain("a_b*c [x](y) $z$") == "a\\_b\\*c \\[x\\]\\(y\\) \\$z\\$"
+
+
+def test_goodput_by_objectives_of_the_url_is_that_of_the_command_line(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = per_request(read_run(root / "gpu"))
+    ttft = float(frame["ttft_ms"].median())
+    app = page(root, monkeypatch, **{"slo-ttft": str(ttft), "slo-e2e": "2500", "slo-tpot": "nonsense"})
+    saved = tmp_path / "numbers.json"
+    look.compare(root / "gpu", root / "a model", json=saved, goodput=[f"ttft:{ttft}", "e2el:2500"])
+    pair = json.loads(saved.read_text())["throughputs"]["request_goodput"]
+    done = frame[frame["completed"] & (frame["ttft_ms"] <= ttft) & (frame["e2e_ms"] <= 2500)]
+    run = read_run(root / "gpu")
+    duration = (run.requests["finish_ns"].max() - run.requests["arrival_ns"].min()) / 1e9
+    assert 0 < pair["a"] == len(done) / duration < len(frame) / duration
+    _, cells = table(app, "metric")
+    row = next(cells for cells in cells if cells[0] == "Goodput within limits")
+    assert row[2:4] == [format_figure(pair["a"]), format_figure(pair["b"])]
+    assert any("Goodput within limits (req/s)" in body for body in bodies(app))
+    assert [box.value for box in app.number_input] == [ttft, None, 2500.0]
+    assert "slo-tpot" not in app.query_params

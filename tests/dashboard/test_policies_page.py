@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,17 +35,24 @@ def turn(folder: Path, scheduler: str, rate: float) -> None:
     (folder / "run.json").write_text(json.dumps(about))
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two policies in both panels, a third in one; the policies are names for how long their steps take."""
+    runs = tmp_path_factory.mktemp("runs")
     requests = random_requests(30, seed=1)
     for policy, times in (("quick", 1), ("slow", 2), ("slower", 3)):
         for kind in ("real", "sim"):
             if (policy, kind) != ("slower", "real"):
-                folder = tmp_path / f"{policy}-{kind}"
+                folder = runs / f"{policy}-{kind}"
                 fake_run(folder, requests, kind=kind, step_ns=lambda step, times=times: constant(step) * times)
                 turn(folder, policy, 2.0)
-    return tmp_path
+    return runs
+
+
+@pytest.fixture
+def own(root: Path, tmp_path: Path) -> Path:
+    """A copy, to be changed."""
+    return shutil.copytree(root, tmp_path / "own")
 
 
 def test_policies_are_ranked_in_each_panel_and_it_is_said_whether_these_agree(root: Path) -> None:
@@ -62,12 +70,12 @@ def test_all_runs_are_in_the_table_best_first_and_lead_to_their_timelines(root: 
     assert any('href="timeline?a=quick-real"' in body for body in bodies(app))
 
 
-def test_two_knobs_make_a_map_and_one_does_not(root: Path) -> None:
-    assert len(page(root).get("plotly_chart")) == 1
+def test_two_knobs_make_a_map_and_one_does_not(own: Path) -> None:
+    assert len(page(own).get("plotly_chart")) == 1
     for at, (size, rate) in enumerate([(128, 1.0), (256, 1.0), (128, 2.0), (256, 2.0)]):
-        fake_run(root / f"sweep{at}", random_requests(5, seed=at))
-        turn(root / f"sweep{at}", f"sarathi,chunk_size={size}", rate)
-    app = page(root, workload="all workloads")
+        fake_run(own / f"sweep{at}", random_requests(5, seed=at))
+        turn(own / f"sweep{at}", f"sarathi,chunk_size={size}", rate)
+    app = page(own, workload="all workloads")
     assert len(app.get("plotly_chart")) == 2
     assert [app.selectbox(key="x").value, app.selectbox(key="y").value] == [
         "policies.scheduler.chunk_size",
@@ -75,9 +83,9 @@ def test_two_knobs_make_a_map_and_one_does_not(root: Path) -> None:
     ]
 
 
-def test_a_broken_run_is_named_and_the_others_are_shown(root: Path) -> None:
-    (root / "slow-sim" / "steps.parquet").write_bytes(b"nonsense")
-    app = page(root)
+def test_a_broken_run_is_named_and_the_others_are_shown(own: Path) -> None:
+    (own / "slow-sim" / "steps.parquet").write_bytes(b"nonsense")
+    app = page(own)
     assert "slow\\-sim" in app.warning[0].value
     assert len(table(app, "run")[1]) == 4
 

@@ -33,12 +33,13 @@ def times(app: AppTest) -> list[float]:
     return [float(end) for end in figure["layout"]["xaxis"]["range"]]
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
     requests = random_requests(60, seed=1)
-    fake_run(tmp_path / "gpu", requests, kind="real")
-    fake_run(tmp_path / "model", requests, step_ns=lambda step: constant(step) * 9 // 10)
-    return tmp_path
+    fake_run(folder / "gpu", requests, kind="real")
+    fake_run(folder / "model", requests, step_ns=lambda step: constant(step) * 9 // 10)
+    return folder
 
 
 def test_both_runs_share_the_axis_of_the_longer_one(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_whoever_ends_badly_is_followed_all_the_same(lag: int, replicas: int, tm
     assert rows[3]["arrival_ns"] == rows[2]["finish_ns"]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(0, 99), st.sampled_from(STACKS), st.integers(0, 1), st.booleans())
 def test_every_simulated_program_goes_its_way_to_the_nanosecond_and_replays(
     seed: int, policies: dict[str, str], lag: int, caching: bool
@@ -214,6 +215,69 @@ def test_a_policy_that_is_told_the_future_is_refused_where_nobody_knows_it(tmp_p
         run_simulated(spec_of({"eviction": "belady"}), tmp_path / "run", workload=agents(0))
 
 
+def impatient(spec: RunSpec, timeout_ms: float, retries: int) -> RunSpec:
+    patience = {"timeout_s": timeout_ms / 1e3, "retries": retries}
+    return spec.model_copy(update={"workload": spec.workload.model_copy(update=patience)})
+
+
+def test_clients_that_have_no_answer_in_time_give_up_and_try_again(tmp_path: Path) -> None:
+    """One at a time, whole answers within 5 ms, two more tries. The first runs from 0 to 4. The second from 4 to 5,
+    when its client goes; its next try from 5 to 9. The third waits from 0 to 5, from 5 to 10 (it has run for 1), and
+    from 10 to 14. The fourth, which follows it, comes then, and never can be served in time: it is given up three
+    times."""
+    workload = Workload.build(
+        [0] * 4, [1] * 4, [4, 4, 4, 9], parents=[(), (), (), (2,)], tool=[-1, -1, 3, -1], session=[0, 1, 2, 2]
+    )
+    run_simulated(impatient(spec_of(lag=0, max_num_seqs=1), 5, 2), tmp_path / "run", workload=workload, check=True)
+    run = read_run(tmp_path / "run")
+    found = {
+        row["request_id"]: (row["arrival_ns"] // MS, row["finish_ns"] // MS, row["output_tokens"]) for row in by_id(run)
+    }
+    assert found == {
+        0: (0, 4, 4),
+        1: (0, 5, 1),
+        5: (5, 9, 4),
+        2: (0, 5, 0),
+        6: (5, 10, 1),
+        10: (10, 14, 4),
+        3: (14, 19, 5),
+        7: (19, 24, 5),
+        11: (24, 29, 5),
+    }
+    summary = summarize(run)
+    assert summary["statuses"]["cancelled"] == 6
+    assert (summary["retries"], summary["answered"]) == (5, 3)
+    assert summary["mean_answer_ms"] == (4 + 9 + 14) / 3
+    programs = program_times(run)
+    assert programs is not None
+    assert programs["calls"].tolist() == [1, 1, 2]
+    assert programs["time_ms"].fillna(-1.0).tolist() == [4.0, 9.0, -1.0]
+    assert [row["parents"] for row in by_id(run) if row["request_id"] % 4 == 3] == [[10]] * 3
+    assert {row["request_id"] for row in by_id(run) if dict(row["hints"]) == {"tool": 3.0}} == {2, 6, 10}
+    assert_replays(run, tmp_path / "replay")
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.integers(0, 99), st.integers(0, 1), st.integers(0, 2), st.integers(1, 2), st.sampled_from([4, 12, 40]))
+def test_whoever_gives_up_is_tried_as_often_as_asked_for_and_the_rest_of_its_program_follows(
+    seed: int, lag: int, retries: int, replicas: int, timeout_ms: int
+) -> None:
+    workload, spec = agents(seed), spec_of(STACKS[1], lag=lag, num_blocks=16).model_copy(update={"replicas": replicas})
+    n = len(workload)
+    with tempfile.TemporaryDirectory() as folder:
+        run_simulated(impatient(spec, timeout_ms, retries), Path(folder, "run"), workload=workload, check=True)
+        run = read_run(Path(folder, "run"))
+        rows = {row["request_id"]: row for row in by_id(run)}
+        assert {i % n for i in rows} == set(range(n))
+        for i in range(n):
+            tries = [rows[i + k * n] for k in range(1 + retries) if i + k * n in rows]
+            assert len(tries) == 1 + retries or tries[-1]["status"] in ("stop", "length")
+            for before, after in itertools.pairwise(tries):
+                assert after["arrival_ns"] == before["arrival_ns"] + timeout_ms * MS <= before["finish_ns"]
+        if replicas == 1:
+            assert_replays(run, Path(folder, "replay"))
+
+
 @pytest.fixture(scope="module")
 def tiny() -> LoadedModel:
     return load(spec_of().model)
@@ -236,5 +300,19 @@ def test_both_panels_tell_policies_the_same_and_a_real_closed_loop_replays_witho
     for i, of in enumerate(workload.parents):
         for parent in of:
             assert real[i]["arrival_ns"] >= real[parent]["finish_ns"] + workload.gap_ns[i]
+    check_books(read_run(tmp_path / "real"))
+    assert_replays(read_run(tmp_path / "real"), tmp_path / "replay")
+
+
+def test_real_clients_give_up_too_and_their_run_replays_without_a_divergence(tiny: LoadedModel, tmp_path: Path) -> None:
+    """Of 150 tokens none can be done in 25 ms: a step takes a quarter of one here, at least."""
+    workload = Workload.build([0, MS, 2 * MS], [20, 20, 20], [150, 150, 2], parents=[(), (), (0,)], gap_ns=[0, 0, MS])
+    run_real(impatient(spec_of(), 25, 1), tmp_path / "real", workload=workload, loaded=tiny, check=True)
+    rows = {row["request_id"]: row for row in by_id(read_run(tmp_path / "real"))}
+    assert [rows[i]["status"] for i in (0, 1, 3, 4)] == ["cancelled"] * 4
+    for first, second in ((0, 3), (1, 4)):
+        assert rows[second]["arrival_ns"] - rows[first]["arrival_ns"] >= 25 * MS
+    assert rows[2]["parents"] == [3]
+    assert rows[2]["arrival_ns"] >= rows[3]["finish_ns"] + MS
     check_books(read_run(tmp_path / "real"))
     assert_replays(read_run(tmp_path / "real"), tmp_path / "replay")

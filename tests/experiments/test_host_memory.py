@@ -14,6 +14,7 @@ from experiments.metrics import summarize
 from experiments.profiling import profile
 from experiments.real import load, real_limits, run_real
 from experiments.records import Run, read_run
+from experiments.records.earlier import with_squares
 from experiments.replaying import replay_run
 from experiments.simulated import make_costs, run_simulated, simulated_limits
 from experiments.spec import CostSpec, RunSpec, SpecError, check_spec
@@ -77,7 +78,8 @@ def test_a_run_that_swaps_what_is_cheaper_replays_with_the_same_costs(tmp_path: 
     check(read_run(tmp_path / "sim"), tmp_path / "resim")
 
 
-def test_a_run_from_before_there_was_a_host_tier_reads_as_one_without(tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_reads_as_one_of_this_one(tmp_path: Path) -> None:
+    """It had no host tier, and no sums of squares: those of the steps of several chunks are in the decisions."""
     run_simulated(spec(cost=CONSTANT, limits={"num_host_blocks": 0}), tmp_path / "sim", workload=_workload(3))
     path = tmp_path / "sim" / "steps.parquet"
     table = pq.read_table(path)
@@ -90,6 +92,10 @@ def test_a_run_from_before_there_was_a_host_tier_reads_as_one_without(tmp_path: 
     assert summarize(run)["swapped_blocks_out"] == 0
     replay_run(run, tmp_path / "replay")
     assert diff_decisions(run, read_run(tmp_path / "replay")) is None
+    several = (run.steps["num_chunks"] > 1).to_numpy()
+    guessed = with_squares(run.table("steps"), None)["chunk_squares"].to_numpy()
+    assert several.any()
+    assert (guessed == run.steps["chunk_squares"])[~several].all(), "without decisions too"
 
 
 def test_host_memory_is_given_in_blocks_or_in_gibibytes() -> None:

@@ -6,9 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from experiments.life import DECODE, PREFILL, WAITING, Life, Wait, request_life
-from experiments.records import Run, RunError
-from tests.experiments.fake_run import FakeRequest, fake_run, random_requests
+from experiments.life import DECODE, MOVING, PREFILL, WAITING, Life, Span, Wait, request_life
+from experiments.records import Run, RunError, RunWriter, read_run
+from experiments.timeline_plots import life_figure
+from policies.contract import Route
+from policies.replica_state import Limits
+from policies.request import Request
+from policies.stack import StackSpec
+from simulator.arrivals import Arrival
+from simulator.costs.constant import ConstantCost
+from simulator.links import LinkSpeed
+from simulator.simulation import Simulation
+from tests.experiments.fake_run import FakeRequest, fake_info, fake_run, random_requests
+from tests.simulator.test_transfers import To
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["lag 0", "lag 1"])
@@ -80,3 +90,24 @@ def test_waits_for_one_reason_are_added_up_whoever_it_stood_behind() -> None:
 def test_a_request_that_is_not_there_is_named(run: Run) -> None:
     with pytest.raises(RunError, match="no request 999"):
         request_life(run, 999)
+
+
+@pytest.mark.parametrize("decisions", [True, False])
+def test_a_request_that_moves_has_a_lane_on_each_replica(tmp_path: Path, decisions: bool) -> None:
+    """Prefill 0 to 1,000 on replica 0; its KV takes 305 ns; three more tokens, a step each, on replica 1."""
+    limits = Limits(64, 4)
+    info = fake_info(limits=limits)
+    with RunWriter(tmp_path / "run", info, flush_seconds=None, decisions=decisions) as writer:
+        stacks = [StackSpec().build(block_size=4) for _ in range(2)]
+        link = LinkSpeed(1e9, 100, latency_ns=5)
+        simulation = Simulation(limits, stacks, ConstantCost(1_000), To(Route(0, 1)), link=link, recorder=writer)
+        simulation.run([Arrival(Request(0, 0, 10, 4), 4)])
+    life = request_life(read_run(tmp_path / "run"), 0)
+    moved = (Span(MOVING, 1_000, 1_305, 1), Span(DECODE, 1_305, 4_305, 1))
+    if not decisions:  # nobody knows how long the KV was on its way
+        moved = (Span(DECODE, 1_000, 4_305, 1),)
+    assert life.spans == (Span(PREFILL, 0, 1_000, 0), *moved)
+    assert life.lanes("sim") == {0: "sim, replica 0", 1: "sim, replica 1"}
+    assert life.first_token_replica == 0
+    drawn = life_figure({"sim": life})
+    assert [text.get_text() for text in drawn.axes[0].get_yticklabels()] == ["sim, replica 0", "sim, replica 1"]

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.metrics import latencies_ms, littles_law, per_request, summarize, time_average, timeline, token_times
+from experiments.metrics import (
+    latencies_ms,
+    littles_law,
+    outline,
+    per_request,
+    summarize,
+    time_average,
+    timeline,
+    token_times,
+)
 from experiments.records import Run, RunError, RunWriter, read_run
 from policies.stack import StackSpec
 from tests.experiments.fake_run import LIMITS, FakeRequest, drive, fake_info, fake_run, random_requests
@@ -316,3 +325,16 @@ def test_a_refused_request_is_counted_and_has_no_latency(tmp_path: Path) -> None
     assert summary["statuses"]["refused"] == 1
     assert summary["completed"] == 1
     assert per_request(run)["ttft_ms"].isna().tolist() == [True, False]
+
+
+def test_an_outline_agrees_with_the_whole_summary_and_reads_no_steps(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", random_requests(40, seed=9, cancelled=0.2))
+    figures, whole = outline(run, (50, 99)), summarize(run, percentiles=(50, 99))
+    gaps = {name for name in figures if name.endswith("_itl_ms")}
+    assert len(gaps) == 5
+    assert all(figures[name] is None for name in gaps)
+    for name in figures.keys() - gaps:
+        assert figures[name] == (pytest.approx(whole[name]) if name.endswith("_ms") else whole[name]), name
+    again = read_run(tmp_path / "run")
+    (tmp_path / "run" / "steps.parquet").write_bytes(b"")
+    assert outline(again, (50, 99)) == figures

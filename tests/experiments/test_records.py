@@ -191,6 +191,18 @@ def test_a_row_that_does_not_fit_the_columns_is_refused(tmp_path: Path, values: 
         writer.close()
 
 
+def test_single_columns_and_the_number_of_rows_are_read_without_the_rest(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "cut", fake_info())
+    drive(writer, dict(enumerate(random_requests(10, seed=2))), max_steps=20)
+    writer.abort()
+    fake_run(tmp_path / "whole")
+    for folder in (tmp_path / "cut", tmp_path / "whole"):
+        run, names = read_run(folder), ["end_ns", "replica"]
+        assert run.columns("steps", names).equals(read_run(folder).table("steps").select(names))
+        assert run.num_rows("steps") == len(run.steps) > 0
+        assert run.columns("steps", names).equals(run.table("steps").select(names))  # now that it is read whole
+
+
 def test_a_request_may_change_after_its_row_was_taken(tmp_path: Path) -> None:
     keys = [b"a"]
     with RunWriter(tmp_path / "run", fake_info(), flush_seconds=None) as writer:

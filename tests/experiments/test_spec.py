@@ -160,7 +160,7 @@ def test_a_cards_kv_cache_is_what_the_largest_step_leaves(
 
     device = torch.device("cuda")
     loaded = MagicMock(name="a model on a card")
-    loaded.model.device, loaded.model.dtype = device, torch.bfloat16
+    loaded.model.device, loaded.model.dtype, loaded.ranks.size = device, torch.bfloat16, 1
     loaded.config = load_model("tiny", load_format="dummy").config
     monkeypatch.setattr(real, "profile_num_blocks", profile_num_blocks)
     monkeypatch.setattr(real, "free_bytes", lambda device: 2**33)

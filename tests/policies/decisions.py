@@ -52,7 +52,7 @@ def steps(drive: Drive) -> list[dict]:
 
 def assert_same_run(limits: Limits, work: list[Job], one: StackSpec, other: StackSpec) -> Drive:
     """Both stacks decide the same in every step. Gives the first run."""
-    first, second = Drive(limits, one, work), Drive(limits, other, work)
+    first, second = Drive(limits, one, work), Drive(limits, other, work, check=False)
     for a, b in zip(decisions(first), decisions(second), strict=False):
         assert a == b
     assert len(first.steps) == len(second.steps)

@@ -438,7 +438,7 @@ def test_it_may_be_put_in_place_and_replaced_while_calls_run(
                 steps.remove(min(steps))
                 spec = stack if len(steps) % 2 == 0 else StackSpec()
                 made = spec.build(block_size=limits.block_size)
-                self.plane.swap({"scheduler": made.scheduler}, {"scheduler": spec.scheduler}, now)
+                self.plane.change_policies({"scheduler": made.scheduler}, {"scheduler": spec.scheduler}, now)
             super()._deliver(now)
 
     steps = list(steps)

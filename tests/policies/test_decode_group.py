@@ -87,7 +87,7 @@ class GroupAgainstList(RuleBasedStateMachine):
         assert group.context == sum(plain.computed for plain in self.inside)
         assert group.longest == max((plain.computed for plain in self.inside), default=0)
         boundary = {plain.request.id for plain in self.inside if plain.computed % 4 == 0}
-        assert {r.id for r in group.on_block_boundary()} == boundary
+        assert {r.id for r in group.at_block_boundary()} == boundary
         for plain in [*self.inside, *self.outside]:
             request = plain.request
             assert (request.num_computed_tokens, request.num_tokens) == (plain.computed, plain.tokens)

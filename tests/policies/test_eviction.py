@@ -24,7 +24,7 @@ from policies.stack import StackSpec
 from tests.policies.decisions import assert_same_run
 from tests.policies.harness import Job
 from tests.policies.test_library import jobs
-from tests.policies.test_swapping import Operated, _swap
+from tests.policies.test_live_change import Operated, _change
 
 POLICIES = [*registry.names("eviction"), "gdsf,crossover=8", "gdsf,remember=true", "lfu,remember=true"]
 SILBERSCHATZ = [7, 0, 1, 2, 0, 3, 0, 4, 2, 3, 0, 3, 2, 1, 2, 0, 1, 7, 0, 1]
@@ -519,7 +519,7 @@ NO_ORACLE = [name for name in registry.names("eviction") if name != "belady"]
 
 
 @settings(max_examples=30, deadline=None)
-@given(jobs(), st.dictionaries(st.integers(0, 40), st.sampled_from(NO_ORACLE).map(lambda name: _swap(eviction=name))))
+@given(jobs(), st.dictionaries(st.integers(0, 40), st.sampled_from(NO_ORACLE).map(lambda name: _change(eviction=name))))
 def test_any_policy_may_be_put_in_place_of_any_other_while_requests_run(work: list[Job], acts: dict[int, Any]) -> None:
     drive = Operated(Limits(28, 4, 6, 32, 110), StackSpec(eviction="arc"), work, acts)
     assert drive.plane.view.num_free_blocks + sum(r.num_blocks for r in drive.requests) == 28

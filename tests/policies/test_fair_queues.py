@@ -246,7 +246,7 @@ def test_put_in_place_of_another_it_charges_what_is_given_from_then_on(lag: int)
             if self.plane.next_step == 12:
                 self.had = {r.id: r.num_output_tokens for r in self.requests if r.first_scheduled_ns is not None}
                 spec, policies = StackSpec().rebuilt({"queue": "vtc,lift=off"}, block_size=4)
-                self.plane.swap(policies, {"queue": spec.queue}, now)
+                self.plane.change_policies(policies, {"queue": spec.queue}, now)
 
     drive = Swapped(plain(24, lag=lag), "fcfs", work)
     assert any(had > 0 for had in drive.had.values())

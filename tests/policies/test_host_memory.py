@@ -20,7 +20,7 @@ from policies.stack import StackSpec
 from tests.policies.byhand import Desk, drawn
 from tests.policies.harness import Drive, Job, LinearCost
 from tests.policies.kv_model import KvModel
-from tests.policies.test_swapping import Act, Operated, _swap
+from tests.policies.test_live_change import Act, Operated, _change
 
 LIMITS = Limits(12, 4, 5, 32, 40, prefix_caching=False, num_host_blocks=6)
 
@@ -331,9 +331,9 @@ def test_an_order_of_arrival_puts_a_swapped_request_before_those_that_came_later
     st.dictionaries(
         st.integers(1, 50),
         st.one_of(
-            st.builds(_swap, scheduler=st.sampled_from(["mixed", "orca", "sglang", "static,max_batch_size=3"])),
-            st.builds(_swap, preemption=st.sampled_from(["last_admitted,mode=swap", "longest"])),
-            st.builds(_swap, admission=st.sampled_from(["reserve_max", "watermark", "predicted_peak"])),
+            st.builds(_change, scheduler=st.sampled_from(["mixed", "orca", "sglang", "static,max_batch_size=3"])),
+            st.builds(_change, preemption=st.sampled_from(["last_admitted,mode=swap", "longest"])),
+            st.builds(_change, admission=st.sampled_from(["reserve_max", "watermark", "predicted_peak"])),
         ),
         max_size=5,
     ),

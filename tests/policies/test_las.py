@@ -140,7 +140,7 @@ def test_who_decodes_when_the_queue_is_put_in_is_charged_from_then_on(queue: str
     for _ in range(3):
         step()
     scheduler = StackSpec("preemptive", queue).build(block_size=4).scheduler
-    plane.swap({"scheduler": scheduler}, {"scheduler": queue}, now)
+    plane.change_policies({"scheduler": scheduler}, {"scheduler": queue}, now)
     for _ in range(5):
         step()
     assert scheduler.queue._service.of(request) == 5 * STEP_NS  # type: ignore[attr-defined]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,7 +94,7 @@ def test_every_request_ends_with_its_tokens(stack: StackSpec, limits: Limits, wo
         assert step["num_decodes"] + step["chunk_tokens"] <= limits.max_num_batched_tokens
         assert step["num_running"] <= limits.max_num_seqs
     assert not [row for row in drive.log.decisions if dict(zip(DECISIONS, row, strict=True))["kind"] == "refused"]
-    assert dataclasses.astuple(Drive(limits, stack, work).log) == dataclasses.astuple(drive.log)
+    assert Drive(limits, stack, work, check=False).log == drive.log
 
 
 @pytest.mark.parametrize("stack", [s for s in EVERY if not any(name in says(s) for name in DRAWS)], ids=says)
@@ -109,7 +107,7 @@ def test_other_ids_and_another_order_of_submission_change_no_decision(
     shuffled: list[Job] = [work[0]] * len(work)
     for i, name in enumerate(names):
         shuffled[name] = work[i]
-    plain, other = StampedDrive(limits, stack, list(work)), StampedDrive(limits, stack, shuffled)
+    plain, other = (StampedDrive(limits, stack, each, check=False) for each in (list(work), shuffled))
     for a, b in zip(renamed(decisions(plain), names), decisions(other), strict=True):
         assert a == b
     fates = sorted((names[row[0]], *row[1:]) for row in outcomes(plain))  # type: ignore[call-overload]

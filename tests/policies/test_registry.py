@@ -14,6 +14,7 @@ from policies.contract import Admission, Scheduler
 from policies.registry import PolicyError, PolicySpec, make
 from policies.replica_state import Limits
 from policies.stack import StackSpec
+from tests.policies.fleet import PerBlock, PerToken
 from tests.policies.harness import Drive, Job
 
 WriteModule = Callable[[str], str]
@@ -64,10 +65,11 @@ def test_the_built_in_policies_are_known_by_role() -> None:
 
 @pytest.mark.parametrize("role", registry.ROLES)
 def test_every_built_in_policy_plays_its_role_and_says_what_it_does(role: str) -> None:
+    surroundings = {"block_size": 16, "seed": 0, "oracle": {}, "future": {}, "cost": PerToken(), "transfer": PerBlock()}
     for name in registry.names(role):
         policy = registry.find(role, name)
         assert (policy.__doc__ or "").strip().splitlines()[0].endswith((".", ","))
-        made = make(role, name, queue=make("queue", "fcfs"), block_size=16, seed=0, oracle={}, future={})
+        made = make(role, name, queue=make("queue", "fcfs"), **surroundings)
         assert isinstance(made, registry.ROLES[role])
 
 

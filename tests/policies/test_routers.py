@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from policies import registry
 from policies.contract import Replica, Route
 from policies.request import Request
-from tests.policies.fleet import Loaded
+from tests.policies.fleet import Loaded, make_router
 
 
 def replicas(loads: list[int]) -> list[Replica]:
@@ -47,7 +47,7 @@ def test_least_tokens_does_not_go_by_the_order_in_which_the_replicas_are_listed(
 
 @pytest.mark.parametrize("name", registry.names("router"))
 def test_a_router_hears_of_ends_and_goes_on(name: str) -> None:
-    router = registry.make("router", name)
+    router = make_router(name)
     request = Request(0, 0, 4, 4)
     route = router.route(request, [], replicas([0]), 0)
     assert route.replica == 0

@@ -220,7 +220,7 @@ def test_a_request_that_never_ran_here_decodes_from_when_it_is_first_seen() -> N
     decoded, now = [], 0
     for index in range(12):
         if index == 5:
-            plane.swap({"scheduler": scheduler}, {"scheduler": "scorpio"}, now)
+            plane.change_policies({"scheduler": scheduler}, {"scheduler": "scorpio"}, now)
         before = [r.num_output_tokens for r in requests]
         step = plane.plan(now)
         decoded.append([r.num_output_tokens - n for r, n in zip(requests, before, strict=True)])

@@ -111,7 +111,7 @@ def test_weights_are_views_under_the_names_of_a_published_checkpoint(
     getattr(transformers, f"{MODELS[name][0]}ForCausalLM")(their_config).save_pretrained(tmp_path)
     prefix = "model.layers.0."
     written = {
-        key.removeprefix(prefix): tensor.shape
+        key.removeprefix(prefix): torch.Size(tensor.shape)
         for key, tensor in read_tensors(tmp_path)
         if key.startswith(f"{prefix}{block}.")
     }

@@ -82,7 +82,7 @@ def test_a_fit_finds_what_copies_cost_each_way_and_leaves_the_other_prices_alone
     assert swap is not None
     assert swap.copies == pytest.approx(30_000, rel=0.02)
     assert (swap.swapped_out, swap.swapped_in) == pytest.approx((900, 1_100), rel=0.02)
-    assert model.calibration.eager == without.calibration.eager
+    assert model.calibration.other == without.calibration.other
     assert model.calibration.held_out == without.calibration.held_out
     seen = decodes(5, 300, out=160)
     assert model.cost(seen.shape).device_ns == pytest.approx(seen.device_ns, rel=0.01)

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from policies.control_plane import ControlPlane
-from policies.plan import Step
+from policies.plan import Report, Step
 from policies.prefix import chain_key, root_key
+from policies.queues.fcfs import Fcfs
+from policies.records import STEPS
+from policies.registry import make
 from policies.replica_state import Limits
 from policies.request import Request
+from policies.schedulers.mixed import Mixed
 from policies.stack import StackSpec
 from simulator.arrivals import Arrival
 from simulator.costs.constant import LinearCost
@@ -20,6 +24,7 @@ from tests.policies.library import EVERY, says
 
 LIMITS = Limits(60, block_size=4, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=160)
 COST = LinearCost(1_000.4, 10.3, 0.7)
+STEP = {name: i for i, name in enumerate(STEPS)}
 
 
 @dataclass
@@ -38,7 +43,7 @@ class Rows:
         self.rows.append(row)
 
 
-def arrivals(seed: int, n: int = 16) -> list[Arrival]:
+def arrivals(seed: int, n: int = 12) -> list[Arrival]:
     """Bursts with long gaps between them, so that there is now a queue and now nothing but decodes."""
     draw = np.random.default_rng(seed)
     made, at = [], 0
@@ -62,20 +67,10 @@ def run(
     """The rows, and the steps that were not asked for."""
     rows, oracle = Rows(), {a.request.id: a.output_tokens for a in todo}
     built = stack.build(block_size=4, seed=3, oracle=oracle, future={a.request.id: list(a.keys) for a in todo})
-    simulation = Simulation(limits, [built], COST, recorder=rows, check=True, together=together)
-    repeated = 0
-    plane = simulation.replicas[0].plane
-    repeat = plane.repeat
-
-    def counted(now: int) -> Step | None:
-        nonlocal repeated
-        step = repeat(now)
-        repeated += step is not None
-        return step
-
-    plane.repeat = counted  # type: ignore[method-assign]
+    simulation = Simulation(limits, [built], COST, recorder=rows, check=together, together=together)
     simulation.run(todo)
-    return rows.rows, repeated
+    plane = simulation.replicas[0].plane
+    return rows.rows, plane.next_step - plane.num_asked
 
 
 @pytest.mark.parametrize("stack", EVERY, ids=says)
@@ -129,6 +124,124 @@ def test_most_steps_of_decodes_alone_are_not_asked_for(scheduler: str, lag: int)
     rows, repeated = run(StackSpec(scheduler), limits, arrivals(5), together=True)
     alone = sum(len(row) > 20 and row[6] > 0 and row[9] == 0 for row in rows)  # type: ignore[operator]
     assert repeated > 0.5 * alone
+
+
+def crowd(n: int = 24) -> list[Arrival]:
+    """More than have room, and nobody comes later."""
+    draw, made = np.random.default_rng(11), []
+    for i in range(n):
+        prompt, output = (int(x) for x in draw.integers(8, 30, 2))
+        keys = [
+            chain_key(root_key(), [depth if depth < 2 else 10 * i + depth]) for depth in range((prompt + output) // 4)
+        ]
+        made.append(Arrival(Request(i, i, prompt, output + int(draw.integers(0, 9))), output, keys))
+    return made
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("short_of", ["slots", "blocks", "blocks, cached"])
+@pytest.mark.parametrize("scheduler", ["mixed", "sarathi", "prefill_first", "orca"])
+def test_steps_are_taken_together_while_the_first_in_line_waits_for_room(
+    scheduler: str, short_of: str, lag: int
+) -> None:
+    sizes = {"max_num_seqs": 4, "num_blocks": 400} if short_of == "slots" else {"num_blocks": 40}
+    limits = Limits(**{**_fields(LIMITS), **sizes, "lag": lag, "prefix_caching": short_of != "blocks"})
+    stack = StackSpec(scheduler, admission="full_prompt" if scheduler == "mixed" else "watermark,watermark=0")
+    together, repeated = run(stack, limits, crowd(), together=True)
+    one_by_one, _ = run(stack, limits, crowd(), together=False)
+    assert together == one_by_one
+    steps = [row for row in together if len(row) > 30]
+    waiting = sum(row[STEP["num_waiting"]] > 0 and row[STEP["num_chunks"]] == 0 for row in steps)  # type: ignore[operator]
+    idle = sum(row[STEP["num_waiting"]] == 0 and row[STEP["num_chunks"]] == 0 for row in steps)
+    assert waiting > 20
+    if short_of != "blocks, cached":
+        assert repeated > 0.3 * waiting + 0.5 * idle
+
+
+def test_a_queue_whose_order_changes_as_requests_run_is_asked_while_somebody_waits() -> None:
+    limits = Limits(**{**_fields(LIMITS), "max_num_seqs": 4, "num_blocks": 400})
+    (_, ordered), (_, changing) = (
+        run(StackSpec("mixed", queue), limits, crowd(), together=True) for queue in ("sjf", "vtc")
+    )
+    assert changing < 0.5 * ordered
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("router", ["round_robin", "least_tokens", "kv_aware"])
+def test_several_replicas_behind_a_router_give_the_same_rows_too(router: str, lag: int) -> None:
+    limits = Limits(**{**_fields(LIMITS), "lag": lag})
+    found = []
+    for together in (True, False):
+        rows, chosen = Rows(), make("router", router, seed=2, block_size=4, cost=COST)
+        stacks = [StackSpec().build(block_size=4) for _ in range(3)]
+        simulation = Simulation(limits, stacks, COST, chosen, recorder=rows, check=True, together=together)
+        simulation.at(30_000, lambda simulation=simulation: simulation.fail(1))
+        end = simulation.run(arrivals(4, 40))
+        found.append((end, rows.rows))
+        asked = [replica.plane.num_asked for replica in simulation.replicas]
+        steps = [replica.plane.next_step for replica in simulation.replicas]
+        assert (sum(asked) < 0.7 * sum(steps)) == together
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_an_end_in_time_finds_the_replica_as_it_is_then(lag: int) -> None:
+    limits, found = Limits(**{**_fields(LIMITS), "lag": lag}), []
+    for together in (True, False):
+        ends = []
+        for until_ns in range(20_000, 90_000, 7_001):
+            rows = Rows()
+            simulation = Simulation(limits, [StackSpec().build(block_size=4)], COST, recorder=rows, together=together)
+            ends.append((simulation.run(arrivals(5), until_ns), rows.rows))
+        found.append(ends)
+    assert found[0] == found[1]
+
+
+class Hearing(Fcfs):
+    """The same order by a queue that listens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[int] = []
+
+    def on_report(self, report: Report) -> None:
+        super().on_report(report)
+        self.heard.append(report.step.index)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_policy_that_listens_hears_of_every_step(lag: int) -> None:
+    limits = Limits(**{**_fields(LIMITS), "num_blocks": 400, "lag": lag})
+    found = []
+    for listens in (True, False):
+        rows, stack, queue = Rows(), StackSpec().build(block_size=4), Hearing()
+        if listens:
+            stack.scheduler = Mixed(queue)
+        assert stack.ignores_reports() != listens
+        simulation = Simulation(limits, [stack], COST, recorder=rows, check=True)
+        simulation.run(arrivals(5))
+        found.append(rows.rows)
+        if listens:
+            ran = [row[1] for row in rows.rows if len(row) > 30 and row[STEP["padded_tokens"]]]  # type: ignore[operator]
+            assert queue.heard == ran
+            assert simulation.replicas[0].plane.num_asked < 0.7 * len(ran)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_where_nobody_listens_most_steps_make_no_step_object(monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+    made = 0
+    init = Step.__init__
+
+    def counted(self: Step, *given: int, **named: int) -> None:
+        nonlocal made
+        made += 1
+        init(self, *given, **named)
+
+    monkeypatch.setattr(Step, "__init__", counted)
+    limits = Limits(**{**_fields(LIMITS), "num_blocks": 400, "prefix_caching": cached})
+    rows, _ = run(StackSpec("sarathi", admission="watermark"), limits, arrivals(5), together=True)
+    assert 0 < made < 0.5 * sum(len(row) > 30 for row in rows)
 
 
 def test_a_plan_that_repeats_is_taken_no_more_often_than_it_says() -> None:

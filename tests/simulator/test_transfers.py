@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 
 from policies import registry
 from policies.contract import LATER, ClusterReplica, Move, Replica, Route
+from policies.plan import Plan
 from policies.random_stream import RandomStream
-from policies.records import REQUESTS
+from policies.records import ALIVE, REQUESTS, STEPS
 from policies.replica_state import Limits
-from policies.request import Request
+from policies.request import Request, State
 from policies.routers.llumnix import PAIRINGS, Llumnix
 from policies.stack import StackSpec
 from simulator.arrivals import Arrival
 from simulator.costs.constant import ConstantCost, LinearCost
 from simulator.links import LinkSpeed
 from simulator.simulation import Simulation
+from tests.policies.byhand import Desk
 from tests.policies.fleet import make_router
 from tests.policies.harness import Log
 from tests.policies.library import EVERY
@@ -46,12 +48,13 @@ class To:
         self.rebalance_ns = every or self.rebalance_ns
         self.ended: list[tuple[int, int]] = []
         self.open = True
+        self.pulls_to = 1
 
     def route(self, request: Request, keys: Sequence[bytes], replicas: Sequence[Replica], now: int) -> Route:
         return self.routes[request.id] if isinstance(self.routes, dict) else self.routes
 
     def pull(self, request: Request, replicas: Sequence[ClusterReplica], now: int) -> int | None:
-        return 1 if self.open else None
+        return self.pulls_to if self.open else None
 
     def rebalance(self, replicas: Sequence[ClusterReplica], now: int) -> list[Move]:
         alive = {r.id: r for replica in replicas for r in replica.decoding()}
@@ -176,6 +179,36 @@ def test_a_prefill_that_nobody_takes_while_nothing_runs_goes_on_where_it_is() ->
     router = To(Route(0, LATER))
     router.open = False
     [request], log, _ = simulate(router, [(0, 8, 3)])
+    assert happened(log, 0) == [(0, "export", 8), (0, "take_back", 8)]
+    assert request.finish_ns == 3_000
+
+
+def test_who_is_cancelled_while_it_waits_for_a_slot_to_go_on_in_is_recorded_as_alive_until_it_left() -> None:
+    """No replica counts it among those alive from the plan on before which it left, as its KV had not come back into a
+    slot: so the counts of the steps and the rows of the requests agree."""
+    desk = Desk(Limits(40, 4, 1, 32, 100, prefix_caching=False))
+    first = desk.submit(8)
+    desk.run(Plan(chunks=[(first, 8)]))
+    desk.run(Plan(decode_all=True))
+    assert desk.plane.transfers.export(first, desk.now)
+    second = desk.submit(8)
+    desk.run(Plan(chunks=[(second, 8)]))
+    desk.plane.transfers.take_back(first, desk.now)
+    desk.run(Plan(decode_all=True))
+    assert first.state is State.MOVING
+    assert desk.plane.cancel(first.id, desk.now)
+    row = dict(zip(REQUESTS, desk.log.requests[0], strict=True))
+    columns = ("status", "before_step", "end_before_step", "moves", "finish_ns")
+    assert [row[name] for name in columns] == ["cancelled", 0, 2, [], 40]
+    counted = [sum(dict(zip(STEPS, step, strict=True))[name] for name in ALIVE) for step in desk.log.steps]
+    assert counted == [1, 1, 1, 1], "the first, then the second"
+
+
+def test_a_prefill_that_its_own_replica_pulls_stays_there() -> None:
+    """Without being copied: it goes on at 1,000, though replica 1 works."""
+    router = To({0: Route(0, LATER), 1: Route(1)})
+    router.pulls_to = 0
+    (request, _), log, _ = simulate(router, [(0, 8, 3), (0, 8, 9)], LinkSpeed(1e9, 1_000))
     assert happened(log, 0) == [(0, "export", 8), (0, "take_back", 8)]
     assert request.finish_ns == 3_000
 

@@ -13,6 +13,7 @@ from runtime.sampling.batch import SamplingState
 from runtime.sampling.noise import vocab_hash
 from runtime.sampling.params import SamplingParams
 from runtime.sampling.sampler import Sampler
+from tests.runtime.test_shards import draw_from_parts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INFINITY = float("inf")
@@ -128,3 +129,11 @@ def test_real_vocabularies_draw_the_same_on_a_card(rows: int, vocab: int, scale:
     logits = random_logits(rows, vocab, scale, torch.bfloat16)
     draws = random_draws(rows, seed=4)
     assert fused(logits, *draws) == reference(logits, *draws)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="it draws on the CPU, by Triton's interpreter")
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_drawn_from_parts_of_the_vocabulary_are_those_drawn_from_the_whole(seed: int) -> None:
+    alone, together, best = draw_from_parts(seed, fused=True)
+    assert together == alone == draw_from_parts(seed, fused=False)[0]
+    assert alone[0] == best

@@ -41,7 +41,7 @@ import asyncio, sys
 from runtime.serving import ray_link
 
 async def main():
-    link = ray_link.RayLink(print, 10.0, on_gpu=True)
+    link = ray_link.RayLink(print, 10.0, num_gpus=1)
     try:
         await link.open(print, print)
     finally:

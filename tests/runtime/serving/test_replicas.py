@@ -12,8 +12,6 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from experiments.replicas import check_served_router
-from experiments.spec import SpecError
 from policies import registry
 from policies.contract import Replica, Route
 from policies.replica_state import Limits
@@ -177,15 +175,15 @@ def test_an_engine_that_starts_while_the_server_ends_is_closed() -> None:
 def test_a_new_engine_has_the_swapped_policies_and_the_pause_before_it_is_routed_to() -> None:
     async def main() -> None:
         coordinator, engines = await _made()
-        await coordinator.command("swap", {"scheduler": "static", "queue": "priority"})
+        await coordinator.command("change_policies", {"scheduler": "static", "queue": "priority"})
         await coordinator.command("hold", {})
         engines.gate.clear()
         joining = asyncio.create_task(coordinator.join())
         await asyncio.sleep(0.01)
-        await coordinator.command("swap", {"scheduler": "mixed"})  # while it is being started
+        await coordinator.command("change_policies", {"scheduler": "mixed"})  # while it is being started
         engines.gate.set()
         await joining
-        expected = [("swap", {"scheduler": "mixed", "queue": "priority"}), ("hold", {})]
+        expected = [("change_policies", {"scheduler": "mixed", "queue": "priority"}), ("hold", {})]
         assert engines[2].commands == expected
         await coordinator.restart(0)
         assert engines[3].commands == expected
@@ -199,8 +197,8 @@ def test_a_new_engine_has_the_swapped_policies_and_the_pause_before_it_is_routed
 def test_a_new_engine_that_refuses_the_policies_is_closed_and_not_routed_to() -> None:
     async def main() -> None:
         coordinator, engines = await _made()
-        await coordinator.command("swap", {"scheduler": "static"})
-        engines.breaks = {"swap": CommandFailed("no such scheduler")}
+        await coordinator.command("change_policies", {"scheduler": "static"})
+        engines.breaks = {"change_policies": CommandFailed("no such scheduler")}
         with pytest.raises(EngineStartError, match="no such scheduler"):
             await coordinator.join()
         assert engines[2].num_closed == 1
@@ -212,20 +210,22 @@ def test_a_new_engine_that_refuses_the_policies_is_closed_and_not_routed_to() ->
 def test_a_command_that_some_replicas_do_not_do_says_which() -> None:
     async def main() -> None:
         coordinator, engines = await _made()
-        engines[0].breaks = {"swap": EngineGone("it has died")}
-        answer = await coordinator.command("swap", {"scheduler": "static"})
+        engines[0].breaks = {"change_policies": EngineGone("it has died")}
+        answer = await coordinator.command("change_policies", {"scheduler": "static"})
         assert answer == {
             "replicas": [{"replica": 1, "before_step": 0}],
             "failed": [{"replica": 0, "error": "it has died"}],
         }
         await coordinator.restart(0)
-        assert engines[2].commands == [("swap", {"scheduler": "static"})]
+        assert engines[2].commands == [("change_policies", {"scheduler": "static"})]
         refusal = CommandFailed("no")
-        engines[1].breaks, engines[2].breaks = {"swap": refusal}, {"swap": EngineGone("it has died")}
+        engines[1].breaks = {"change_policies": refusal}
+        engines[2].breaks = {"change_policies": EngineGone("it has died")}
         with pytest.raises(CommandFailed):
-            await coordinator.command("swap", {"scheduler": "mixed"})
+            await coordinator.command("change_policies", {"scheduler": "mixed"})
         await coordinator.restart(0)
-        assert engines[3].commands == [("swap", {"scheduler": "static"})]  # what nobody did is not remembered
+        # What nobody did is not remembered.
+        assert engines[3].commands == [("change_policies", {"scheduler": "static"})]
 
     asyncio.run(main())
 
@@ -326,12 +326,6 @@ def test_a_router_that_names_a_replica_which_takes_nothing_hears_of_the_end() ->
 
 
 MOVING = [name for name in registry.names("router") if registry.moves_kv(registry.find("router", name))]
-
-
-@pytest.mark.parametrize("name", MOVING)
-def test_no_server_starts_with_a_router_that_moves_kv_between_replicas(name: str) -> None:
-    with pytest.raises(SpecError, match=f"router {name},prefill=2 moves KV cache between replicas"):
-        check_served_router(f"{name},prefill=2")
 
 
 def test_a_router_that_cannot_be_made_is_the_operators_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Swapping the policies of a replica that is running loses nobody, keeps every order, and can be done over."""
+"""Changing the policies of a replica that is running loses nobody, keeps every order, and can be done over."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Operated(Drive):
             act(self.plane, now)
 
 
-def _swap(**roles: str) -> Act:
+def _change(**roles: str) -> Act:
     def act(plane: ControlPlane, now: int) -> None:
         spec, policies = StackSpec().rebuilt(roles, block_size=plane.limits.block_size)
-        plane.swap(policies, {role: spec.as_dict()[role] for role in roles}, now)
+        plane.change_policies(policies, {role: spec.as_dict()[role] for role in roles}, now)
 
     return act
 
@@ -51,11 +51,11 @@ def _flush(plane: ControlPlane, now: int) -> None:
     plane.flush(now)
 
 
-swaps = st.one_of(
-    st.builds(_swap, scheduler=st.sampled_from(SCHEDULERS)),
-    st.builds(_swap, scheduler=st.sampled_from(SCHEDULERS), queue=st.sampled_from(["fcfs", "priority", "sjf"])),
-    st.builds(_swap, admission=st.sampled_from(ADMISSIONS)),
-    st.builds(_swap, eviction=st.just("lru"), preemption=st.just("last_admitted")),
+changes = st.one_of(
+    st.builds(_change, scheduler=st.sampled_from(SCHEDULERS)),
+    st.builds(_change, scheduler=st.sampled_from(SCHEDULERS), queue=st.sampled_from(["fcfs", "priority", "sjf"])),
+    st.builds(_change, admission=st.sampled_from(ADMISSIONS)),
+    st.builds(_change, eviction=st.just("lru"), preemption=st.just("last_admitted")),
     st.just(_flush),
 )
 
@@ -64,12 +64,12 @@ swaps = st.one_of(
 @given(
     jobs(),
     st.sampled_from(SCHEDULERS),
-    st.dictionaries(st.integers(0, 60), swaps, max_size=6),
+    st.dictionaries(st.integers(0, 60), changes, max_size=6),
     st.integers(30, 60),
     st.sampled_from([0, 1]),
     st.booleans(),
 )
-def test_every_request_ends_with_its_tokens_whatever_is_swapped_when(
+def test_every_request_ends_with_its_tokens_whatever_is_changed_when(
     work: list[Job], scheduler: str, acts: dict[int, Act], num_blocks: int, lag: int, caching: bool
 ) -> None:
     limits = Limits(num_blocks, 4, 6, 32, 110, prefix_caching=caching, lag=lag)
@@ -101,7 +101,7 @@ def test_the_new_scheduler_hears_of_who_waits_in_order_of_arrival() -> None:
     for i, arrival in enumerate((5, 5, 3, 4)):
         plane.submit(Request(i, arrival, 4, 8, priority=-i), 5)
     plane.plan(6)  # request 3, the most urgent one, runs
-    plane.swap({"scheduler": Listening(Fcfs())}, {"scheduler": "listening"}, 7)
+    plane.change_policies({"scheduler": Listening(Fcfs())}, {"scheduler": "listening"}, 7)
     assert heard == [(3, 2), (5, 0), (5, 1)]
     assert list(plane.view.running) == [3]
 
@@ -117,7 +117,7 @@ def test_the_new_eviction_lets_blocks_go_in_the_order_of_the_old_one() -> None:
     old = pool.eviction
     assert isinstance(old, Lru)
     expected = [block.id for block in old._idle.values()]
-    plane.swap({"eviction": Lru()}, {"eviction": "lru"}, 20)
+    plane.change_policies({"eviction": Lru()}, {"eviction": "lru"}, 20)
     assert isinstance(pool.eviction, Lru)
     assert pool.eviction is not old
     assert [block.id for block in pool.eviction._idle.values()] == expected
@@ -146,12 +146,12 @@ def test_a_policy_that_fails_while_it_is_taught_changes_nothing() -> None:
     plane.submit(Request(1, 2, 9, 4), 2)
     for role, policy in (("scheduler", Refusing(Fcfs())), ("eviction", RefusingEviction())):
         with pytest.raises(LookupError):
-            plane.swap({role: policy}, {role: "bad"}, 3)
+            plane.change_policies({role: policy}, {role: "bad"}, 3)
     assert (stack.scheduler, stack.admission, stack.eviction) == before
     assert plane._state.pool.eviction is before[2]
     assert plane.plan(4).admitted  # and the old ones go on
-    with pytest.raises(ValueError, match="no router to swap"):
-        plane.swap({"router": object()}, {}, 5)
+    with pytest.raises(ValueError, match="no router to change"):
+        plane.change_policies({"router": object()}, {}, 5)
 
 
 def test_a_hold_runs_nothing_and_a_release_goes_on() -> None:

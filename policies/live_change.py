@@ -16,19 +16,19 @@ from typing import Any
 from policies.contract import Admission, Eviction, Scheduler
 from policies.replica_state import ReplicaState
 
-SWAPPED = ("scheduler", "admission", "preemption", "eviction")
+CHANGEABLE = ("scheduler", "admission", "preemption", "eviction")
 """The roles of one replica's stack. A queue sits inside its scheduler and is replaced with it."""
 
 
-def swap(state: ReplicaState, policies: Mapping[str, Any], now: int) -> None:
+def change(state: ReplicaState, policies: Mapping[str, Any], now: int) -> None:
     """Replace the objects of these roles. If a new one raises while it hears its events, nothing is replaced.
 
     Raises ValueError for a role that a replica does not have, and for a policy that needs a cost model where there is
     none.
     """
-    unknown = [role for role in policies if role not in SWAPPED]
+    unknown = [role for role in policies if role not in CHANGEABLE]
     if unknown:
-        raise ValueError(f"a replica has no {unknown[0]} to swap; it has {', '.join(SWAPPED)}")
+        raise ValueError(f"a replica has no {unknown[0]} to change; it has {', '.join(CHANGEABLE)}")
     for policy in policies.values():
         if getattr(policy, "needs_cost", False) and state.cost is None:
             raise ValueError(f"{type(policy).__name__} plans by what steps cost, and this replica has no cost model")

@@ -1,0 +1,111 @@
+"""What the ranks of a model say to each other on their devices: sums, gathers and broadcasts, in the order of steps."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from runtime.parallel.shard import Shard
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 300.0
+"""For ranks to find each other, and for one to wait for another where nobody has noticed that it hangs."""
+
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in PyTorch 2.13
+
+
+class Ranks:
+    """The ranks of one model, as one of them sees them. By default there is only one, and nothing is said.
+
+    Everything here is called by every rank, in the same order; on a card it is queued, and may be captured in a graph.
+    """
+
+    def __init__(self, shard: Shard = Shard()) -> None:  # noqa: B008 (frozen)
+        self.shard = shard
+
+    @property
+    def size(self) -> int:
+        return self.shard.size
+
+    def check(self) -> None:
+        """Raise where another rank has failed, as rank 0 can tell."""
+
+    def explain(self, error: BaseException) -> BaseException:
+        """What is to be raised for an error on this rank."""
+        return error
+
+    def close(self) -> None:
+        """End the other ranks, where they are this one's."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, in x itself."""
+        if self.shard.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[N, ...] of each rank -> [size, N, ...], the same on all."""
+        if self.shard.size == 1:
+            return x[None]
+        gathered = x.new_empty(self.shard.size, *x.shape)
+        _all_gather(gathered.flatten(0, 1), x.contiguous())
+        return gathered
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x, in x itself."""
+        if self.shard.size > 1:
+            dist.broadcast(x, src=0)
+        return x
+
+    def smallest(self, value: int, device: torch.device) -> int:
+        """The smallest of the ranks' values. Waits for the device."""
+        if self.shard.size == 1:
+            return value
+        held = torch.tensor([value], device=device)
+        dist.all_reduce(held, dist.ReduceOp.MIN)
+        return int(held)
+
+
+def join(rank: int, size: int, device: torch.device, meeting_place: Path) -> None:
+    """Find the other ranks by a file on this host: NCCL between cards, gloo elsewhere."""
+    options: dict[str, Any] = {}
+    if device.type == "cuda":
+        # NVLink SHARP's multicast objects belong to a whole host: a process that dies with them may leave its cards,
+        # and other people's, unusable. Decodes' sums are small, and gain little by them.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        torch.cuda.set_device(device)
+        options["device_id"] = device
+    elif os.path.exists("/sys/class/net/lo"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.FileStore(str(meeting_place), size),
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=TIMEOUT_S),
+        **options,
+    )
+
+
+def leave() -> None:
+    """Leave the other ranks; nothing may be on its way."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def abort() -> None:
+    """Have what waits for another rank on this one's card come back, whatever is in its memory. From any thread."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        try:
+            dist.distributed_c10d._abort_process_group()
+        except Exception:
+            logger.exception("the exchange between the cards cannot be broken off")
