@@ -29,7 +29,13 @@ from tests.experiments.fake_run import fake_run
 from tests.simulator.test_costs_fitted import EXACT
 
 LIMITS = Limits(
-    num_blocks=36, max_num_seqs=8, max_num_batched_tokens=128, max_model_len=300, prefix_caching=True, lag=1
+    num_blocks=36,
+    max_num_seqs=8,
+    max_num_batched_tokens=128,
+    max_model_len=300,
+    prefix_caching=True,
+    lag=1,
+    capture_sizes=(1, 2, 4, 8),
 )
 ABOUT = {"model": "tiny", "dtype": "float32", "hardware": {"cpu": "made up"}}
 MEASURED = FittedCost(
@@ -174,7 +180,7 @@ def test_a_compact_record_has_the_same_figures_and_replays_alike(lag: int, tmp_p
     replay_run(small, tmp_path / "replay", check=True)
     assert diff_decisions(small, read_run(tmp_path / "replay")) is None
     sizes = [sum(path.stat().st_size for path in one.folder.iterdir()) for one in (run, small)]
-    assert sizes[1] < 0.8 * sizes[0]
+    assert sizes[1] < 0.9 * sizes[0]
 
 
 def test_a_run_that_was_cut_short_is_not_made_compact(tmp_path: Path) -> None:
