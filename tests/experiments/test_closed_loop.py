@@ -95,7 +95,7 @@ def assert_replays(run: Run, folder: Path) -> None:
         ("preemptive,mode=keep", f"atlas,{FINE}", 14),
     ],
 )
-def test_figure_2_of_agentix_from_a_file_has_the_published_sums_of_waits(
+def test_figure_2_of_agentix_from_a_file_makes_each_charging_rules_sum_of_waits(
     scheduler: str,
     queue: str,
     waits: int,
