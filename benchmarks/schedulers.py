@@ -37,11 +37,12 @@ from benchmarks.saving import save
 from experiments.metrics import summarize
 from experiments.records import Run, read_run
 from experiments.simulated import run_simulated
-from experiments.spec import RunSpec, check_spec
+from experiments.spec import RunSpec, SpecError, check_spec
 from experiments.timeline import timeline
 from experiments.workloads import Workload, WorkloadSpec, make_workload
 from policies import registry
 from policies.contract import RankedQueue
+from policies.control_plane import PolicyStalled
 
 ROOT = Path(__file__).parent
 NOTES = ROOT.parent / "build" / "schedulers.jsonl"
@@ -148,7 +149,7 @@ def simulate(path: Path, trace: Trace, load: float, rate: float | None, stack: d
     with TemporaryDirectory() as scratch:
         try:
             run = _run(specification(path, trace, rate, stack, quick), Path(scratch) / "run")
-        except (ValueError, RuntimeError) as failure:
+        except (PolicyStalled, SpecError) as failure:
             return Row(trace.name, load, stack["scheduler"], stack["queue"], False, str(failure), {})
         return Row(trace.name, load, stack["scheduler"], stack["queue"], run.clairvoyant, "", figures_of(run))
 

@@ -4,6 +4,7 @@ or with those of a cost model."""
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,17 @@ def simulate_record(run: Run, costs: CostModel, folder: Path, *, overwrite: bool
         cost=costs.describe(),
         **{name: run.info[name] for name in ("oracle",) if name in run.info},
     )
-    arrivals = [one.arrival for one in sorted(_scheduled(run), key=lambda s: s.arrival.request.key)]
+    arrivals = [_as_it_ended(one) for one in sorted(_scheduled(run), key=lambda s: s.arrival.request.key)]
     with RunWriter(folder, info, overwrite=overwrite) as writer:
         Simulation(limits, [stack], costs, recorder=writer, check=check).run(arrivals)
+
+
+def _as_it_ended(one: Scheduled) -> Arrival:
+    """With the length that a stop string gave it."""
+    how = one.cancelled
+    if how is None or how.num_output_tokens is None:
+        return one.arrival
+    return replace(one.arrival, output_tokens=how.num_output_tokens, end=how.end)
 
 
 def oracle_of(run: Run) -> dict[int, int] | None:

@@ -273,6 +273,8 @@ class ControlPlane:
             return
         if state.loose or state.left_group or state.copies or len(group) > self.limits.max_num_batched_tokens:
             return
+        if state.num_waiting and self.limits.prefix_caching:  # a block that is filled may be one of who waits
+            return
         taken = coast(state, self._recording, self._next_index, min(most, self._repeats), time)
         self._next_index += taken
         self._num_repeated += taken
@@ -280,6 +282,11 @@ class ControlPlane:
         if taken:
             state.last_launched = state.last_reported = self._next_index - 1
         self._verify()
+
+    def _is_of_the_first_blocked(self, key: bytes, depth: int) -> bool:
+        """Whether the first who waits has this block in its prompt."""
+        blocked = self._last_plan.blocked
+        return bool(blocked) and depth < len(blocked[0][0]._keys) and blocked[0][0]._keys[depth] == key
 
     def _ask(self, now: int) -> Plan:
         if self._held:
@@ -300,9 +307,7 @@ class ControlPlane:
         state, step = self._state, report.step
         state.last_reported = step.index
         if report.finished and state.num_waiting:
-            # There may be room for the first who waits. Until then there is not: a block that is filled may be one of
-            # its prompt and save it one, but whoever filled it takes another.
-            self._repeats = 0
+            self._repeats = 0  # there may be room for the first who waits
         if step.chunks or step.joined or step.decodes:
             firsts = [chunk.request for chunk in step.chunks if chunk.samples]
             for request in (*firsts, *step.joined, *step.decodes):
@@ -315,6 +320,8 @@ class ControlPlane:
             held = request._blocks
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
                 state.register(request, depth, report.end_ns)
+                if self._repeats and self._is_of_the_first_blocked(request._keys[depth], depth):
+                    self._repeats = 0  # who waits needs a block less
         # Without those that were cancelled while the step was in flight; and in order of arrival, whatever order a
         # panel found them in, since it decides which blocks are idle longest.
         num_finished = 0

@@ -305,6 +305,7 @@ class Engine:
         except BaseException as error:
             logger.critical("the engine has stopped", exc_info=error)
             self._error = error
+            self._runner.give_up(error)
             traceback.clear_frames(error.__traceback__)  # which hold the KV cache
         try:
             if self._lent:

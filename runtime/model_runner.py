@@ -244,17 +244,24 @@ class ModelRunner:
             self._thread.submit(lambda: None).result()
         self._executor.wait()
 
+    def give_up(self, error: BaseException) -> None:
+        """Serve nothing any more after an error here: the other ranks may wait for this one in the midst of a step."""
+        if isinstance(self._ranks, Leader):
+            self._ranks.fail(f"rank 0: {type(error).__name__}: {error}")
+
     def close(self) -> None:
         """Wait for the steps on their way, and let the thread, the graphs and the KV cache go, on every rank."""
         try:
             if self._thread is not None:
                 self._thread.shutdown(wait=True)
         finally:
-            self._executor.close()
-            if isinstance(self._ranks, Leader):
-                self._ranks.serving = False
-                if not self._ranks.failed:
-                    self._ranks.wait(self._ranks.order("stop"))
+            try:
+                self._executor.close()
+            finally:
+                if isinstance(self._ranks, Leader):
+                    self._ranks.serving = False
+            if isinstance(self._ranks, Leader) and not self._ranks.failed:
+                self._ranks.wait(self._ranks.order("stop"))
 
     @property
     def kv_cache(self) -> PagedKVCache:

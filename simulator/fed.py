@@ -93,7 +93,7 @@ class FedSimulation(Simulation):
             reached = self._open.get(request.id)
             # The tokens count the one that this step adds. None beyond the first unknown one can be asked for, as the
             # step that would add that one waits; the last one before the cap leaves only the cap.
-            if reached is not None and reached < request.num_output_tokens < request.max_tokens:
+            if reached is not None and reached < request.num_output_tokens < request.max_tokens_in_all:
                 self._hold = self._hold or self.env.event()
                 return self._hold
         return None

@@ -154,10 +154,9 @@ class SimulatedReplica:
             with suppress(RequestRefused):  # which the control plane has recorded
                 self.plane.submit(arrival.request, now, arrival.keys, hands_off=arrival.hands_off)
                 self._endings.expect(arrival)
-        if self._cancellations:
-            for request_id in sorted(self._cancellations):
-                self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
-            self._cancellations = []
+        cancelled, self._cancellations = self._cancellations, []  # so may who is cancelled, whom a failed one refuses
+        for request_id in sorted(cancelled):
+            self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
         if self.movements is not None:
             self.plane.transfers.let_run(now)
             self.movements.look()

@@ -114,8 +114,11 @@ def decided(found: Mapping[str, Any]) -> dict[str, Any]:
             pairs = {
                 cell["policy"]: tuple(cell["figures"][figure]) for cell in here if None not in cell["figures"][figure]
             }
+            if not pairs:
+                continue
             floor = _floor_of(found, work, figure)
-            widths = {(one, two): width for one, two, width in found["noise"].get(f"{work}~{load:g}~{figure}", ())}
+            noise = found["noise"].get(f"{work}~{load:g}~{figure}", ())
+            widths = {(one, two): float("inf") if width is None else width for one, two, width in noise}
             value, count = tau(pairs, floor, widths)
             rankings.append(
                 {

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from math import inf
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -170,8 +171,11 @@ def _floor(folder: Path, cell: Cell, cells: Sequence[Cell]) -> dict[str, float] 
     return floor
 
 
-def _noise(folder: Path, cells: Sequence[Cell]) -> dict[str, list[tuple[str, str, float]]]:
-    """WORK~LOAD~FIGURE -> (policy, policy, milliseconds of noise between them), where three or more were run."""
+def _noise(folder: Path, cells: Sequence[Cell]) -> dict[str, list[tuple[str, str, float | None]]]:
+    """WORK~LOAD~FIGURE -> (policy, policy, milliseconds of noise between them), where three or more were run.
+
+    None: no request has the latency under both.
+    """
     found = {}
     for work, load in sorted({(cell.work, cell.load) for cell in cells if cell.load is not None}):
         here = [cell for cell in cells if (cell.work, cell.load, cell.repeat) == (work, load, 0)]
@@ -180,7 +184,8 @@ def _noise(folder: Path, cells: Sequence[Cell]) -> dict[str, list[tuple[str, str
         frames = {cell.policy: per_request(read_run(folder / "runs" / cell.name)) for cell in here}
         for figure in RANKED:
             widths = half_widths(frames, figure)
-            found[f"{work}~{load:g}~{figure}"] = [(one, two, width) for (one, two), width in widths.items()]
+            noise = [(*pair, width if width < inf else None) for pair, width in widths.items()]
+            found[f"{work}~{load:g}~{figure}"] = noise
     return found
 
 

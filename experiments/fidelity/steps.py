@@ -141,7 +141,9 @@ def busy_periods(run: Run, costs: CostModel) -> Periods:
     device_ns: dict[int, int] = {}
     for (index, plan_ns, end_ns), shape in zip(zip(*columns, strict=True), shapes, strict=True):
         if not in_flight:
-            pace, now, last = ComputedPace(costs, lead), plan_ns, None
+            now, last = plan_ns, None
+            if lag:  # it has idled; else every plan finds it so, and what the device did before still counts
+                pace = ComputedPace(costs, lead)
         now = pace.plan_at(index, now) or now
         step = Step(index, now, shape=shape)
         runs = bool(shape.num_decodes or shape.num_chunks)

@@ -187,7 +187,7 @@ class Leader(Ranks):
                     self._hear(follower, follower.life.recv())
                 except (EOFError, OSError):
                     del by_life[follower.life]
-                    self._fail(f"rank {follower.shard.rank} {follower.fate()}")
+                    self.fail(f"rank {follower.shard.rank} {follower.fate()}")
             with self._changed:
                 if self._closed and not by_life:
                     return
@@ -197,19 +197,20 @@ class Leader(Ranks):
                 if now - before > self._silence_s / 2:
                     follower.heard = now  # it is this process that was held up
                 if now - follower.heard > limit and follower.answers:
-                    self._fail(f"rank {follower.shard.rank} has given no sign of life for {limit:g} s and was killed")
+                    self.fail(f"rank {follower.shard.rank} has given no sign of life for {limit:g} s and was killed")
 
     def _hear(self, follower: _Follower, message: tuple[str, str]) -> None:
         follower.heard = time.monotonic()
         kind, text = message
         if kind == "failed":
-            self._fail(f"rank {follower.shard.rank}: {text}")
+            self.fail(f"rank {follower.shard.rank}: {text}")
         elif kind == "done":
             with self._changed:
                 follower.answers += 1
                 self._changed.notify_all()
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
+        """The model serves nothing any more: end the other ranks, and have whoever waits for them told why."""
         with self._changed:
             if self._failure is not None or self._closed:
                 return

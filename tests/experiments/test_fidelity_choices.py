@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from experiments.fidelity.capacity import saturated
-from experiments.fidelity.choices import regret, slo_capacity, tau
+from experiments.fidelity.choices import decided, regret, slo_capacity, tau
 from experiments.fidelity.matrix import Cell
 from experiments.fidelity.noise import half_widths
 from experiments.fidelity.tables import missed
@@ -150,3 +150,15 @@ def test_what_misses_its_target_is_counted_unless_repeats_differ_as_much() -> No
 
     assert [count(cell), count(off), count(noisy), count(other), count(cell, failed=2)] == [0, 2, 1, 1, 2]
     assert count(cell, off, noisy, other, failed=1) == 5
+
+
+def test_policies_without_a_request_in_common_tie_and_figures_that_nobody_has_are_left_out() -> None:
+    figures = {name: [1.0 + i, 1.0 + i] for i, name in enumerate(("mean_ttft", "p99_ttft", "mean_e2el"))}
+    cells = {
+        policy: {"work": "chat", "load": 0.85, "repeat": 0, "policy": policy, "floor": None,
+                 "figures": {"p99_tpot": [None] * 2, **{k: [ten * v for v in pair] for k, pair in figures.items()}}}
+        for policy, ten in (("a", 1), ("b", 10), ("c", 100))
+    }  # fmt: skip
+    noise = {"chat~0.85~mean_ttft": [("a", "b", None), ("a", "c", 1.0), ("b", "c", None)]}
+    rankings = decided({"cells": cells, "capacities": {"chat": 1.0}, "noise": noise})["rankings"]
+    assert {(one["figure"], one["pairs"]) for one in rankings} == {("mean_ttft", 1), ("p99_ttft", 3), ("mean_e2el", 3)}

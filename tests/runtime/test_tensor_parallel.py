@@ -152,3 +152,17 @@ def test_a_rank_that_dies_or_hangs_ends_every_request_with_an_error(ranks: Leade
     for follower in ranks.followers:  # not even as zombies
         with pytest.raises(ProcessLookupError):
             os.kill(follower.process.pid, 0)
+
+
+def test_an_error_on_the_first_rank_ends_every_request_and_the_other_rank(folders: dict[str, str]) -> None:
+    with Leader(2, "cpu", silence_s=4.0) as ranks:
+        engine = serve(load_model(folders["Llama"], ranks=ranks), max_model_len=256)
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("no memory")
+
+        engine._runner._sampler = broken  # type: ignore[assignment]
+        with engine:
+            listener = Listener()
+            engine.submit([1, 2, 3], SamplingParams(temperature=1.0, top_k=5, max_tokens=4), listener)
+            assert "no memory" in str(listener.last().error)

@@ -16,6 +16,7 @@ from policies.stack import StackSpec
 from simulator.arrivals import Arrival
 from simulator.costs.constant import LinearCost
 from simulator.fed import FedSimulation
+from simulator.links import LinkSpeed
 from simulator.simulation import Simulation
 from tests.policies.harness import Log
 
@@ -142,3 +143,23 @@ def test_the_clock_stands_where_a_request_may_have_had_its_last_token() -> None:
         (0, 5, 5_000_000, "stop"),
         (1, 2, 6_000_000, "length"),
     ]
+
+
+def test_it_waits_at_the_first_token_of_a_request_that_goes_elsewhere_after_it_too() -> None:
+    logs = [Log(), Log()]
+    made = [
+        kind(
+            LIMITS, [StackSpec().build() for _ in range(2)], LinearCost(1000), make("router", "disaggregated"),
+            link=LinkSpeed(1e9, 64, 0), recorder=log,
+        )
+        for kind, log in zip((Simulation, FedSimulation), logs, strict=True)
+    ]  # fmt: skip
+    simulation, fed = made
+    simulation.run([Arrival(Request(0, 0, 8, 20), 1)])
+    assert isinstance(fed, FedSimulation)
+    fed.feed(Arrival(Request(0, 0, 8, 20), 20), known=False)
+    fed.advance(500_000)
+    assert fed.held
+    fed.ended(0, 1)
+    fed.advance(1_000_000)
+    assert logs[0].requests == logs[1].requests

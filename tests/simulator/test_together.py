@@ -278,3 +278,31 @@ def test_a_queue_that_looks_at_running_requests_before_each_plan_is_asked_for_ea
         run(stack, LIMITS, arrivals(seed, 40), together=True)[0]
         == run(stack, LIMITS, arrivals(seed, 40), together=False)[0]
     )
+
+
+def chain(first: int, length: int) -> list[bytes]:
+    """Keys of a text's blocks."""
+    keys, key = [], chain_key(root_key(), [first])
+    for depth in range(length):
+        key = chain_key(key, [depth])
+        keys.append(key)
+    return keys
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("scheduler", ["mixed", "sarathi", "orca", "prefill_first"])
+def test_a_block_that_a_decode_fills_for_the_first_who_waits_has_the_policy_asked(scheduler: str, lag: int) -> None:
+    """The prompt that waits repeats what is being generated, so that each block that fills is one less for it."""
+    limits = Limits(30, block_size=4, max_num_seqs=4, max_num_batched_tokens=128, max_model_len=120, lag=lag)
+    stack = StackSpec(scheduler=scheduler, admission="full_prompt")
+
+    def todo(prompt: int) -> list[Arrival]:
+        return [
+            Arrival(Request(0, 0, 14, 40), 40, chain(0, 20)),
+            Arrival(Request(1, 0, 5, 60), 60, chain(1, 30)),
+            Arrival(Request(2, 3000, prompt, 4), 4, chain(1, 30)),
+        ]
+
+    for prompt in range(88, 104):
+        one_by_one, _ = run(stack, limits, todo(prompt), together=False)
+        assert run(stack, limits, todo(prompt), together=True)[0] == one_by_one
