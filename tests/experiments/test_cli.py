@@ -123,7 +123,7 @@ def test_compare_makes_no_folder_before_it_has_read_both_runs(
 
 def test_every_command_shows_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert diptych(monkeypatch, capsys, "--help")[0] == 0
-    assert len(app.registered_commands) == 12
+    assert len(app.registered_commands) == 13
     for command in app.registered_commands:
         assert command.callback is not None
         name = command.name or command.callback.__name__.replace("_", "-")
@@ -202,8 +202,8 @@ def test_run_says_what_the_parts_of_its_start_took_and_serves_in_fp8(
     ("place", "doing"),
     [
         ("runtime.weights.LlamaModel", "loading the model"),
-        ("runtime.model_runner.PagedKVCache", "starting the engine"),
-        ("runtime.model_runner.DeviceState.send", "warming up"),  # on the engine's own thread
+        ("runtime.executor.PagedKVCache", "starting the engine"),
+        ("runtime.executor.DeviceState.send", "warming up"),  # on the engine's own thread
     ],
 )
 def test_a_card_out_of_memory_is_one_line_that_says_what_to_lower(

@@ -100,16 +100,14 @@ class Reference:
             return False
         if whole and hit.num_tokens + tokens < request.num_tokens:
             return False
-        free = self.free()
-        self.hit_blocks |= {block.id for block in hit.blocks}
-        claimed = free - self.free()
+        before = self.hit_blocks
+        self.hit_blocks = before | {block.id for block in hit.blocks}
         first = self.blocks(max(hit.num_tokens + tokens, hold)) - len(hit.blocks)
         everything = max(first, self.blocks(request.num_tokens) - len(hit.blocks))
         room = {"full_prompt": everything <= self.free(), "watermark": True}[self.gate]
         room = room and self.free() - first >= self.watermark * self.view.num_blocks
         if self.free() < first or (self.running and not room):
-            if claimed:
-                self.hit_blocks -= {block.id for block in hit.blocks}
+            self.hit_blocks = before  # whoever holds them now may be preempted yet
             return False
         self.running.append(request)
         self.admitted.append(request)
