@@ -12,6 +12,7 @@ from experiments.spec import CostSpec
 from policies import model_shape
 from policies.model_shape import ModelShape
 from simulator.costs.base import CostModel
+from simulator.costs.calibration import Calibration
 from simulator.costs.fitted import FittedCost
 from simulator.costs.roofline import RooflineCost
 from simulator.devices import DEVICES
@@ -19,7 +20,8 @@ from simulator.devices import DEVICES
 STATED = "stated"
 DEPTH = 2
 """Folders below the root in which calibrations are looked for."""
-MARK = b'"diptych-calibration-1"'
+MARK = f'"{Calibration.model_fields["format"].default}"'.encode()
+"""In the head of each file that `Calibration.save` writes."""
 
 
 def choices(root: Path) -> dict[str, str]:

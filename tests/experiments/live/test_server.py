@@ -15,6 +15,7 @@ from experiments.live import costs
 from experiments.live.server import About, Engine, LiveError, LiveServer, ServerGone
 from simulator.costs.constant import ConstantCost
 from simulator.costs.roofline import RooflineCost
+from tests.simulator.test_costs_fitted import EXACT
 
 
 @contextmanager
@@ -76,7 +77,7 @@ def test_where_nothing_answers_the_server_is_gone() -> None:
 
 def test_a_twins_step_times_are_the_servers_a_files_or_a_data_sheets(tmp_path: Path) -> None:
     (tmp_path / "calibrations").mkdir()
-    calibration = {"format": "diptych-calibration-1", "provenance": {}}
+    calibration = {"format": "diptych-calibration-2", "provenance": {}}
     (tmp_path / "calibrations" / "h100.json").write_text(json.dumps(calibration))
     (tmp_path / "other.json").write_text("{}")
     assert list(costs.choices(tmp_path))[:3] == ["stated", "file:calibrations/h100.json", "sheet:h100-sxm"]
@@ -95,3 +96,10 @@ def test_a_twins_step_times_are_the_servers_a_files_or_a_data_sheets(tmp_path: P
     ):
         with pytest.raises(LiveError, match=says):
             costs.maker(choice, tmp_path)(unknown)
+
+
+def test_a_calibration_as_it_is_saved_is_offered_and_used(tmp_path: Path) -> None:
+    EXACT.save(tmp_path / "saved.json")
+    assert costs.choices(tmp_path)["file:saved.json"] == "calibration saved.json"
+    about = About("served", "1", [Engine({}, {}, dtype="bfloat16", model="babel")])
+    assert costs.maker("file:saved.json", tmp_path)(about).describe() == EXACT.describe()
