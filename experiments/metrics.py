@@ -29,6 +29,7 @@ from experiments.token_times import COMPLETED, TokenTimes, token_times
 from policies.records import ALIVE
 
 __all__ = [
+    "COLUMNS",
     "COMPLETED",
     "LATENCIES",
     "LittlesLaw",
@@ -54,7 +55,8 @@ LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 STATUSES = (*COMPLETED, "cancelled", "dropped", "refused", "failed", "unfinished")
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
-_COLUMN = {"ttft": "ttft_ms", "tpot": "tpot_ms", "e2el": "e2e_ms"}
+COLUMNS = {"ttft": "ttft_ms", "tpot": "tpot_ms", "e2el": "e2e_ms"}
+"""Latency -> its column of `per_request`."""
 
 Float64 = NDArray[np.float64]
 
@@ -91,7 +93,7 @@ def latencies_ms(run: Run, request_ids: NDArray[np.int64] | None = None) -> dict
     if request_ids is not None:
         chosen = chosen & frame["request_id"].isin(request_ids).to_numpy()
         rows = rows & run.requests["request_id"].isin(request_ids).to_numpy()
-    samples = {name: frame[column].to_numpy()[chosen] for name, column in _COLUMN.items()}
+    samples = {name: frame[column].to_numpy()[chosen] for name, column in COLUMNS.items()}
     samples["itl"] = token_times(run).gaps_ns(rows) / 1e6
     return {name: samples[name][~np.isnan(samples[name])] for name in LATENCIES}
 
@@ -236,9 +238,9 @@ def _meets(done: pd.DataFrame, slo: Mapping[str, float]) -> NDArray[np.bool_]:
     """Which completed requests meet every objective. A request of one token has no TPOT to miss."""
     met = np.ones(len(done), bool)
     for name, limit in slo.items():
-        if name not in _COLUMN:
-            raise ValueError(f"there is no objective {name!r}; give some of {', '.join(_COLUMN)} in milliseconds")
-        met &= done[_COLUMN[name]].fillna(0.0).to_numpy() <= limit
+        if name not in COLUMNS:
+            raise ValueError(f"there is no objective {name!r}; give some of {', '.join(COLUMNS)} in milliseconds")
+        met &= done[COLUMNS[name]].fillna(0.0).to_numpy() <= limit
     return met
 
 

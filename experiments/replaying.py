@@ -18,7 +18,7 @@ from policies.control_plane import ControlPlane, PolicyStalled
 from policies.records import ALIVE
 from policies.replica_state import Limits
 from policies.request import Request, Slo, State
-from policies.stack import StackSpec
+from policies.stack import PolicyStack, StackSpec
 from simulator.arrivals import Arrival, Cancellation, Scheduled
 from simulator.costs.base import CostModel
 from simulator.pace import Timing
@@ -38,24 +38,9 @@ def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool =
         raise RunError(f"{run.folder} has several replicas; replay takes the run of one")
     limits = TypeAdapter(Limits).validate_python(run.limits)
     _check_whole(run)
-    spec, seed = StackSpec(**run.info["stack"]), int(run.spec.get("seed", 0))
-    stack = spec.build(
-        block_size=limits.block_size,
-        seed=seed,
-        oracle=oracle_of(run),
-        future=_future(run) if spec.wants_future else None,
-    )
+    spec, seed, stack = _policies(run, limits)
     interventions = _interventions(run, spec, limits.block_size, seed)
-    info = run_info(
-        "replay",
-        spec=run.spec,
-        limits=run.limits,
-        stack=run.info["stack"],
-        clairvoyant=run.clairvoyant,
-        workload=run.info["workload"],
-        replay_of=run.name,
-        **{name: run.info[name] for name in ("oracle", "cost", "clients") if name in run.info},
-    )
+    info = _info("replay", run, ("oracle", "cost", "clients"), replay_of=run.name)
     try:
         with RunWriter(folder, info, overwrite=overwrite) as writer:
             replay(
@@ -82,27 +67,32 @@ def simulate_record(run: Run, costs: CostModel, folder: Path, *, overwrite: bool
     if not run.complete:
         raise RunError(f"{run.folder} was cut short; only a complete run can be simulated from its record")
     limits = TypeAdapter(Limits).validate_python(run.limits)
+    _, _, stack = _policies(run, limits)
+    info = _info("sim", run, ("oracle",), simulation_of=run.name, cost=costs.describe())
+    arrivals = [_as_it_ended(one) for one in sorted(_scheduled(run), key=lambda s: s.arrival.request.key)]
+    with RunWriter(folder, info, overwrite=overwrite) as writer:
+        Simulation(limits, [stack], costs, recorder=writer, check=check).run(arrivals)
+
+
+def _policies(run: Run, limits: Limits) -> tuple[StackSpec, int, PolicyStack]:
+    """Those of the record, anew: what they are called, their seed, and the objects."""
     spec, seed = StackSpec(**run.info["stack"]), int(run.spec.get("seed", 0))
-    stack = spec.build(
-        block_size=limits.block_size,
-        seed=seed,
-        oracle=oracle_of(run),
-        future=_future(run) if spec.wants_future else None,
-    )
-    info = run_info(
-        "sim",
+    future = _future(run) if spec.wants_future else None
+    return spec, seed, spec.build(block_size=limits.block_size, seed=seed, oracle=oracle_of(run), future=future)
+
+
+def _info(kind: str, run: Run, kept: tuple[str, ...], **more: Any) -> dict[str, Any]:
+    """The description of a run that is made of this one's record. `kept`: entries that it takes over where they are."""
+    return run_info(
+        kind,
         spec=run.spec,
         limits=run.limits,
         stack=run.info["stack"],
         clairvoyant=run.clairvoyant,
         workload=run.info["workload"],
-        simulation_of=run.name,
-        cost=costs.describe(),
-        **{name: run.info[name] for name in ("oracle",) if name in run.info},
+        **more,
+        **{name: run.info[name] for name in kept if name in run.info},
     )
-    arrivals = [_as_it_ended(one) for one in sorted(_scheduled(run), key=lambda s: s.arrival.request.key)]
-    with RunWriter(folder, info, overwrite=overwrite) as writer:
-        Simulation(limits, [stack], costs, recorder=writer, check=check).run(arrivals)
 
 
 def _as_it_ended(one: Scheduled) -> Arrival:

@@ -23,9 +23,10 @@ from pathlib import Path
 
 from benchmarks.gpu.results import out_folder
 from experiments.fidelity.archive import pack, unpack
+from experiments.fidelity.matrix import QUICK_SIZES, Sizes
 from experiments.fidelity.sim_half import evaluate
 from experiments.fidelity.tables import markdown
-from experiments.fidelity.validation import full, measure, quick
+from experiments.fidelity.validation import full, measure, quick, trace_files
 from experiments.records import RunError
 from experiments.refitting import refit
 from experiments.spec import SpecError
@@ -39,8 +40,6 @@ GUESSES = {"llama-3.1-8b": 20.0, "qwen3-0.6b": 60.0}
 
 def validate(model: str, results: Path, seconds: float, options: argparse.Namespace) -> None:
     """One model, both halves; whatever happens, what was measured is in the archive."""
-    from experiments.fidelity.real_half import Sizes
-
     started = time.monotonic()
     folder = results / model
 
@@ -52,9 +51,9 @@ def validate(model: str, results: Path, seconds: float, options: argparse.Namesp
 
     if options.small:
         base, works, cells = quick()
-        sizes = Sizes(profile_seconds=3, cell_seconds=1.5, fewest_requests=20, guess=40)
+        sizes = QUICK_SIZES
     else:
-        base, works, cells = full(model, options.device, dict(options.trace))
+        base, works, cells = full(model, options.device, trace_files(options.trace))
         sizes = Sizes(options.profile_seconds, options.cell_seconds, guess=GUESSES.get(model, 20.0))
     if not options.from_records:
         measure(base, works, cells, folder, sizes, limit_s=seconds - EVALUATION_S, say=say, kept=keep)
@@ -71,13 +70,6 @@ def validate(model: str, results: Path, seconds: float, options: argparse.Namesp
     print(f"\n### {model}\n\n{markdown(found)}", flush=True)
 
 
-def _trace(text: str) -> tuple[str, str]:
-    name, _, path = text.partition("=")
-    if not Path(path).is_file():
-        raise argparse.ArgumentTypeError(f"{text}: give NAME=FILE, as chat=AzureLLMInferenceTrace_conv.csv")
-    return name, path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="presets, with commas (default: %(default)s)")
@@ -85,7 +77,7 @@ def main() -> None:
     parser.add_argument("--profile-seconds", type=float, default=100)
     parser.add_argument("--cell-seconds", type=float, default=20, help="of arrivals (default: %(default)s)")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="the fidelity.tar of a call before")
-    parser.add_argument("--trace", type=_trace, action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--trace", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="for the simulated half")
     parser.add_argument("--from-records", action="store_true")

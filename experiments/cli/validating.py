@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from experiments.cli.app import app, complain, console
 from experiments.cli.failures import INTERRUPTED
 from experiments.fidelity.archive import pack, unpack
+from experiments.fidelity.matrix import QUICK_SIZES, Sizes
 from experiments.fidelity.sim_half import evaluate
 from experiments.fidelity.tables import markdown, missed
-from experiments.fidelity.validation import full, measure, quick
+from experiments.fidelity.validation import full, measure, quick, trace_files
 from experiments.spec import SpecError
-
-if TYPE_CHECKING:
-    from experiments.fidelity.real_half import Sizes
 
 
 @app.command()
@@ -61,8 +60,10 @@ def validate(
             folder = _unpacked(records, Path(scratch)) if records.is_file() else records
         else:
             folder = out or Path("validation") / ("quick" if small else Path(model).name)
-            base, works, cells = quick() if small else full(model, device, dict(_pair(text) for text in trace or ()))
-            sizes = _sizes(small, profile_seconds, cell_seconds, guess)
+            base, works, cells = quick() if small else full(model, device, trace_files(trace or ()))
+            given = {"profile_seconds": profile_seconds, "cell_seconds": cell_seconds}
+            asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+            sizes = replace(QUICK_SIZES if small else Sizes(guess=guess), **asked)
             try:
                 measure(base, works, cells, folder, sizes, limit_s=time_limit, say=say)
             except KeyboardInterrupt:
@@ -81,16 +82,6 @@ def validate(
         raise typer.Exit(1)
 
 
-def _sizes(small: bool, profile_seconds: float | None, cell_seconds: float | None, guess: float) -> Sizes:
-    from experiments.fidelity.real_half import Sizes  # torch is slow to import, and not needed for --from
-
-    given: dict[str, Any] = {"profile_seconds": profile_seconds, "cell_seconds": cell_seconds}
-    usual: dict[str, Any] = {"guess": guess}
-    if small:
-        usual = {"profile_seconds": 3.0, "cell_seconds": 1.5, "fewest_requests": 20, "guess": 40.0}
-    return Sizes(**usual | {name: value for name, value in given.items() if value is not None})
-
-
 def _unpacked(archive: Path, scratch: Path) -> Path:
     """The folder of records in an archive. Raises SpecError unless there is one."""
     unpack(archive, scratch)
@@ -99,10 +90,3 @@ def _unpacked(archive: Path, scratch: Path) -> Path:
         names = ", ".join(str(folder.relative_to(scratch)) for folder in sorted(folders))
         raise SpecError(f"{archive} holds {names or 'no records'}; give one with one folder, or unpack it and name one")
     return folders[0]
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, _, path = text.partition("=")
-    if not Path(path).is_file():
-        raise SpecError(f"--trace {text}: write WORKLOAD=FILE, as chat=AzureLLMInferenceTrace_conv.csv")
-    return name, path

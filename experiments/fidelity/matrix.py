@@ -56,6 +56,28 @@ class Work:
     policies: Mapping[str, dict[str, str]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How long things take.
+
+    A workload has the same requests at every load, so many as take `cell_seconds` at a capacity of `guess` req/s (for
+    chat), and `fewest_requests`; the run that measures capacity has these and as many more as run at once.
+    """
+
+    profile_seconds: float = 100.0
+    cell_seconds: float = 20.0
+    fewest_requests: int = 250
+    timeout_factor: float = 5.0
+    guess: float = 20.0
+
+    def num_requests(self, work: Work) -> int:
+        return max(self.fewest_requests, round(self.guess * work.pace * self.cell_seconds))
+
+
+QUICK_SIZES = Sizes(profile_seconds=3, cell_seconds=1.5, fewest_requests=20, guess=40)
+"""For a tiny model on a CPU."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Cell:
     """One run of the matrix. `load`: a share of capacity; None: the run that measures it."""

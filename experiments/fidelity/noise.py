@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from experiments.metrics import COLUMNS
+
 DRAWS, LEVEL = 1000, 0.95
-COLUMNS = {"ttft": "ttft_ms", "tpot": "tpot_ms", "e2el": "e2e_ms"}
 
 
 def half_widths(frames: Mapping[str, pd.DataFrame], figure: str) -> dict[tuple[str, str], float]:

@@ -15,13 +15,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments.fidelity.archive import SCRATCH
 from experiments.fidelity.capacity import capacity, card, saturated
-from experiments.fidelity.matrix import POLICIES, Cell, Work, arrivals_at
+from experiments.fidelity.matrix import POLICIES, Cell, Sizes, Work, arrivals_at
 from experiments.metrics import summarize
 from experiments.profiling import profile
 from experiments.real import Prepared, load, prepare, run_prepared, start_runner
@@ -33,24 +33,6 @@ from simulator.costs.fitted import FittedCost
 
 SPEED_UP = 10.0
 """How much faster than expected requests come that are to come at once and cannot."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How long things take.
-
-    A workload has the same requests at every load, so many as take `cell_seconds` at a capacity of `guess` req/s (for
-    chat), and `fewest_requests`; the run that measures capacity has these and as many more as run at once.
-    """
-
-    profile_seconds: float = 100.0
-    cell_seconds: float = 20.0
-    fewest_requests: int = 250
-    timeout_factor: float = 5.0
-    guess: float = 20.0
-
-    def num_requests(self, work: Work) -> int:
-        return max(self.fewest_requests, round(self.guess * work.pace * self.cell_seconds))
 
 
 class Clock:

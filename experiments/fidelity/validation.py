@@ -6,13 +6,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from experiments.fidelity.matrix import Cell, Work, ordered, works
+from experiments.fidelity.matrix import Cell, Sizes, Work, ordered, works
 from experiments.spec import RunSpec, SpecError, check_spec
-
-if TYPE_CHECKING:
-    from experiments.fidelity.real_half import Sizes
 
 QUICK_CELLS = (
     *(Cell(work, load, "mixed") for work in ("chat", "prefix", "starved") for load in (None, 0.85)),
@@ -60,6 +57,17 @@ def full(model: str, device: str, traces: Mapping[str, str]) -> tuple[RunSpec, d
     base = base_spec(model, device, max_num_seqs=128, max_model_len=4096, num_host_blocks=1000)
     found = works(max_model_len=4096, starved_blocks=1600, traces=traces)
     return base, found, tuple(ordered(found))
+
+
+def trace_files(given: Iterable[str]) -> dict[str, str]:
+    """Workload -> file, of texts WORKLOAD=FILE. Raises SpecError."""
+    found = {}
+    for text in given:
+        name, _, path = text.partition("=")
+        if not Path(path).is_file():
+            raise SpecError(f"--trace {text}: write WORKLOAD=FILE, as chat=AzureLLMInferenceTrace_conv.csv")
+        found[name] = path
+    return found
 
 
 def measure(
