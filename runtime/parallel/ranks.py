@@ -6,13 +6,17 @@ import datetime
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from runtime.parallel.shard import Shard
+from runtime.parallel.small_sums import SmallSums, small_sums
+
+if TYPE_CHECKING:
+    from runtime.ops import Ops
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,7 @@ class Ranks:
 
     def __init__(self, shard: Shard = Shard()) -> None:  # noqa: B008 (frozen)
         self.shard = shard
+        self._sums: SmallSums | None = None
 
     @property
     def size(self) -> int:
@@ -51,6 +56,31 @@ class Ranks:
         if self.shard.size > 1:
             dist.all_reduce(x)
         return x
+
+    def add_norm_(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, ops: Ops
+    ) -> tuple[Tensor, Tensor]:
+        """The RMS norm of the residual [T, H] with the sum of all ranks' x [T, H] added in place, and that residual.
+
+        Without a residual the sum becomes one. x may be overwritten.
+        """
+        if self._sums is not None and self._sums.serves(x):
+            return self._sums.add_norm_(x, residual, weight, eps)
+        x = self.all_reduce(x)
+        if residual is None:
+            return ops.rms_norm(x, weight, eps), x
+        return ops.add_rms_norm_(x, residual, weight, eps), residual
+
+    def prepare(self, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make ready for a model of this width and type: called by all ranks before the first step."""
+        if self._sums is None or self._sums.of != (hidden, dtype):
+            self._sums = small_sums(self.shard, hidden, dtype, device) if self.shard.size > 1 else None
+
+    def abort(self) -> None:
+        """Have what waits for another rank on this one's card come back, whatever is in its memory. From any thread."""
+        if self._sums is not None:
+            self._sums.abort()
+        abort()
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[N, ...] of each rank -> [size, N, ...], the same on all."""
@@ -82,6 +112,7 @@ def join(rank: int, size: int, device: torch.device, meeting_place: Path) -> Non
         # NVLink SHARP's multicast objects belong to a whole host: a process that dies with them may leave its cards,
         # and other people's, unusable. Decodes' sums are small, and gain little by them.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         torch.cuda.set_device(device)
         options["device_id"] = device
     elif os.path.exists("/sys/class/net/lo"):
@@ -103,7 +134,7 @@ def leave() -> None:
 
 
 def abort() -> None:
-    """Have what waits for another rank on this one's card come back, whatever is in its memory. From any thread."""
+    """Break off what NCCL waits for."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
         try:
             dist.distributed_c10d._abort_process_group()
