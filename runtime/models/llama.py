@@ -191,10 +191,8 @@ class LlamaModel(nn.Module):
         """The rank's part of the sum that the embeddings are, [T, hidden_size]."""
         if self.ranks.size == 1:
             return F.embedding(input_ids, self.embedding)
-        own = input_ids - self.layout.vocab.start  # what is not the rank's adds nothing
-        others = (own < 0) | (own >= len(self.layout.vocab))
-        x = F.embedding(own.masked_fill_(others, 0), self.embedding)
-        return x.masked_fill_(others[:, None], 0)
+        vocab = self.layout.vocab
+        return self._ops.embed_part(input_ids, self.embedding, vocab.start, len(vocab))
 
     @torch.inference_mode()
     def logits(self, hidden_rows: Tensor) -> Tensor:
