@@ -3,7 +3,7 @@
 Each is measured 40 times over in one CUDA graph, with the residual sum and the norm that follow it in a layer:
 nccl    all_reduce, then the norm's kernel
 torch   `one_shot_all_reduce` of PyTorch's symmetric memory, then the norm's kernel
-ours    `runtime.parallel.small_sums`: all of it in one kernel
+ours    `runtime.parallel.exchange`: all of it in one kernel
 Before that ours is compared with the first, on random numbers and with ranks that are late.
 """
 
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from runtime.kernels.norm import add_rms_norm_
 from runtime.parallel import ranks as parallel
+from runtime.parallel.exchange import LIMIT_VARIABLE, Exchange
 from runtime.parallel.ranks import Ranks
 from runtime.parallel.shard import Shard
-from runtime.parallel.small_sums import LIMIT_VARIABLE, SmallSums
 
 HIDDEN = 4096
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -78,12 +78,12 @@ def _run(rank: int, size: int, store: Path, result: Connection) -> None:
         for name, way in ways.items():
             say({name: _times(way, (*ROWS, *LARGE), device, stream)})
         ranks.prepare(HIDDEN, torch.bfloat16, device)
-        sums = ranks._sums
-        if sums is None:
+        ours = ranks._exchange
+        if ours is None:
             say({"ours": "no symmetric memory between these cards"})
         else:
-            found["equal_on_all_ranks"], found["largest_error"] = _compare(bare, sums, weight, device)
-            say({"ours": _times(lambda x, r: sums.add_norm_(x, r, weight, EPS), ROWS, device, stream)})
+            found["equal_on_all_ranks"], found["largest_error"] = _compare(bare, ours, weight, device)
+            say({"ours": _times(lambda x, r: ours.add_norm_(x, r, weight, EPS), ROWS, device, stream)})
             say({"torch and norm": _torch_ways(weight, device, stream)})
     stream.synchronize()
     ranks.close()
@@ -138,7 +138,7 @@ def _torch_ways(weight: Tensor, device: torch.device, stream: torch.cuda.Stream)
     return _times(way, ROWS[:-1], device, stream, lambda count: whole[:count])
 
 
-def _compare(bare: Ranks, sums: SmallSums, weight: Tensor, device: torch.device) -> tuple[bool, float]:
+def _compare(bare: Ranks, ours: Exchange, weight: Tensor, device: torch.device) -> tuple[bool, float]:
     """200 sums of random sizes, the ranks now and then a millisecond late: whether all ranks have the same bits, and
     the largest relative error beside float32."""
     draw = random.Random(0)  # the same on all ranks
@@ -152,7 +152,7 @@ def _compare(bare: Ranks, sums: SmallSums, weight: Tensor, device: torch.device)
         total = bare.all_reduce(x.float()) + residual.float()
         if late == bare.shard.rank:
             torch.cuda._sleep(2_000_000)
-        normed, stored = sums.add_norm_(x, residual, weight, EPS)
+        normed, stored = ours.add_norm_(x, residual, weight, EPS)
         worst = max(worst, float((stored.float() - total).norm() / total.norm()))
         wanted = torch.nn.functional.rms_norm(stored.float(), (HIDDEN,), weight.float(), EPS)
         worst = max(worst, float((normed.float() - wanted).norm() / wanted.norm()))

@@ -48,9 +48,9 @@ from policies.replica_state import Limits
 from policies.stack import StackSpec
 from runtime.device_state import StepRows
 from runtime.engine import Engine
+from runtime.parallel.exchange import LIMIT_VARIABLE
 from runtime.parallel.leader import Leader
 from runtime.parallel.ranks import Ranks
-from runtime.parallel.small_sums import LIMIT_KIB, LIMIT_VARIABLE
 from runtime.parallel.wire import StepWork, pack, unpack
 from runtime.weights import load_model
 
@@ -338,7 +338,7 @@ def on_cards(
     """What needs N cards, the most telling first."""
     size = str(options.size)
     beat = crossover_kib(enter("all_reduce", "all_reduce", end=min(until, time.monotonic() + 70)))
-    os.environ.setdefault(LIMIT_VARIABLE, str(min(LIMIT_KIB, beat * (options.size - 1))))
+    os.environ.setdefault(LIMIT_VARIABLE, str(beat * (options.size - 1)))
     result["small_sums_kib"] = int(os.environ[LIMIT_VARIABLE])
     enter("tokens_nccl", "tokens", "--device", "cuda", end=min(until, time.monotonic() + 60))
     measured: dict[str, Any] = {}

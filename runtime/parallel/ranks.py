@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.parallel.exchange import Exchange, connect
 from runtime.parallel.shard import Shard
-from runtime.parallel.small_sums import SmallSums, small_sums
 
 if TYPE_CHECKING:
     from runtime.ops import Ops
@@ -35,7 +35,7 @@ class Ranks:
 
     def __init__(self, shard: Shard = Shard()) -> None:  # noqa: B008 (frozen)
         self.shard = shard
-        self._sums: SmallSums | None = None
+        self._exchange: Exchange | None = None
 
     @property
     def size(self) -> int:
@@ -64,22 +64,26 @@ class Ranks:
 
         Without a residual the sum becomes one. x may be overwritten.
         """
-        if self._sums is not None and self._sums.serves(x):
-            return self._sums.add_norm_(x, residual, weight, eps)
+        if self._exchange is not None and self._exchange.serves(x):
+            return self._exchange.add_norm_(x, residual, weight, eps)
         x = self.all_reduce(x)
         if residual is None:
             return ops.rms_norm(x, weight, eps), x
         return ops.add_rms_norm_(x, residual, weight, eps), residual
 
+    def merge_draws(self, scores: Tensor, tokens: Tensor, start: int, vocab_size: int, out: Tensor) -> bool:
+        """Fill `out` as `runtime.kernels.exchange.merge_draws` does, if that can be done here."""
+        return self._exchange is not None and self._exchange.merge_draws(scores, tokens, start, vocab_size, out)
+
     def prepare(self, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         """Make ready for a model of this width and type: called by all ranks before the first step."""
-        if self._sums is None or self._sums.of != (hidden, dtype):
-            self._sums = small_sums(self.shard, hidden, dtype, device) if self.shard.size > 1 else None
+        if self._exchange is None or self._exchange.of != (hidden, dtype):
+            self._exchange = connect(self.shard, hidden, dtype, device) if self.shard.size > 1 else None
 
     def abort(self) -> None:
         """Have what waits for another rank on this one's card come back, whatever is in its memory. From any thread."""
-        if self._sums is not None:
-            self._sums.abort()
+        if self._exchange is not None:
+            self._exchange.abort()
         abort()
 
     def all_gather(self, x: Tensor) -> Tensor:

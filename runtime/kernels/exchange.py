@@ -1,15 +1,18 @@
-"""Sum over the ranks, residual sum and RMS norm in one kernel, for messages so small that their latency is all.
+"""Exchanges between the ranks of a model for messages so small that latency is all, with the work that follows them:
+sum, residual sum and RMS norm in one kernel; and the best of a row's tokens over all parts of the vocabulary.
 
 Each rank writes its rows straight into memory of the others' cards, every four bytes together with the number of the
 exchange in one 8-byte word, and reads what the others write into its own until all words have that number: data and
 signal arrive together, so that an exchange takes one way over the link, and there is no barrier. That is NCCL's "LL"
 protocol (Hu et al., "Demystifying NCCL", arXiv:2507.04786, section III-D) with every rank sending to every other.
 
-An inbox is int64 [senders, 2, capacity]. Rows that follow each other use its two halves in turn: who sends the next but
+An inbox is int64 [senders, 2, capacity]. Exchanges of the same row use its two halves in turn: who sends the next but
 one has had the next one from everybody, who had read this one before.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -25,28 +28,30 @@ def words_of(hidden: int, dtype: torch.dtype) -> int:
     return hidden * dtype.itemsize // 4
 
 
-def sum_add_norm_(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    *,
-    rank: int,
-    inboxes: Tensor,
-    capacity: int,
-    counters: Tensor,
-    broken: Tensor,
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """How rows are exchanged.
+
+    Attributes:
+        inboxes: int64 [ranks], the addresses of all inboxes as this rank has them; at each a row of W words has those
+            from row * W on.
+        capacity: words in half of what a sender has in an inbox.
+        counters: int32, one a row at least: exchanges that it has had.
+        broken: int32 [1]; when it is not 0, nobody is waited for, and what comes out means nothing.
+    """
+
+    rank: int
+    inboxes: Tensor
+    capacity: int
+    counters: Tensor
+    broken: Tensor
+
+
+def sum_add_norm_(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, mail: Mail) -> tuple[Tensor, Tensor]:
     """Adds the sum of all ranks' x [T, H] to the residual in place, and returns it with the norm of the sum as stored.
 
     Without a residual the sum becomes one. Sums are in float32 and in the order of the ranks, so that they are the same
     on all of them; rounded once.
-
-    Args:
-        inboxes: int64 [ranks], the addresses of all inboxes as this rank has them.
-        capacity: words in half of what a sender has in an inbox; a row r of W words has those from r * W on.
-        counters: int32, one a row at least: exchanges that it has had.
-        broken: int32 [1]; when it is not 0, nobody is waited for, and what comes out means nothing.
     """
     rows, hidden = x.shape
     words = words_of(hidden, x.dtype)
@@ -55,11 +60,24 @@ def sum_add_norm_(
     block = triton.next_power_of_2(words)
     pdl = use_pdl(x.device)
     _sum_norm_kernel[(rows,)](
-        x, total, weight, out, inboxes, counters, broken, words, hidden, eps, rank, len(inboxes), capacity, block,
-        4 // x.element_size(), residual is not None, pdl,
+        x, total, weight, out, mail.inboxes, mail.counters, mail.broken, words, hidden, eps, mail.rank,
+        len(mail.inboxes), mail.capacity, block, 4 // x.element_size(), residual is not None, pdl,
         num_warps=min(max(block // 128, 1), 16), launch_pdl=pdl,
     )  # fmt: skip
     return out, total
+
+
+def merge_draws(scores: Tensor, tokens: Tensor, start: int, vocab_size: int, out: Tensor, mail: Mail) -> None:
+    """The token of the best score of each row on any rank, the smallest of equal ones -> out int64 [R].
+
+    scores float32, tokens int32: [R, chunks], of this rank's part of the vocabulary, which begins at token `start`.
+    """
+    rows, chunks = scores.shape
+    pdl = use_pdl(scores.device)
+    _merge_kernel[(rows,)](
+        scores, tokens, out, mail.inboxes, mail.counters, mail.broken, start, vocab_size, chunks, mail.rank,
+        len(mail.inboxes), mail.capacity, triton.next_power_of_2(chunks), pdl, num_warps=1, launch_pdl=pdl,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -169,3 +187,65 @@ def _sum_norm_kernel(
         inverse_rms = tl.rsqrt(tl.sum(low * low) / HIDDEN + EPS)
         normed = (low * inverse_rms * scale.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
     tl.store(out.to(words) + at, normed, mask)
+
+
+@triton.jit
+def _better(score, token, best_score, best_token):
+    """The better one of two, the smaller token of equal ones; a score that is no number is worse than any."""
+    wins = (score > best_score) | ((score == best_score) & (token < best_token))
+    return tl.where(wins, score, best_score), tl.where(wins, token, best_token)
+
+
+@kernel
+@triton.jit
+def _merge_kernel(
+    scores: tl.tensor,
+    tokens: tl.tensor,
+    out: tl.tensor,
+    inboxes: tl.tensor,
+    counters: tl.tensor,
+    broken: tl.tensor,
+    START: tl.constexpr,
+    VOCAB: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program a row, which exchanges two words: the best score of a rank, and its token."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0)
+    chunk = tl.arange(0, BLOCK)
+    mask = chunk < CHUNKS
+    sequence = tl.load(counters + row) + 1
+    score = tl.load(scores + row * CHUNKS + chunk, mask, float("-inf"))
+    token = tl.load(tokens + row * CHUNKS + chunk, mask, 0x7FFFFFFF)
+    own_score = tl.max(score)
+    own_token = tl.minimum(tl.min(tl.where(score == own_score, token, 0x7FFFFFFF)), VOCAB - 1 - START) + START
+
+    which = tl.arange(0, 2)
+    both = which < 2
+    at = (sequence & 1).to(tl.int64) * CAPACITY + row * 2 + which
+    word = tl.where(which == 0, own_score.to(tl.int32, bitcast=True), own_token)
+    numbered = (sequence.to(tl.int64) << 32) | (word.to(tl.int64) & 0xFFFFFFFF)
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            inbox = tl.multiple_of(tl.load(inboxes + peer).to(tl.pointer_type(tl.int64)), 16)
+            tl.store(inbox + RANK * 2 * CAPACITY + at, numbered, both)
+    own = tl.multiple_of(tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64)), 16)
+    best_score = tl.full((), float("-inf"), tl.float32)
+    best_token = tl.full((), VOCAB - 1, tl.int32)
+    for sender in tl.static_range(SIZE):
+        if sender != RANK:
+            word = _receive(own + sender * 2 * CAPACITY + at, sequence, both, broken)
+            that_score = tl.sum(tl.where(which == 0, word, 0)).to(tl.float32, bitcast=True)
+            that_token = tl.sum(tl.where(which == 1, word, 0))
+            best_score, best_token = _better(that_score, that_token, best_score, best_token)
+        else:
+            best_score, best_token = _better(own_score, own_token, best_score, best_token)
+    tl.store(counters + row, sequence)
+    tl.store(out + row, best_token.to(tl.int64))

@@ -1,4 +1,5 @@
-"""The sums of decodes over the cards of one host: by our own kernel, in memory that the cards write for each other.
+"""Exchanges of a few rows between the cards of one host, by kernels of ours in memory that the cards write for each
+other: the sums of decodes, and which token is drawn.
 
 NCCL takes 7 microseconds for 8 KB between two H200, and the norm that follows another launch; there are two sums a
 layer. Memory is had from torch.distributed's symmetric memory, without NVLink multicast. Larger sums are NCCL's, and so
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,11 +18,16 @@ from torch import Tensor
 
 from runtime.parallel.shard import Shard
 
+if TYPE_CHECKING:
+    from runtime.kernels.exchange import Mail
+
 logger = logging.getLogger(__name__)
 
 LIMIT_VARIABLE = "DIPTYCH_SMALL_SUMS_KIB"
 LIMIT_KIB = 2048
 """Most that a rank sends in one sum, to all the others together; the variable above says otherwise, and 0 is never."""
+MAX_DRAWS = 1024
+"""Rows that tokens are drawn for, at most."""
 _UNIT = 16  # bytes that loads want a row to be a multiple of
 
 
@@ -29,24 +36,30 @@ def limit_bytes() -> int:
     return int(os.environ.get(LIMIT_VARIABLE, LIMIT_KIB)) * 1024
 
 
-class SmallSums:
-    """Sums of up to `max_rows` rows of one width and type, each with the residual sum and the norm behind it.
+class Exchange:
+    """Sums of up to `max_rows` rows of one width and type, and draws of up to `MAX_DRAWS`.
 
     Args:
-        inboxes: all ranks', as this one sees them: int64 [senders, 2, capacity] zeros. See `runtime.kernels.sum_norm`.
-        max_rows: at most as many as the capacity has room for.
+        inboxes: all ranks', as this one sees them: zeros, int64 [senders, 2, words of the sums + 2 * MAX_DRAWS].
     """
 
     def __init__(self, shard: Shard, inboxes: list[Tensor], hidden: int, dtype: torch.dtype, max_rows: int) -> None:
+        from runtime.kernels.exchange import Mail  # Triton is not needed elsewhere
+
         self.of = (hidden, dtype)
         self.max_rows = max_rows
-        self._shard = shard
         self._keep = inboxes
-        self._capacity = inboxes[0].shape[2]
         device = inboxes[shard.rank].device
-        self._addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes], dtype=torch.int64).to(device)
-        self._counters = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes], dtype=torch.int64)
+        counters = torch.zeros(max_rows + MAX_DRAWS, dtype=torch.int32, device=device)
         self._broken = torch.zeros(1, dtype=torch.int32, device=device)
+
+        def mail(words: int, first_row: int) -> Mail:
+            places, capacity = (addresses + 8 * words).to(device), inboxes[0].shape[2]
+            return Mail(shard.rank, places, capacity, counters[first_row:], self._broken)
+
+        self._sums = mail(0, 0)
+        self._draws = mail(inboxes[0].shape[2] - 2 * MAX_DRAWS, max_rows)
         if device.type == "cuda":
             self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
             self._beside = torch.cuda.Stream(device)
@@ -61,12 +74,18 @@ class SmallSums:
 
         Without a residual the sum becomes one.
         """
-        from runtime.kernels.sum_norm import sum_add_norm_  # Triton is not needed elsewhere
+        from runtime.kernels.exchange import sum_add_norm_
 
-        return sum_add_norm_(
-            x, residual, weight, eps, rank=self._shard.rank, inboxes=self._addresses, capacity=self._capacity,
-            counters=self._counters, broken=self._broken,
-        )  # fmt: skip
+        return sum_add_norm_(x, residual, weight, eps, self._sums)
+
+    def merge_draws(self, scores: Tensor, tokens: Tensor, start: int, vocab_size: int, out: Tensor) -> bool:
+        """Fill `out` as `runtime.kernels.exchange.merge_draws` does; False where there are too many rows."""
+        from runtime.kernels.exchange import merge_draws
+
+        if len(scores) > MAX_DRAWS:
+            return False
+        merge_draws(scores, tokens, start, vocab_size, out, self._draws)
+        return True
 
     def abort(self) -> None:
         """Have kernels that wait for another rank come back, whatever comes out. From any thread."""
@@ -74,10 +93,10 @@ class SmallSums:
             self._broken.copy_(self._one, non_blocking=True)  # by a copy engine, while kernels run
 
 
-def small_sums(shard: Shard, hidden: int, dtype: torch.dtype, device: torch.device) -> SmallSums | None:
-    """On all ranks at once: those of a model's layers, or None where NCCL is to make them all.
+def connect(shard: Shard, hidden: int, dtype: torch.dtype, device: torch.device) -> Exchange | None:
+    """On all ranks at once: that of a model's layers, or None where NCCL is to do it all.
 
-    Where one rank cannot have them, none has. Every rank is a process with one card of this host.
+    Where one rank cannot have it, none has. Every rank is a process with one card of this host.
     """
     row_bytes = hidden * dtype.itemsize
     max_rows = limit_bytes() // (row_bytes * (shard.size - 1)) if shard.size > 1 and row_bytes % _UNIT == 0 else 0
@@ -90,18 +109,19 @@ def small_sums(shard: Shard, hidden: int, dtype: torch.dtype, device: torch.devi
         return None
     inboxes: list[Tensor] = []
     try:
-        inboxes = _connect(shard, max_rows * row_bytes // 4, device)
+        inboxes = _symmetric((shard.size, 2, max_rows * row_bytes // 4 + 2 * MAX_DRAWS), shard, device)
     except Exception:
         logger.warning("no symmetric memory between the cards; NCCL makes all sums", exc_info=True)
     if not _all_of_them(bool(inboxes), device):
         return None
-    return SmallSums(shard, inboxes, hidden, dtype, max_rows)
+    return Exchange(shard, inboxes, hidden, dtype, max_rows)
 
 
-def _connect(shard: Shard, capacity: int, device: torch.device) -> list[Tensor]:
+def _symmetric(shape: tuple[int, ...], shard: Shard, device: torch.device) -> list[Tensor]:
+    """int64 zeros on every rank's card, as this one sees them."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    shape = (shard.size, 2, capacity)
+    os.environ.setdefault("TORCH_SYMMMEM_IMPLICIT_POOL", "0")  # an allocation of its own: peers see where it begins
     own = symmetric_memory.empty(shape, dtype=torch.int64, device=device)
     handle = symmetric_memory.rendezvous(own, dist.group.WORLD)  # type: ignore[arg-type]
     own.zero_()

@@ -1,6 +1,9 @@
-"""The sum over ranks with the norm behind it: on what the other ranks send, which is made here by hand."""
+"""What ranks exchange by kernels of ours: on what the others send, which is made here by hand or by a process."""
 
 from __future__ import annotations
+
+import multiprocessing
+import time
 
 import pytest
 import torch
@@ -9,8 +12,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from runtime.parallel.exchange import MAX_DRAWS, Exchange
 from runtime.parallel.shard import Shard
-from runtime.parallel.small_sums import SmallSums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -35,15 +38,15 @@ def same(got: Tensor, wanted: Tensor) -> bool:
     return torch.equal(got, wanted.to(got.dtype))
 
 
-class Exchange:
+class Ranks:
     """The exchanges of one rank with `size - 1` others that have always sent already."""
 
     def __init__(self, rank: int, size: int, hidden: int, dtype: torch.dtype, max_rows: int) -> None:
         words = hidden * dtype.itemsize // 4
-        shape = (size, 2, max_rows * words)
+        shape = (size, 2, max_rows * words + 2 * MAX_DRAWS)
         self.inboxes = [torch.zeros(shape, dtype=torch.int64, device=DEVICE) for _ in range(size)]
         self.rank, self.size, self.count = rank, size, [0] * max_rows
-        self.sums = SmallSums(Shard(rank, size), self.inboxes, hidden, dtype, max_rows)
+        self.sums = Exchange(Shard(rank, size), self.inboxes, hidden, dtype, max_rows)
 
     def run(self, x: list[Tensor], residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         """As from the ranks' x; checks what was sent to the others."""
@@ -71,7 +74,7 @@ def test_the_residual_takes_the_sum_of_all_ranks_and_the_norm_is_of_that(
     size: int, hidden: int, dtype: torch.dtype
 ) -> None:
     weight = numbers(hidden, dtype=dtype, seed=9)
-    exchanges = [Exchange(rank, size, hidden, dtype, 4) for rank in range(size)]
+    exchanges = [Ranks(rank, size, hidden, dtype, 4) for rank in range(size)]
     for step, rows in enumerate((2, 4, 1, 4)):  # so that rows have been used differently often
         x = [numbers(rows, hidden, dtype=dtype, seed=10 * step + rank) for rank in range(size)]
         residual = None if step == 0 else numbers(rows, hidden, dtype=dtype, seed=10 * step + 9)
@@ -86,7 +89,7 @@ def test_the_residual_takes_the_sum_of_all_ranks_and_the_norm_is_of_that(
 
 def test_what_has_the_number_of_an_earlier_exchange_is_not_taken_for_this_one() -> None:
     """A word of the last exchange but one lies where this one's is to come, until it comes."""
-    one = Exchange(0, 2, 64, torch.float32, 1)
+    one = Ranks(0, 2, 64, torch.float32, 1)
     weight = numbers(64, dtype=torch.float32, seed=0)
     for step in range(3):
         one.run([numbers(1, 64, dtype=torch.float32, seed=step + k) for k in (10, 20)], None, weight)
@@ -95,13 +98,13 @@ def test_what_has_the_number_of_an_earlier_exchange_is_not_taken_for_this_one() 
     before = one.inboxes[0].clone()
     one.sums.add_norm_(x, None, weight, EPS)
     assert torch.equal(before, one.inboxes[0])
-    assert one.sums._counters.tolist() == [4]
+    assert one.sums._sums.counters[0] == 4
 
 
 def test_numbers_that_have_wrapped_around_are_still_told_apart() -> None:
-    one = Exchange(1, 2, 64, torch.bfloat16, 1)
+    one = Ranks(1, 2, 64, torch.bfloat16, 1)
     weight = numbers(64, dtype=torch.bfloat16, seed=0)
-    one.sums._counters.fill_(2**31 - 3)
+    one.sums._sums.counters.fill_(2**31 - 3)
     for step in range(4):
         number = 2**31 - 2 + step
         one.count = [number - 1 if number < 2**31 else number - 1 - 2**32]
@@ -111,5 +114,62 @@ def test_numbers_that_have_wrapped_around_are_still_told_apart() -> None:
 
 
 def test_more_rows_than_there_is_room_for_are_not_served() -> None:
-    sums = Exchange(0, 2, 64, torch.float32, 4).sums
+    sums = Ranks(0, 2, 64, torch.float32, 4).sums
     assert [sums.serves(torch.empty(rows, 64)) for rows in (0, 1, 4, 5)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_the_token_drawn_is_the_best_of_all_ranks_and_of_equal_ones_the_smallest(rank: int) -> None:
+    one = Ranks(rank, 3, 64, torch.float32, 1)
+    part, vocab = 100, 295
+    for step in range(1, 4):
+        scores = numbers(3, 3, 4, dtype=torch.float32, seed=step).round(decimals=0)  # [rank, row, chunk], with ties
+        tokens = torch.randint(0, 95, (3, 3, 4), generator=torch.Generator().manual_seed(step), dtype=torch.int32)
+        scores[2, 2] = torch.nan  # a part that overflows draws nothing
+        tokens = tokens.to(DEVICE)
+        best = []
+        for sender in range(3):
+            for row in range(3):
+                score = scores[sender, row].max()
+                ties = tokens[sender, row][scores[sender, row] == score]
+                best.append((sender, row, score, int(ties.min()) + sender * part if len(ties) else vocab - 1))
+        for sender, row, score, token in best:
+            if sender != rank:
+                pair = torch.stack((score, torch.tensor(token, dtype=torch.int32, device=DEVICE).view(torch.float32)))
+                place = slice(one.inboxes[rank].shape[2] - 2 * MAX_DRAWS + 2 * row, None)
+                one.inboxes[rank][sender][step % 2][place][:2] = numbered(pair, step)
+        out = torch.empty(3, dtype=torch.int64, device=DEVICE)
+        assert one.sums.merge_draws(scores[rank], tokens[rank], rank * part, vocab, out)
+        wanted = []
+        for row in range(3):
+            candidates = [(-float(score), token) for _, r, score, token in best if r == row and not score.isnan()]
+            wanted.append(min(candidates)[1])
+        assert out.tolist() == wanted
+
+
+def test_draws_of_more_rows_than_there_is_room_for_are_left_to_others() -> None:
+    one = Ranks(0, 2, 64, torch.float32, 1)
+    empty = torch.empty(MAX_DRAWS + 1, 1)
+    assert not one.sums.merge_draws(empty, empty.int(), 0, 10, torch.empty(MAX_DRAWS + 1, dtype=torch.int64))
+
+
+def take_part(rank: int, inboxes: list[Tensor], lateness: list[float], totals: Tensor) -> None:
+    """One of two ranks that exchange rows for real: its x is rank + step."""
+    ours = Exchange(Shard(rank, 2), inboxes, 64, torch.float32, 2)
+    for step, seconds in enumerate(lateness):
+        time.sleep(seconds)
+        x = torch.full((2, 64), float(rank + step))
+        totals[rank, step] = ours.add_norm_(x, None, torch.ones(64), EPS)[1]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="kernels of two processes: benchmarks.sums has that for cards")
+def test_a_rank_waits_for_one_that_is_late() -> None:
+    inboxes = [torch.zeros(2, 2, 128 + 2 * MAX_DRAWS, dtype=torch.int64).share_memory_() for _ in range(2)]
+    totals = torch.zeros(2, 4, 2, 64).share_memory_()
+    late = [0.0, 0.1, 0.0, 0.1], [0.1, 0.0, 0.0, 0.0]
+    other = multiprocessing.get_context("fork").Process(target=take_part, args=(1, inboxes, late[1], totals))
+    other.start()
+    take_part(0, inboxes, late[0], totals)
+    other.join(60)
+    assert other.exitcode == 0
+    assert totals[:, :, 0, 0].tolist() == [[1.0, 3.0, 5.0, 7.0]] * 2
