@@ -1,7 +1,8 @@
 """Rank 0's side: starts the other ranks on this host, tells them what to do, and notices when one is gone.
 
 To each of them there are two pairs of sockets. Orders go down one; the other brings signs of life up, and answers. A
-rank that dies closes both, and one that hangs falls silent. Then the others are killed, so that nobody waits for it
+rank that dies closes both, and one that is stopped falls silent. One that is stuck in the midst of a step is known by
+what it does not do: the step does not end, and nobody computes. Then the others are killed, so that nobody waits for it
 any longer, and whoever asks rank 0 for a result gets RankFailed.
 """
 
@@ -16,7 +17,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 SILENCE_S = 10.0
 """Without a sign of life for so long a rank counts as hanging; they come twice a second."""
+STEP_S = 0.01
+"""So much has to be computed, by anybody, for a step that does not end to be only a long one."""
 PATIENCE = 6
 """So many times as long while nothing is served yet: libraries that are being loaded may hold a process up."""
 STUCK_S = 20.0
@@ -55,6 +59,7 @@ class _Follower:
         self.shard = shard
         self.heard = time.monotonic()
         self.answers = 0
+        self.computed = 0.0
         (ours, theirs), (life, their_life) = socket.socketpair(), socket.socketpair()
         with theirs, their_life:
             handles = theirs.fileno(), their_life.fileno()
@@ -75,6 +80,23 @@ class _Follower:
         except subprocess.TimeoutExpired:
             return "has closed its connection"
         return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+
+
+class _Step:
+    """A step whose result rank 0 waits for."""
+
+    def __init__(self, since: float, computed: Callable[[], float]) -> None:
+        self.since = since  # nobody has computed
+        self._computed = computed
+        self._total = 0.0
+
+    def moves(self, followers: list[_Follower]) -> bool:
+        """Whether anybody has computed since this was last so."""
+        total = self._computed() + sum(follower.computed for follower in followers)
+        if total - self._total < STEP_S:
+            return False
+        self._total = total
+        return True
 
 
 class Leader(Ranks):
@@ -107,6 +129,7 @@ class Leader(Ranks):
         self._calls = 0
         self.serving = False
         """Whether steps may be on their way: then somebody looks for failures."""
+        self._step: _Step | None = None  # that is waited for
         self.on_failure: Callable[[], None] = lambda: None
         """Called when a rank has failed, on a thread of ours."""
         self._folder = tempfile.TemporaryDirectory(prefix="diptych-ranks-", ignore_cleanup_errors=True)
@@ -156,6 +179,17 @@ class Leader(Ranks):
             self._changed.wait_for(lambda: self._failure is not None or all(f.answers > number for f in self.followers))
         self.check()
 
+    @contextmanager
+    def waiting(self, computed: Callable[[], float] | None) -> Iterator[None]:
+        """While rank 0 waits for the result of a step, from inside. `computed`: seconds that its own thread has
+        computed, on a CPU; on a card there is none.
+        """
+        self._step = _Step(time.monotonic(), computed or (lambda: 0.0))
+        try:
+            yield
+        finally:
+            self._step = None
+
     # Failures
 
     @property
@@ -198,11 +232,21 @@ class Leader(Ranks):
                     follower.heard = now  # it is this process that was held up
                 if now - follower.heard > limit and follower.answers:
                     self.fail(f"rank {follower.shard.rank} has given no sign of life for {limit:g} s and was killed")
+            step = self._step
+            if step is not None:
+                if now - before > self._silence_s / 2 or step.moves(self.followers):
+                    step.since = now
+                if now - step.since > self._silence_s:
+                    self.fail(
+                        f"ranks are stuck: a step has not ended, and nobody has computed for {self._silence_s:g} s"
+                    )
 
     def _hear(self, follower: _Follower, message: tuple[str, str]) -> None:
         follower.heard = time.monotonic()
         kind, text = message
-        if kind == "failed":
+        if kind == "beat":
+            follower.computed = float(text)
+        elif kind == "failed":
             self.fail(f"rank {follower.shard.rank}: {text}")
         elif kind == "done":
             with self._changed:

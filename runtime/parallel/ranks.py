@@ -5,6 +5,10 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +51,10 @@ class Ranks:
     def explain(self, error: BaseException) -> BaseException:
         """What is to be raised for an error on this rank."""
         return error
+
+    def waiting(self, computed: Callable[[], float] | None) -> AbstractContextManager[None]:
+        """While the result of a step is waited for; see `runtime.parallel.leader`."""
+        return nullcontext()
 
     def close(self) -> None:
         """End the other ranks, where they are this one's."""
@@ -107,6 +115,14 @@ class Ranks:
         held = torch.tensor([value], device=device)
         dist.all_reduce(held, dist.ReduceOp.MIN)
         return int(held)
+
+
+def thread_clock() -> Callable[[], float]:
+    """Seconds that the calling thread has computed, to be asked for on any thread as long as it lives."""
+    if hasattr(time, "pthread_getcpuclockid"):
+        clock = time.pthread_getcpuclockid(threading.get_ident())
+        return lambda: time.clock_gettime(clock)
+    return time.process_time  # of all threads, where there is no clock of each
 
 
 def join(rank: int, size: int, device: torch.device, meeting_place: Path) -> None:
