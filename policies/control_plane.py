@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from policies import live_change
-from policies.coasting import Times, coast
+from policies.coasting import Timed, coast
 from policies.contract import CostModel, Recorder, View
 from policies.decoding import run_decodes
 from policies.enactment import Enactment
@@ -17,7 +17,6 @@ from policies.plan import FOREVER, Plan, Report, Step
 from policies.recording import Recording
 from policies.replica_state import Limits, ReplicaState
 from policies.request import Request, State
-from policies.shapes import StepShape
 from policies.stack import PolicyStack
 from policies.transfers import Transfers
 
@@ -263,23 +262,30 @@ class ControlPlane:
         self._verify()
         return step
 
-    def coast(self, until_clock: int, time: Callable[[StepShape], Times | None]) -> None:
+    @property
+    def may_repeat(self) -> bool:
+        """Whether `repeat` and `coast` can do anything."""
+        return self._repeats > 0
+
+    def coast(self, until_clock: int, time: Timed) -> None:
         """With `lag=0` and no step in flight: what `repeat`, launch and `report` come to, as long as steps change
         nothing but counts, the decode group's clock stays below `until_clock`, and `time` has times for their shapes.
         """
         state, group = self._state, self._state.group
-        most = min(until_clock, group.next_cap()) - group.clock - 1
-        if min(most, self._repeats) < 1 or not group.members or not self.stack.ignores_reports():
+        if state.loose or state.left_group or not group.members:
             return
-        if state.loose or state.left_group or state.copies or len(group) > self.limits.max_num_batched_tokens:
+        most = min(until_clock, group.next_cap()) - group.clock - 1
+        if most < 1 or self._repeats < 1 or not self.stack.ignores_reports():
+            return
+        if state.copies or len(group) > self.limits.max_num_batched_tokens:
             return
         if state.num_waiting and self.limits.prefix_caching:  # a block that is filled may be one of who waits
             return
         taken = coast(state, self._recording, self._next_index, min(most, self._repeats), time)
-        self._next_index += taken
-        self._num_repeated += taken
-        self._repeats -= taken
         if taken:
+            self._next_index += taken
+            self._num_repeated += taken
+            self._repeats -= taken
             state.last_launched = state.last_reported = self._next_index - 1
         self._verify()
 

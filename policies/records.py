@@ -5,6 +5,12 @@ Times are integer nanoseconds since the run began.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+Times = tuple[int, int, int, int]
+"""Of a step: planned, launched, ended, and for so long on the device."""
+
 REQUESTS: dict[str, str] = {
     "request_id": "int64",
     "replica": "int32",
@@ -115,3 +121,36 @@ for a request before a step, with tokens, or for `reserve`, `lend` and `borrow` 
 What an operator did before a step stands first among its decisions, with request -1: `swap` (reason: roles and their
 new policies), `hold` (plans run nothing from here on), `release`, and `flush` (tokens: cached blocks forgotten).
 """
+
+
+class DecodeSteps(NamedTuple):
+    """The rows of steps in a row in which the same requests decode and nothing else happens, as one.
+
+    They are like `first`, the whole row of the first one, but each has one token more of every decode, and times and
+    unused blocks of its own. A recorder that has a method `decode_steps` is given them like this.
+    """
+
+    first: tuple[object, ...]
+    times: Sequence[Times]
+    unused: Sequence[int]
+
+    def step_rows(self) -> Iterator[tuple[object, ...]]:
+        """The rows of steps.parquet, one by one."""
+        row: list[Any] = list(self.first)
+        for row[_TIMES], row[_FREE] in zip(self.times, self.unused, strict=True):
+            yield tuple(row)
+            for column in GROW_BY_ONE:
+                row[column] += 1
+            row[GROW_BY_DECODES] += row[_DECODES]
+
+    def decision_rows(self) -> Iterator[tuple[object, ...]]:
+        """The rows of decisions.parquet, one by one."""
+        replica, first, decodes = self.first[0], self.first[1], self.first[_DECODES]
+        return ((replica, first + i, -1, "decode", decodes, "") for i in range(len(self.times)))  # type: ignore[operator]
+
+
+_AT = {name: i for i, name in enumerate(STEPS)}
+_TIMES = slice(_AT["plan_ns"], _AT["device_ns"] + 1)
+_FREE, _DECODES = _AT["free_blocks"], _AT["num_decodes"]
+GROW_BY_ONE = tuple(_AT[name] for name in ("step", "max_context", "decode_clock"))
+GROW_BY_DECODES = _AT["decode_context"]

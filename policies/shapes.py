@@ -33,6 +33,13 @@ class StepShape(NamedTuple):
         return self.num_decodes + self.chunk_tokens
 
 
+def decodes_alone(num_decodes: int, context: int, longest: int, padded: int, graph: bool) -> StepShape:
+    """The shape of a step of decodes alone, in a third of the time that the constructor takes."""
+    return tuple.__new__(
+        StepShape, (num_decodes, context, longest, 0, 0, 0, 0, 0, num_decodes, padded, graph, 0, 0)
+    )  # fmt: skip
+
+
 def default_capture_sizes(largest: int) -> tuple[int, ...]:
     """Batch sizes worth capturing: 1, 2, 4, every 8 to 256, every 16 (vLLM's ladder), and `largest` itself."""
     sizes = {1, 2, 4, *range(8, 257, 8), *range(272, largest + 1, 16), largest}

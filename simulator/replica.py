@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import simpy
 
-from policies.coasting import Times
 from policies.control_plane import ControlPlane, RequestRefused
 from policies.loop import Action, Answer, Collect, Deliver, Idle, Launch, send, step_loop
 from policies.plan import Report, Step
+from policies.records import Times
 from policies.request import Request, State
 from policies.shapes import StepShape
 from simulator.arrivals import Arrival
@@ -272,7 +272,7 @@ class SimulatedReplica:
         happens in the simulation. Each is enacted, timed and recorded as if it had been asked for. Returns those in
         flight, where these are others than before."""
         plane, pace = self.plane, self._pace
-        if self._arrivals or self._cancellations:
+        if self._arrivals or self._cancellations or not plane.may_repeat:
             return None
         lag, taken = plane.limits.lag, False
         while True:
@@ -296,10 +296,10 @@ class SimulatedReplica:
     def _coast(self, pace: ComputedPace, horizon: float) -> None:
         """The same for steps that change nothing but counts."""
 
-        def time(shape: StepShape) -> Times | None:
-            times = pace.coast(shape, self.now, horizon, self.watched)
-            if times is not None:
-                self.now = times[2]
+        def time(shape: StepShape, most: int) -> list[Times]:
+            times = pace.coast(shape, most, self.now, horizon, self.watched)
+            if times:
+                self.now = times[-1][2]
             return times
 
         self.plane.coast(self._endings.next_due(), time)
