@@ -43,6 +43,7 @@ class Idle:
     wake_at: int | None
 
 
+_DELIVER = Deliver()
 Action = Deliver | Launch | Collect | Idle
 
 
@@ -65,7 +66,7 @@ def step_loop(plane: ControlPlane, lag: int) -> Generator[Action, Answer, None]:
     """
     in_flight: deque[Step] = deque()
     while True:
-        now = yield Deliver()
+        now = yield _DELIVER
         if now is None:
             break
         runs = True

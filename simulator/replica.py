@@ -149,14 +149,19 @@ class SimulatedReplica:
 
     def _deliver(self, now: int) -> None:
         """Submissions in the order of their stamps, then cancellations by id: the engine's order too."""
-        arrivals, self._arrivals = self._arrivals, []  # who is refused may have others come: before the next plan
-        for arrival in sorted(arrivals, key=lambda arrival: arrival.request.key):
-            with suppress(RequestRefused):  # which the control plane has recorded
-                self.plane.submit(arrival.request, now, arrival.keys, hands_off=arrival.hands_off)
-                self._endings.expect(arrival)
-        cancelled, self._cancellations = self._cancellations, []  # so may who is cancelled, whom a failed one refuses
-        for request_id in sorted(cancelled):
-            self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
+        if self._arrivals:
+            arrivals, self._arrivals = self._arrivals, []  # who is refused may have others come: before the next plan
+            for arrival in sorted(arrivals, key=lambda arrival: arrival.request.key):
+                with suppress(RequestRefused):  # which the control plane has recorded
+                    self.plane.submit(arrival.request, now, arrival.keys, hands_off=arrival.hands_off)
+                    self._endings.expect(arrival)
+        if self._cancellations:
+            cancelled, self._cancellations = (
+                self._cancellations,
+                [],
+            )  # so may who is cancelled, whom a failed one refuses
+            for request_id in sorted(cancelled):
+                self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
         if self.movements is not None:
             self.plane.transfers.let_run(now)
             self.movements.look()
