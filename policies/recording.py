@@ -27,7 +27,7 @@ class Recording:
         self._blocked: dict[int, str] = {}
         self._empty_rows: list[tuple[object, ...]] = []
         self._decode_steps = getattr(recorder, "decode_steps", self._decode_steps_by_rows)
-        self._plan_rows: dict[int, tuple[tuple[object, ...], tuple[object, ...], tuple[object, ...]]] = {}
+        self._plan_rows: dict[int, tuple[object, ...]] = {}
 
     def submitted(self, request: Request, next_step: int) -> None:
         """It came before the plan with this index."""
@@ -122,16 +122,16 @@ class Recording:
             self._passed_over({request.id: reason for request, reason in plan.blocked}, index)
         state = self._state
         self._plan_rows[index] = (
-            (len(step.admitted), len(step.preempted)),
-            (
-                state.pool.num_unused,
-                state.pool.num_idle,
-                len(state.running),
-                state.num_waiting,
-                len(state.paused),
-                step.wake_at,
-            ),
-            (len(state.swapped), state.host.num_free),
+            len(step.admitted),
+            len(step.preempted),
+            state.pool.num_unused,
+            state.pool.num_idle,
+            len(state.running),
+            state.num_waiting,
+            len(state.paused),
+            step.wake_at,
+            len(state.swapped),
+            state.host.num_free,
         )
         if not step.runs:
             row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0)
@@ -180,7 +180,7 @@ class Recording:
     def _step_row(
         self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int
     ) -> tuple[object, ...]:
-        changes, after, host = self._plan_rows.pop(step.index)
+        admitted, preempted, *after, swapped, free_host = self._plan_rows.pop(step.index)
         shape = step.shape
         return (
             self._replica,
@@ -191,10 +191,12 @@ class Recording:
             device_ns,
             *shape[:11],  # the columns from num_decodes to graph
             step.decode_clock,
-            *changes,
+            admitted,
+            preempted,
             num_finished,
             *after,
             shape.swapped_out,
             shape.swapped_in,
-            *host,
+            swapped,
+            free_host,
         )

@@ -272,23 +272,33 @@ class SimulatedReplica:
         self._deliver(self.now)
         return self.now
 
-    def _take_together(self) -> list[Step] | None:
-        """Take the steps that the policy would plan like the last one, as far as they are planned before anything else
-        happens in the simulation. Each is enacted, timed and recorded as if it had been asked for. Returns those in
-        flight, where these are others than before."""
-        plane, pace = self.plane, self._pace
-        if self._arrivals or self._cancellations or not plane.may_repeat:
-            return None
-        lag, taken = plane.limits.lag, False
+    def _take_together(self) -> list[Step] | Step | None:
+        """Take the steps that are planned before anything else happens in the simulation, without its events. Those
+        that the policy would plan like the last one are not asked for. Each is enacted, timed and recorded as if it had
+        been. Returns those in flight, where these are others than before; or a step that runs nothing."""
+        plane, pace, lag, taken = self.plane, self._pace, self.plane.limits.lag, False
         while True:
             horizon = self._env.peek()  # looked up each time: who ends here may have others come
-            if not (lag or self._in_flight) and isinstance(pace, ComputedPace):
+            step = None
+            repeats = plane.may_repeat and not (self._arrivals or self._cancellations)
+            if repeats and not (lag or self._in_flight) and isinstance(pace, ComputedPace):
                 self._coast(pace, horizon)
             plan_at = pace.plan_at(plane.next_step, self.now)
-            if plan_at is None or plan_at >= horizon or (step := plane.repeat(plan_at)) is None:
+            if plan_at is None or plan_at >= horizon:
                 break
+            if repeats:
+                step = plane.repeat(plan_at)
+            if step is None:
+                if lag or self._in_flight or self.unknown_end is not None:
+                    break
+                self.now = plan_at
+                self._deliver(plan_at)
+                step = plane.plan(plan_at)
+                horizon = self._env.peek()
             self.now, taken = plan_at, True
             self._launch(step, plan_at)
+            if not step.runs:
+                return step
             if len(self._in_flight) > lag:
                 due = self._in_flight[0]
                 timing = pace.end_of(due)
