@@ -6,54 +6,70 @@ step, a report and a row of it. What is recorded of many of them is what they sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from policies.decoding import go_on
 from policies.recording import Recording
 from policies.records import Times
 from policies.replica_state import ReplicaState
-from policies.shapes import StepShape, decodes_alone, padded_batch
+from policies.request import Request
+from policies.shapes import StepShape, growing, padded_batch
 
-Timed = Callable[[StepShape, int], Sequence[Times]]
-"""Given the shape of the first of so many steps at most, of which each has one token more of every decode: the times of
-as many as can be taken now."""
+Timed = Callable[[Iterator[StepShape], int], Sequence[Times]]
+"""Given the shapes of steps in a row: the times of as many as can be taken now, at most so many."""
 
 
-def coast(state: ReplicaState, recording: Recording | None, index: int, most: int, time: Timed) -> int:
+def coast(
+    state: ReplicaState,
+    recording: Recording | None,
+    index: int,
+    most: int,
+    time: Timed,
+    chunk: tuple[Request, int] | None = None,
+) -> int:
     """Take up to `most` steps from the one with this index on, as many as `time` has times for and as there are unused
-    blocks for. Returns how many."""
-    group, pool = state.group, state.pool
-    decodes, size = len(group.members), state.limits.block_size
-    padded, graph = padded_batch(decodes, 0, 0, state.limits.capture_sizes)
+    blocks for. With a `chunk`, each computes so many tokens of this request, which has the blocks. Returns how many."""
+    group, pool, limits = state.group, state.pool, state.limits
+    decodes, tokens = len(group.members), 0 if chunk is None else chunk[1]
+    sizes = (limits.capture_sizes, limits.mixed_capture_sizes)
+    padded, graph = padded_batch(decodes, int(tokens > 0), tokens, *sizes)
     taken = 0
     while taken < most:
         # Nobody opens more than one block in so many steps.
-        safe = pool.num_unused // decodes * size
+        safe = pool.num_unused // decodes * limits.block_size
         if not safe and len(state.decodes_that_need_a_block()) <= pool.num_unused:
             safe = 1  # else one is evicted, or somebody preempted
         asked = min(safe, most - taken)
-        shape = decodes_alone(decodes, group.context + decodes, group.longest + 1, padded, graph)
-        times = time(shape, asked) if asked else ()
+        if not asked:
+            break
+        context, longest = group.context + decodes, group.longest + 1
+        start = 0 if chunk is None else chunk[0]._computed
+        times = time(growing(decodes, context, longest, start, tokens, padded, graph), asked)
         if not times:
             break
-        unused = _advance(state, times)
+        unused = _advance(state, times, index + taken, chunk)
         if recording is not None:
-            recording.coasted(index + taken, times, shape, group.clock - len(times) + 1, unused)
+            first = next(growing(decodes, context, longest, start, tokens, padded, graph))
+            longest_of = [max(longest + i, start + (i + 1) * tokens) for i in range(len(times))]
+            recording.coasted(index + taken, times, first, group.clock - len(times) + 1, unused, longest_of, chunk)
         taken += len(times)
         if len(times) < asked:
             break
     return taken
 
 
-def _advance(state: ReplicaState, times: Sequence[Times]) -> list[int]:
+def _advance(state: ReplicaState, times: Sequence[Times], index: int, chunk: tuple[Request, int] | None) -> list[int]:
     """The blocks and counts of these steps. Returns the unused blocks after each."""
     group, pool, size = state.group, state.pool, state.limits.block_size
     caches, unused = state.limits.prefix_caching, []
-    for planned, _, end, _ in times:
+    for i, (planned, _, end, _) in enumerate(times):
         for request in group.at_block_boundary():
             blocks = request._blocks
             if request._computed + group.clock >= len(blocks) * size:
                 blocks.append(pool.allocate_one(planned))
         group.clock += 1
+        if chunk is not None:
+            go_on(state, *chunk, index + i, planned)
         if caches:
             for request in group.at_block_boundary():
                 depth = request.num_computed_tokens // size - 1

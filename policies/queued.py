@@ -47,11 +47,13 @@ class QueuedScheduler:
         queue = type(self.queue)
         return (queue.begin, queue.peek, queue.on_report) == (KeyQueue.begin, KeyQueue.peek, KeyQueue.on_report)
 
-    def finish(self, draft: Draft, own: type) -> Plan:
-        """The plan of a scheduler that is steady and ordered in as far as its queue is, and no subclass of `own`."""
-        if draft.plan.chunks or not draft.plan.decode_all:
+    def finish(self, draft: Draft, own: type, *, chunked: bool = False) -> Plan:
+        """The plan of a scheduler that is steady and ordered in as far as its queue is, and no subclass of `own`;
+        `chunked` as in `Draft.finish`."""
+        if not draft.plan.decode_all or draft.admitted or draft.preempted:
             return draft.finish()
-        return draft.finish(steady=self.is_steady(own), ordered=self.is_ordered)
+        steady = self.is_steady(own)
+        return draft.finish(steady=steady, ordered=self.is_ordered, chunked=chunked and steady)
 
     def start(self, view: View, now: int) -> Draft:
         """An empty plan, with the queue in order for this step."""

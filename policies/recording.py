@@ -140,20 +140,30 @@ class Recording:
             else:
                 self._empty_rows.append(row)  # behind the row of the step in flight
 
-    def coasted(self, index: int, times: Sequence[Times], first: StepShape, clock: int, unused: Sequence[int]) -> None:
+    def coasted(
+        self,
+        index: int,
+        times: Sequence[Times],
+        first: StepShape,
+        clock: int,
+        unused: Sequence[int],
+        longest: Sequence[int],
+        chunk: tuple[Request, int] | None,
+    ) -> None:
         """Steps that change nothing but counts (`policies.coasting`), from the one with this index, shape and decode
-        clock on: each one's times, and the unused blocks after it."""
+        clock on: each one's times, the unused blocks after it and its longest context, and the chunk that goes on."""
         state = self._state
         after = (len(state.running), state.num_waiting, len(state.paused), None, 0, 0, len(state.swapped))
         row = (
             *(self._replica, index, *times[0], *first[:11], clock, 0, 0, 0, unused[0], state.pool.num_idle),
             *(*after, state.host.num_free),
         )
-        self._decode_steps(DecodeSteps(row, times, unused))
+        self._decode_steps(DecodeSteps(row, times, unused, longest, -1 if chunk is None else chunk[0].id))
 
     def _decode_steps_by_rows(self, steps: DecodeSteps) -> None:
-        for decision, step in zip(steps.decision_rows(), steps.step_rows(), strict=True):
-            self._recorder.decision(decision)
+        for decisions, step in zip(steps.decision_rows(), steps.step_rows(), strict=True):
+            for decision in decisions:
+                self._recorder.decision(decision)
             self._recorder.step(step)
 
     def _passed_over(self, blocked: dict[int, str], index: int) -> None:

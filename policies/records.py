@@ -124,33 +124,49 @@ new policies), `hold` (plans run nothing from here on), `release`, and `flush` (
 
 
 class DecodeSteps(NamedTuple):
-    """The rows of steps in a row in which the same requests decode and nothing else happens, as one.
+    """The rows of steps in a row in which the same requests decode and nothing else happens, as one; but for a chunk of
+    one prefill, as long in each of them.
 
-    They are like `first`, the whole row of the first one, but each has one token more of every decode, and times and
-    unused blocks of its own. A recorder that has a method `decode_steps` is given them like this.
+    They are like `first`, the whole row of the first one, but each has one token more of every decode, the chunk goes
+    on, and times, unused blocks and the longest context are each one's own. A recorder that has a method `decode_steps`
+    is given them like this.
     """
 
     first: tuple[object, ...]
     times: Sequence[Times]
     unused: Sequence[int]
+    longest: Sequence[int]
+    request_id: int  # of the chunk; -1 without
+
+    def growth(self) -> list[tuple[int, int]]:
+        """(column of steps.parquet, by how much it grows from step to step)."""
+        decodes, tokens = self.first[_AT["num_decodes"]], self.first[_AT["chunk_tokens"]]
+        assert isinstance(decodes, int)
+        assert isinstance(tokens, int)
+        grown = {"step": 1, "decode_clock": 1, "decode_context": decodes}
+        if tokens:
+            grown |= {"chunk_context": tokens, "chunk_pairs": tokens * tokens}
+        return [(_AT[name], more) for name, more in grown.items()]
 
     def step_rows(self) -> Iterator[tuple[object, ...]]:
         """The rows of steps.parquet, one by one."""
         row: list[Any] = list(self.first)
-        for row[_TIMES], row[_FREE] in zip(self.times, self.unused, strict=True):
+        own = zip(self.times, self.unused, self.longest, strict=True)
+        for row[_TIMES], row[_AT["free_blocks"]], row[_AT["max_context"]] in own:
             yield tuple(row)
-            for column in GROW_BY_ONE:
-                row[column] += 1
-            row[GROW_BY_DECODES] += row[_DECODES]
+            for column, more in self.growth():
+                row[column] += more
 
-    def decision_rows(self) -> Iterator[tuple[object, ...]]:
-        """The rows of decisions.parquet, one by one."""
-        replica, first, decodes = self.first[0], self.first[1], self.first[_DECODES]
-        return ((replica, first + i, -1, "decode", decodes, "") for i in range(len(self.times)))  # type: ignore[operator]
+    def decision_rows(self) -> Iterator[list[tuple[object, ...]]]:
+        """The rows of decisions.parquet, by step."""
+        replica, step, *_ = self.first
+        decodes, tokens = self.first[_AT["num_decodes"]], self.first[_AT["chunk_tokens"]]
+        for index in range(step, step + len(self.times)):  # type: ignore[operator]
+            rows: list[tuple[object, ...]] = [(replica, index, -1, "decode", decodes, "")]
+            if tokens:
+                rows.append((replica, index, self.request_id, "chunk", tokens, ""))
+            yield rows
 
 
 _AT = {name: i for i, name in enumerate(STEPS)}
 _TIMES = slice(_AT["plan_ns"], _AT["device_ns"] + 1)
-_FREE, _DECODES = _AT["free_blocks"], _AT["num_decodes"]
-GROW_BY_ONE = tuple(_AT[name] for name in ("step", "max_context", "decode_clock"))
-GROW_BY_DECODES = _AT["decode_context"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from policies.plan import Step
 from policies.records import Times
-from policies.shapes import StepShape, decodes_alone
+from policies.shapes import StepShape
 from simulator.costs.base import CostModel
 from simulator.costs.history import HasHistory, History
 
@@ -79,13 +79,13 @@ class ComputedPace:
     def reported(self, step: Step, now: int) -> None:
         self._host_free = now + self._timings.pop(step.index)[3]
 
-    def coast(self, shape: StepShape, most: int, now: int, horizon: float, watched: bool) -> list[Times]:
-        """With no step in flight: plan, launch and report up to `most` steps of decodes alone as soon as that can be,
-        the first of this shape. None that is planned, or if `watched` ends, at `horizon` or later."""
+    def coast(self, shapes: Iterator[StepShape], most: int, now: int, horizon: float, watched: bool) -> list[Times]:
+        """With no step in flight: plan, launch and report up to `most` steps of these shapes, one after another as soon
+        as that can be. None that is planned, or if `watched` ends, at `horizon` or later."""
         cost, history, taken = self._costs.cost, self._history, []
-        decodes, context, longest, padded, graph = (*shape[:3], *shape[9:11])
         plan, free = max(now, self._host_free, self._plan_from), self._device_free
-        while plan < horizon:
+        while plan < horizon and len(taken) < most:
+            shape = next(shapes)
             prepare, device, finish = cost(shape)
             launch, usual = plan + prepare, device
             start = launch if launch > free else free
@@ -99,11 +99,6 @@ class ComputedPace:
                 history.ran(shape, usual, start, device)
             taken.append((plan, launch, end, device))
             plan, free = end + finish, end
-            if len(taken) == most:
-                break
-            context += decodes
-            longest += 1
-            shape = decodes_alone(decodes, context, longest, padded, graph)
         if taken:
             self._device_free, self._host_free, self._plan_from = free, plan, 0
         return taken

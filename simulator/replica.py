@@ -311,8 +311,8 @@ class SimulatedReplica:
     def _coast(self, pace: ComputedPace, horizon: float) -> None:
         """The same for steps that change nothing but counts."""
 
-        def time(shape: StepShape, most: int) -> list[Times]:
-            times = pace.coast(shape, most, self.now, horizon, self.watched)
+        def time(shapes: Iterator[StepShape], most: int) -> list[Times]:
+            times = pace.coast(shapes, most, self.now, horizon, self.watched)
             if times:
                 self.now = times[-1][2]
             return times

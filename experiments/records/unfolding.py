@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from experiments.records.schema import to_table
-from policies.records import GROW_BY_DECODES, GROW_BY_ONE, STEPS, DecodeSteps
+from policies.records import STEPS, DecodeSteps
 
 Row = Sequence[object]
 _NAMES = list(STEPS)
@@ -27,16 +27,23 @@ def steps_table(rows: Sequence[Row]) -> pa.Table:
     runs = [(i, row) for i, row in enumerate(rows) if type(row) is DecodeSteps]
     if not runs:
         return firsts
-    of, later = _unfolded(rows)
+    of, later = _unfolded([len(row.times) if type(row) is DecodeSteps else 1 for row in rows])
     table = firsts.take(pa.array(of))
-    for column in GROW_BY_ONE:
-        table = _set(table, _NAMES[column], _values(table, _NAMES[column]) + later)
-    grown = later * _values(table, "num_decodes")
-    table = _set(table, _NAMES[GROW_BY_DECODES], _values(table, _NAMES[GROW_BY_DECODES]) + grown)
+    growth: dict[int, npt.NDArray[np.int64]] = {}
+    for i, run in runs:
+        for column, more in run.growth():
+            growth.setdefault(column, np.zeros(len(rows), np.int64))[i] = more
+    for column, more_of in growth.items():
+        table = _set(table, _NAMES[column], _values(table, _NAMES[column]) + later * more_of[of])
     # What each step of a run has of its own.
     mine = np.isin(of, [i for i, _ in runs])
     times = _flat(chain.from_iterable(run.times) for _, run in runs).reshape(-1, len(_TIMES))
-    for name, found in (*zip(_TIMES, times.T, strict=True), ("free_blocks", _flat(run.unused for _, run in runs))):
+    own = dict(zip(_TIMES, times.T, strict=True))
+    own |= {
+        "free_blocks": _flat(run.unused for _, run in runs),
+        "max_context": _flat(run.longest for _, run in runs),
+    }
+    for name, found in own.items():
         values = _values(table, name).copy()
         values[mine] = found
         table = _set(table, name, values)
@@ -45,19 +52,28 @@ def steps_table(rows: Sequence[Row]) -> pa.Table:
 
 def decisions_table(rows: Sequence[Row]) -> pa.Table:
     """Rows of decisions.parquet, and such as stand for many."""
-    table = to_table("decisions", [next(row.decision_rows()) if type(row) is DecodeSteps else row for row in rows])
-    if all(type(row) is not DecodeSteps for row in rows):
+    firsts: list[Row] = []
+    lengths, periods = [], []  # how many steps a group of rows stands for, and how many rows each of them has
+    for row in rows:
+        group = next(row.decision_rows()) if type(row) is DecodeSteps else [row]
+        firsts += group
+        lengths.append(len(row.times) if type(row) is DecodeSteps else 1)
+        periods.append(len(group))
+    table = to_table("decisions", firsts)
+    if len(firsts) == sum(lengths):
         return table
-    of, later = _unfolded(rows)
-    table = table.take(pa.array(of))
-    return _set(table, "step", _values(table, "step") + later)
+    steps, rows_of = np.array(lengths), np.array(periods)
+    group_of, later = _unfolded((steps * rows_of).tolist())
+    began = np.cumsum(rows_of) - rows_of
+    table = table.take(pa.array(began[group_of] + later % rows_of[group_of]))
+    return _set(table, "step", _values(table, "step") + later // rows_of[group_of])
 
 
-def _unfolded(rows: Sequence[Row]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Of each row of the table, which of these rows it comes from, and how many of the same come before it."""
-    lengths = np.array([len(row.times) if type(row) is DecodeSteps else 1 for row in rows], np.int64)
-    of = np.repeat(np.arange(len(rows)), lengths)
-    return of, np.arange(len(of)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+def _unfolded(lengths: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of each row of the table, what it comes from, where each stands for so many, and how many of that it follows."""
+    counts = np.array(lengths, np.int64)
+    of = np.repeat(np.arange(len(counts)), counts)
+    return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _values(table: pa.Table, name: str) -> npt.NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,13 @@ def some(seed: int, n: int = 40) -> list[tuple[object, ...] | DecodeSteps]:
         row = tuple(x > 50 if name == "graph" else x for name, x in zip(STEPS, values, strict=True))
         count = int(draw.integers(1, 6))
         times = [tuple(draw.integers(0, 1 << 50, 4).tolist()) for _ in range(count)]
-        unused = draw.integers(0, 99, count).tolist()
-        first = [*row[:2], *times[0], *row[6:]]
-        first[list(STEPS).index("free_blocks")] = unused[0]
-        made.append(DecodeSteps(tuple(first), times, unused) if draw.integers(0, 3) == 0 else row)
+        unused, longest = draw.integers(0, 99, (2, count)).tolist()
+        first = dict(zip(STEPS, [*row[:2], *times[0], *row[6:]], strict=True))
+        first |= {"free_blocks": unused[0], "max_context": longest[0]}
+        if draw.integers(0, 2):
+            first |= {"num_chunks": 0, "chunk_tokens": 0}
+        run = DecodeSteps(tuple(first.values()), times, unused, longest, 17)
+        made.append(run if draw.integers(0, 3) == 0 else row)
     return made
 
 
@@ -37,18 +41,24 @@ def test_a_run_of_steps_is_unfolded_to_the_rows_it_stands_for(seed: int) -> None
     assert len(one_by_one) > len(rows) > len(runs) > 0
     assert steps_table(rows).equals(to_table("steps", one_by_one))
     decision = (0, 1, 2, "chunk", 3, "")
-    decided = [step for run in runs for step in (*run.decision_rows(), decision)]
+    decided = [row for run in runs for row in (*chain.from_iterable(run.decision_rows()), decision)]
     assert decisions_table([row for run in runs for row in (run, decision)]).equals(to_table("decisions", decided))
 
 
 def test_what_a_run_of_steps_has_of_its_own_is_in_its_rows() -> None:
     first = dict.fromkeys(STEPS, 0) | {"step": 5, "num_decodes": 3, "decode_context": 30, "max_context": 12}
     first |= {"plan_ns": 1, "launch_ns": 2, "end_ns": 3, "device_ns": 1, "decode_clock": 8, "free_blocks": 7}
-    run = DecodeSteps(tuple(first.values()), [(1, 2, 3, 1), (4, 5, 6, 1)], [7, 6])
+    run = DecodeSteps(tuple(first.values()), [(1, 2, 3, 1), (4, 5, 6, 1)], [7, 6], [12, 13], -1)
     second = first | {"step": 6, "decode_context": 33, "max_context": 13, "decode_clock": 9, "free_blocks": 6}
     second |= {"plan_ns": 4, "launch_ns": 5, "end_ns": 6}
     assert list(run.step_rows()) == [tuple(first.values()), tuple(second.values())]
-    assert list(run.decision_rows()) == [(0, 5, -1, "decode", 3, ""), (0, 6, -1, "decode", 3, "")]
+    assert list(run.decision_rows()) == [[(0, 5, -1, "decode", 3, "")], [(0, 6, -1, "decode", 3, "")]]
+
+    first |= {"num_chunks": 1, "chunk_tokens": 4, "chunk_pairs": 10, "chunk_context": 4, "chunk_squares": 16}
+    chunked = run._replace(first=tuple(first.values()), request_id=9)
+    second |= {"num_chunks": 1, "chunk_tokens": 4, "chunk_pairs": 26, "chunk_context": 8, "chunk_squares": 16}
+    assert list(chunked.step_rows()) == [tuple(first.values()), tuple(second.values())]
+    assert list(chunked.decision_rows())[1] == [(0, 6, -1, "decode", 3, ""), (0, 6, 9, "chunk", 4, "")]
 
 
 @pytest.mark.parametrize("packed_at", [2, 1000])
@@ -62,7 +72,7 @@ def test_a_writer_takes_runs_of_steps_among_rows(
             (writer.decode_steps if isinstance(row, DecodeSteps) else writer.step)(row)  # type: ignore[arg-type]
     run = read_run(tmp_path)
     assert run.table("steps").equals(steps_table(rows))
-    assert len(run.table("decisions")) == sum(len(row.times) for row in rows if isinstance(row, DecodeSteps))
+    assert run.table("decisions").equals(decisions_table([row for row in rows if isinstance(row, DecodeSteps)]))
 
 
 def test_a_number_that_is_none_is_told_with_its_column() -> None:
