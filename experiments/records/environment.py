@@ -86,7 +86,7 @@ def git_revision() -> str | None:
 
 
 def version_line() -> str:
-    """What a report of an error should begin with: version, revision, Python, PyTorch and the device that runs would be on."""
+    """What a report of an error begins with: version, revision, Python, PyTorch, and the device there is to run on."""
     gpus = ", ".join(gpu["name"] for gpu in _gpus()["gpus"])
     return (
         f"diptych {_version('diptych') or 'not installed'}, revision {git_revision() or 'unknown'}, "
