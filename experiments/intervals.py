@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 LEVEL = 0.95
 
@@ -37,7 +37,7 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     if len(known) < 2:
         return Interval(float(known.mean()), None, len(known))
     spread = float(known.std(ddof=1)) / len(known) ** 0.5
-    return Interval(float(known.mean()), float(student.ppf((1 + level) / 2, len(known) - 1)) * spread, len(known))
+    return Interval(float(known.mean()), float(stdtrit(len(known) - 1, (1 + level) / 2)) * spread, len(known))
 
 
 def paired(one: Sequence[float], other: Sequence[float], level: float = LEVEL) -> Interval:

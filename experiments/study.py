@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import kendalltau
 
 from experiments.fairness import jain_index, service_difference
 from experiments.metrics import per_request, summarize
@@ -196,6 +195,8 @@ def agreement(table: pd.DataFrame, objective: str) -> Agreement:
     values = values.sort_values(["rank_real", "rank_sim"], kind="stable")
     if len(values) < 2:
         return Agreement(values, None, False)
+    from scipy.stats import kendalltau  # slow to import, and whoever measures a run needs this module
+
     tau = float(kendalltau(values["rank_real"], values["rank_sim"]).statistic)
     first = [set(values.index[values[f"rank_{kind}"] == 1]) for kind in ("real", "sim")]
     return Agreement(values, None if np.isnan(tau) else tau, bool(first[0] & first[1]))

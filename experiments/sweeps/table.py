@@ -114,16 +114,14 @@ def differences(table: pd.DataFrame, sweep: Sweep, metrics: tuple[str, ...], cel
     if spec.compare is None:
         return []
     among = [field for field in [*spec.variables.fields, "panel"] if field not in _moving(spec)]
-    pairs_by = ["seed"] if "seed" in table else []
     values = list(dict.fromkeys(table[spec.compare].tolist()))
     found = []
     for _, rows in _groups(table[table["status"] == "ok"], among):
         here = {field: rows[field].iloc[0] for field in among}
         of = {value: rows[rows[spec.compare] == value] for value in values}
         for value in values[1:]:
-            both = of[values[0]].merge(
-                of[value], on=pairs_by, suffixes=("_a", "_b"), how="inner" if pairs_by else "cross"
-            )
+            how: Any = {"on": "seed"} if "seed" in table else {"how": "cross"}
+            both = of[values[0]].merge(of[value], suffixes=("_a", "_b"), **how)
             for metric in metrics:
                 if f"{metric}_a" in both and len(known := both.dropna(subset=[f"{metric}_a", f"{metric}_b"])):
                     by = paired(known[f"{metric}_a"].tolist(), known[f"{metric}_b"].tolist())

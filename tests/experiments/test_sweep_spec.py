@@ -144,5 +144,5 @@ def test_the_base_may_be_the_file_of_a_run_beside_the_sweep(tmp_path: Path) -> N
 
 
 def test_a_dictionary_is_checked_as_a_file_is() -> None:
-    with pytest.raises(SpecError, match="the sweep: workload.rate: Input should be greater"):
+    with pytest.raises(SpecError, match=r"the sweep: workload\.rate: Input should be greater"):
         made(variables={"grid": {"workload.rate": [-1]}})
