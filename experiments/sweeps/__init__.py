@@ -7,10 +7,12 @@ of them and writes the table.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from experiments.sweeps.cells import Cell, Sweep, read_sweep
+from experiments.sweeps.local import LocalRunner
 from experiments.sweeps.running import Runner, Say, run_cells, start, state_of
 from experiments.sweeps.spec import Measure, SweepSpec, Window
 from experiments.sweeps.summary import markdown
@@ -18,6 +20,7 @@ from experiments.sweeps.table import results, write_results
 
 __all__ = [
     "Cell",
+    "LocalRunner",
     "Measure",
     "Sweep",
     "SweepSpec",
@@ -40,19 +43,14 @@ def run_sweep(
 ) -> pd.DataFrame:
     """Run what a folder lacks of a sweep, and write its results; the table, one row a cell.
 
-    Raises SpecError for a folder that holds something else, or in which another sweep is running.
+    `runner`: what runs the cells; None: as many processes of this machine. Raises SpecError for a folder that holds
+    something else, or in which another sweep is running.
     """
     folder = Path(folder)
     start(sweep, folder)
-    notes = run_cells(
-        sweep.cells,
-        folder,
-        sweep.spec.measure,
-        runner=runner,
-        processes=processes,
-        keep_outdated=keep_outdated,
-        say=say,
-    )
+    with LocalRunner(processes) as local:
+        how: Any = {"runner": runner or local, "keep_outdated": keep_outdated, "say": say}
+        notes = run_cells(sweep.cells, folder, sweep.spec.measure, **how)
     table = results(sweep, notes)
     write_results(table, folder)
     (folder / "summary.md").write_text(markdown(sweep, table, folder / "cells"), encoding="utf-8")

@@ -16,8 +16,10 @@ from policies.registry import PolicySpec
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {"sim": ("policies", "simulator", "experiments"), "real": ("policies", "runtime", "experiments")}
 """Panel -> the code that its results come from."""
-ELSEWHERE = tuple(ROOT / "experiments" / name for name in ("bench", "cli", "fidelity", "live", "published"))
-"""What of it no cell runs."""
+ELSEWHERE = tuple(
+    ROOT / "experiments" / name for name in ("bench", "capacity", "cli", "fidelity", "live", "published", "tuning")
+)
+"""Folders of experiments/ that no cell runs."""
 
 
 def digest(value: Any) -> str:
@@ -63,6 +65,6 @@ def code_key(panel: str, spec: RunSpec) -> str:
 def _project(panel: str) -> str:
     files = [path for room in ROOMS[panel] for path in (ROOT / room).rglob("*.py")]
     contents = hashlib.sha256()
-    for path in sorted(path for path in files if not any(path.is_relative_to(folder) for folder in ELSEWHERE)):
+    for path in sorted(path for path in files if path.parent.name not in ELSEWHERE):
         contents.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return contents.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import signal
@@ -21,57 +20,84 @@ CELLS_PER_PROCESS = 32
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def run_locally(jobs: Sequence[Job], cells: Path, processes: int) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Run jobs, each into its folder in `cells`; gives each with its note as it ends, in any order.
+class LocalRunner:
+    """Runs jobs, each into its folder among the cells; gives each with its note as it ends, in any order.
 
-    All of one panel. Real runs are measurements: one after another, in one process that has all cores. A job whose
-    process dies has failed. When the iterator is closed, or this process ends in whatever way, so do the workers.
+    Real runs are measurements: one after another, in one process that has all cores and keeps its model loaded. A job
+    whose process dies has failed. Processes stay for the next jobs, until `close`; when an iterator is closed before
+    its end, or this process ends in whatever way, so do they.
     """
-    real = any(job.panel == "real" for job in jobs)
-    waiting = deque(jobs)
-    workers = [_Worker(cells, alone=real) for _ in range(1 if real else min(processes, len(jobs)))]
-    try:
-        while waiting or any(worker.job for worker in workers):
-            for worker in workers:
-                if worker.job is None and waiting:
-                    worker.give(waiting.popleft())
-            signs = {sign: worker for worker in workers if worker.job is not None for sign in worker.signs}
-            for worker in dict.fromkeys(signs[sign] for sign in wait(list(signs))):
-                yield worker.take()
-    finally:
-        for worker in workers:
+
+    def __init__(self, processes: int) -> None:
+        self._processes = processes
+        self._workers: list[_Worker] = []
+        self._alone = False
+
+    def __call__(self, jobs: Sequence[Job], cells: Path) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Run jobs of one panel."""
+        alone = any(job.panel == "real" for job in jobs)
+        if alone != self._alone:
+            self.close()
+        self._alone = alone
+        while len(self._workers) < (1 if alone else min(self._processes, len(jobs))):
+            self._workers.append(_Worker(alone))
+        waiting = deque(jobs)
+        ended = False
+        try:
+            while waiting or any(worker.job for worker in self._workers):
+                for worker in self._workers:
+                    if worker.job is None and waiting:
+                        worker.give(waiting.popleft(), cells)
+                signs = {sign: worker for worker in self._workers if worker.job is not None for sign in worker.signs}
+                for worker in dict.fromkeys(signs[sign] for sign in wait(list(signs))):
+                    yield worker.take()
+            ended = True
+        finally:
+            if not ended:
+                self.close()
+
+    def close(self) -> None:
+        """Put an end to the processes."""
+        for worker in self._workers:
             worker.end()
+        self._workers.clear()
+
+    def __enter__(self) -> LocalRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class _Worker:
     """A process that runs one job at a time, and the end of the pipe to it."""
 
-    def __init__(self, cells: Path, alone: bool) -> None:
-        self._cells = cells
+    def __init__(self, alone: bool) -> None:
         self._alone = alone
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
         self._done = 0
         self.job: Job | None = None
 
-    def give(self, job: Job) -> None:
+    def give(self, job: Job, cells: Path) -> None:
+        """Have it run a job."""
         if self._process is None or (not self._alone and self._done >= CELLS_PER_PROCESS):
             self._start()
         assert self._pipe is not None
         self.job = job
         self._done += 1
         try:
-            self._pipe.send(job)
+            self._pipe.send((job, cells))
         except OSError:  # it died between two jobs
             self._start()
-            self._pipe.send(job)
+            self._pipe.send((job, cells))
 
     def _start(self) -> None:
         self.end()
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         with _one_thread(not self._alone):
-            self._process = context.Process(target=_serve, args=(theirs, self._cells), daemon=True)
+            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
             self._process.start()
         theirs.close()
         self._done = 0
@@ -124,13 +150,13 @@ def _one_thread(wanted: bool) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(pipe: Connection, cells: Path) -> None:
+def _serve(pipe: Connection) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this
     threading.Thread(target=_follow, daemon=True).start()
-    for _ in itertools.count():
+    while True:
         try:
-            job = pipe.recv()
+            job, cells = pipe.recv()
         except EOFError:
             return
         pipe.send(perform_in(job, cells))

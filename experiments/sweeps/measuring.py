@@ -56,7 +56,7 @@ def measured(run: Run, measure: Measure) -> dict[str, float | int | None]:
     return _flat({**summary, **shares(run, frame, summary["mean_kv_blocks"])})
 
 
-def _bounds(count: int, window: Window) -> tuple[int, int]:
+def bounds(count: int, window: Window) -> tuple[int, int]:
     """The first place in order of arrival that counts, and the first one after."""
     first = int(window.skip_first * count)
     return first, max(first + 1, count - int(window.skip_last * count))
@@ -73,13 +73,13 @@ def in_window(frame: pd.DataFrame, window: Window) -> pd.DataFrame:
 
 
 def _kept(frame: pd.DataFrame, window: Window) -> pd.DataFrame:
-    first, last = _bounds(len(frame), window)
+    first, last = bounds(len(frame), window)
     return in_order(frame).iloc[first:last]
 
 
 def _after(run: Run, frame: pd.DataFrame, window: Window) -> int:
     """When the window ends, in nanoseconds: with the first arrival after it, else with the run."""
-    _, last = _bounds(len(frame), window)
+    _, last = bounds(len(frame), window)
     if last < len(frame):
         return round(1e9 * in_order(frame)["arrival_s"].iloc[last])
     return int(run.requests["finish_ns"].dropna().max()) + 1

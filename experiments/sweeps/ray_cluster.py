@@ -34,7 +34,7 @@ def connected(address: str) -> Runner:
 
 
 def run_on_ray(jobs: Sequence[Job], cells: Path) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """As `local.run_locally`, on the cluster that this process has joined. A node that is lost loses its cells: they
+    """As `local.LocalRunner`, on the cluster that this process has joined. A node that is lost loses its cells: they
     have failed. A real run has the GPUs that it needs to itself, or without any one CPU."""
     ray: Any = importlib.import_module("ray")
     function = ray.remote(max_calls=CELLS_PER_PROCESS, max_retries=0)(_perform)

@@ -21,7 +21,6 @@ from experiments.spec import SpecError
 from experiments.sweeps.cell_run import NOTE, Job, remeasure, write_json
 from experiments.sweeps.cells import Cell, Sweep
 from experiments.sweeps.identity import code_key, digest
-from experiments.sweeps.local import run_locally
 from experiments.sweeps.spec import Measure
 
 Runner = Callable[[Sequence[Job], Path], Iterable[tuple[Job, dict[str, Any]]]]
@@ -64,8 +63,7 @@ def run_cells(
     folder: Path,
     measure: Measure,
     *,
-    runner: Runner | None = None,
-    processes: int = 1,
+    runner: Runner,
     keep_outdated: bool = False,
     say: Say = lambda cell, note: None,
 ) -> dict[str, dict[str, Any]]:
@@ -74,7 +72,6 @@ def run_cells(
     `say` is told of each cell that ends, the ones that were there already first. Raises SpecError where another sweep
     is running in the folder.
     """
-    runner = runner or (lambda jobs, where: run_locally(jobs, where, processes))
     places = folder / "cells"
     places.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):

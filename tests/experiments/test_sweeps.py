@@ -23,7 +23,6 @@ from experiments.simulated import run_simulated
 from experiments.spec import SpecError
 from experiments.sweeps import Measure, Window, read_sweep, run_cells, run_sweep, state_of
 from experiments.sweeps.cell_run import Job, perform_in
-from experiments.sweeps.local import run_locally
 from experiments.sweeps.measuring import measured
 from experiments.sweeps.table import differences
 from tests.experiments.command import diptych
@@ -151,7 +150,7 @@ def test_workers_end_with_an_interrupted_sweep_and_leave_whole_cells_alone(tmp_p
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(sweep, tmp_path, runner=lambda jobs, cells: run_locally(jobs, cells, 1))
+        run_sweep(sweep, tmp_path)
     assert not [path for path in (tmp_path / "cells").iterdir() if not path.name.startswith(".")]
     short = read_sweep({"base": BASE})
     run_sweep(short, tmp_path, runner=Here())
