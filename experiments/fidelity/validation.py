@@ -51,6 +51,7 @@ def quick(*, tensor_parallel: int = 1) -> tuple[RunSpec, dict[str, Work], tuple[
             work.limits,
             work.drawn_at,
             work.at_once,
+            at_most=work.at_most,
             policies=work.policies,
         )
         for name, work in works(max_model_len=256, starved_blocks=40).items()
