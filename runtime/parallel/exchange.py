@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.parallel import torchrun
 from runtime.parallel.shard import Shard
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ def connect(shard: Shard, hidden: int, dtype: torch.dtype, device: torch.device)
     row_bytes = hidden * dtype.itemsize
     max_rows = limit_bytes() // (row_bytes * (shard.size - 1)) if shard.size > 1 and row_bytes % _UNIT == 0 else 0
     if device.type != "cuda" or not max_rows:
+        return None
+    job = torchrun.job()
+    if job is not None and not job.one_host:
         return None
     others = [card for card in range(torch.cuda.device_count()) if card != device.index]
     able = shard.size <= 1 + len(others) and all(torch.cuda.can_device_access_peer(device, card) for card in others)

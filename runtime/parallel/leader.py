@@ -20,16 +20,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import connection
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from runtime.model_config import ModelError
-from runtime.parallel import ranks
+from runtime.parallel import ranks, torchrun
 from runtime.parallel.ranks import Ranks
 from runtime.parallel.shard import Shard
+from runtime.parallel.torchrun import Elsewhere
 from runtime.parallel.wire import StepWork, pack
 
 logger = logging.getLogger(__name__)
@@ -55,23 +58,13 @@ class RankFailed(RuntimeError):
 class _Follower:
     """One of the other ranks, as rank 0 has it."""
 
-    def __init__(self, shard: Shard, device: str, meeting_place: Path, num_threads: int) -> None:
-        self.shard = shard
+    def __init__(
+        self, shard: Shard, orders: Connection, life: Connection, process: subprocess.Popen[bytes] | Elsewhere
+    ) -> None:
+        self.shard, self.orders, self.life, self.process = shard, orders, life, process
         self.heard = time.monotonic()
         self.answers = 0
         self.computed = 0.0
-        (ours, theirs), (life, their_life) = socket.socketpair(), socket.socketpair()
-        with theirs, their_life:
-            handles = theirs.fileno(), their_life.fileno()
-            words = [*handles, shard.rank, shard.size, device, meeting_place]
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "runtime.parallel.follower", *map(str, words)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=handles,
-                env={**os.environ, "OMP_NUM_THREADS": str(num_threads), "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
-        self.orders = connection.Connection(ours.detach())
-        self.life = connection.Connection(life.detach())
 
     def fate(self) -> str:
         """How the process has ended, which it is about to have."""
@@ -80,6 +73,27 @@ class _Follower:
         except subprocess.TimeoutExpired:
             return "has closed its connection"
         return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+
+
+def _start(shard: Shard, device: str, meeting_place: Path, num_threads: int) -> _Follower:
+    """On this host."""
+    (ours, theirs), (life, their_life) = socket.socketpair(), socket.socketpair()
+    with theirs, their_life:
+        handles = theirs.fileno(), their_life.fileno()
+        words = [*handles, shard.rank, shard.size, device, meeting_place]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "runtime.parallel.follower", *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=handles,
+            env={**os.environ, "OMP_NUM_THREADS": str(num_threads), "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+    return _Follower(shard, Connection(ours.detach()), Connection(life.detach()), process)
+
+
+def _meet(job: torchrun.Job, store: dist.Store) -> list[_Follower]:
+    """Those that torchrun has started."""
+    links = enumerate(torchrun.meet(job, store), start=1)
+    return [_Follower(Shard(rank, job.size), *both, Elsewhere(*both)) for rank, both in links]
 
 
 class _Step:
@@ -103,15 +117,19 @@ class Leader(Ranks):
     """Rank 0 of a model, and the processes of the others. Use as a context manager, or `close()` it.
 
     Args:
-        size: how many ranks there are; the others are started here, on this host.
+        size: how many ranks there are; the others are started here, on this host, unless torchrun has started them.
         device: rank 0's; rank r of a card's model has the card r places after it.
         silence_s: after which a rank without a sign of life counts as hanging.
     """
 
     def __init__(self, size: int, device: torch.device | str, *, silence_s: float = SILENCE_S) -> None:
         super().__init__(Shard(0, size))
-        device = torch.device(device)
-        if device.type == "cuda":
+        device, job = torch.device(device), torchrun.job()
+        if job is not None:
+            if (job.rank, job.size) != (0, size):
+                raise ModelError(f"torchrun has started {job.size} ranks; write --tensor-parallel {job.size}")
+            devices = [torch.device("cuda", job.local_rank) if device.type == "cuda" else device]
+        elif device.type == "cuda":
             first = device.index or 0
             if first + size > torch.cuda.device_count():
                 raise ModelError(
@@ -133,9 +151,16 @@ class Leader(Ranks):
         self.on_failure: Callable[[], None] = lambda: None
         """Called when a rank has failed, on a thread of ours."""
         self._folder = tempfile.TemporaryDirectory(prefix="diptych-ranks-", ignore_cleanup_errors=True)
-        place = Path(self._folder.name) / "store"
-        threads = max(1, torch.get_num_threads() // size)
-        self.followers = [_Follower(Shard(rank, size), str(devices[rank]), place, threads) for rank in range(1, size)]
+        place: Path | dist.Store
+        if job is None:
+            place = Path(self._folder.name) / "store"
+            threads = max(1, torch.get_num_threads() // size)
+            self.followers = [_start(Shard(rank, size), str(devices[rank]), place, threads) for rank in range(1, size)]
+        else:
+            place = job.store()
+            self.followers = _meet(job, place)
+            for follower in self.followers:
+                follower.orders.send_bytes(device.type.encode())
         self._watching = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._watching.start()
         try:
@@ -221,6 +246,8 @@ class Leader(Ranks):
                     self._hear(follower, follower.life.recv())
                 except (EOFError, OSError):
                     del by_life[follower.life]
+                    if isinstance(follower.process, Elsewhere):
+                        follower.process.gone.set()
                     self.fail(f"rank {follower.shard.rank} {follower.fate()}")
             with self._changed:
                 if self._closed and not by_life:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.parallel import torchrun
 from runtime.parallel.exchange import Exchange, connect
 from runtime.parallel.shard import Shard
 
@@ -125,9 +126,10 @@ def thread_clock() -> Callable[[], float]:
     return time.process_time  # of all threads, where there is no clock of each
 
 
-def join(rank: int, size: int, device: torch.device, meeting_place: Path) -> None:
-    """Find the other ranks by a file on this host: NCCL between cards, gloo elsewhere."""
+def join(rank: int, size: int, device: torch.device, meeting_place: Path | dist.Store) -> None:
+    """Find the other ranks by a file on this host, or by a store for several: NCCL between cards, gloo elsewhere."""
     options: dict[str, Any] = {}
+    job = torchrun.job()
     if device.type == "cuda":
         # NVLink SHARP's multicast objects belong to a whole host: a process that dies with them may leave its cards,
         # and other people's, unusable. Decodes' sums are small, and gain little by them.
@@ -135,11 +137,11 @@ def join(rank: int, size: int, device: torch.device, meeting_place: Path) -> Non
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         torch.cuda.set_device(device)
         options["device_id"] = device
-    elif os.path.exists("/sys/class/net/lo"):
+    elif (job is None or job.one_host) and os.path.exists("/sys/class/net/lo"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(str(meeting_place), size),
+        store=dist.FileStore(str(meeting_place), size) if isinstance(meeting_place, Path) else meeting_place,
         rank=rank,
         world_size=size,
         timeout=datetime.timedelta(seconds=TIMEOUT_S),
