@@ -23,7 +23,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.kernels.launch import kernel, use_pdl
 
-
 WORDS_A_THREAD = int(os.environ.get("DIPTYCH_SUM_WORDS", "4"))
 """Fewer threads to a row wait for each other less; more load at a time."""
 
