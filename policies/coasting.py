@@ -50,7 +50,9 @@ def coast(
         unused = _advance(state, times, index + taken, chunk)
         if recording is not None:
             first = next(growing(decodes, context, longest, start, tokens, padded, graph))
-            longest_of = [max(longest + i, start + (i + 1) * tokens) for i in range(len(times))]
+            longest_of: Sequence[int] = range(longest, longest + len(times))
+            if chunk is not None:
+                longest_of = [max(own, start + (i + 1) * tokens) for i, own in enumerate(longest_of)]
             recording.coasted(index + taken, times, first, group.clock - len(times) + 1, unused, longest_of, chunk)
         taken += len(times)
         if len(times) < asked:
@@ -61,19 +63,23 @@ def coast(
 def _advance(state: ReplicaState, times: Sequence[Times], index: int, chunk: tuple[Request, int] | None) -> list[int]:
     """The blocks and counts of these steps. Returns the unused blocks after each."""
     group, pool, size = state.group, state.pool, state.limits.block_size
-    caches, unused = state.limits.prefix_caching, []
+    plain = not state.limits.prefix_caching and chunk is None
+    unused = []
     for i, (planned, _, end, _) in enumerate(times):
+        clock = group.clock
         for request in group.at_block_boundary():
             blocks = request._blocks
-            if request._computed + group.clock >= len(blocks) * size:
+            if request._computed + clock >= len(blocks) * size:
                 blocks.append(pool.allocate_one(planned))
-        group.clock += 1
+        group.clock = clock + 1
+        unused.append(pool.num_unused)
+        if plain:
+            continue
         if chunk is not None:
             go_on(state, *chunk, index + i, planned)
-        if caches:
+        if state.limits.prefix_caching:
             for request in group.at_block_boundary():
                 depth = request.num_computed_tokens // size - 1
                 if depth < len(request._keys):
                     state.register(request, depth, end)
-        unused.append(pool.num_unused)
     return unused

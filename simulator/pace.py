@@ -83,12 +83,14 @@ class ComputedPace:
         """With no step in flight: plan, launch and report up to `most` steps of these shapes, one after another as soon
         as that can be. None that is planned, or if `watched` ends, at `horizon` or later."""
         cost, history, taken = self._costs.cost, self._history, []
-        plan, free = max(now, self._host_free, self._plan_from), self._device_free
-        while plan < horizon and len(taken) < most:
-            shape = next(shapes)
+        plan, free, last = max(now, self._host_free, self._plan_from), self._device_free, most - 1
+        for i, shape in enumerate(shapes):
+            if plan >= horizon:
+                break
             prepare, device, finish = cost(shape)
-            launch, usual = plan + prepare, device
+            launch = plan + prepare
             start = launch if launch > free else free
+            usual = device
             if history is not None:
                 start += history.delay_ns(free - launch)
                 device = history.device_ns(shape, usual, start)
@@ -99,6 +101,8 @@ class ComputedPace:
                 history.ran(shape, usual, start, device)
             taken.append((plan, launch, end, device))
             plan, free = end + finish, end
+            if i == last:
+                break
         if taken:
             self._device_free, self._host_free, self._plan_from = free, plan, 0
         return taken
