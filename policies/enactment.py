@@ -232,8 +232,12 @@ class Enactment:
                 del self._hits[request_id]
                 probed = [(other, n) for other, n in probed if other is not request]
                 self._refuse(request, NO_BLOCKS)
-            elif hit.blocks:
+                continue
+            if hit.blocks:
                 state.pool.claim(hit.blocks, self.now, request)
+            if state.tier is not None:
+                state.host.claim(hit.host)
+                state.tier.hit(hit.blocks, self.now)
         return probed
 
     def _objection(self, request: Request) -> str | None:
@@ -346,18 +350,24 @@ class Enactment:
         hit = self._hits.pop(request.id, None)
         if hit is not None and hit.blocks:
             self.state.pool.release([block.id for block in hit.blocks], self.now)
+        if hit is not None and hit.host:
+            self.state.host.unclaim(hit.host)
         self._refuse(request, reason)
 
     def _admit(self, request: Request) -> None:
         state, hit = self.state, self._hits.pop(request.id)
         state.waiting_tokens -= request.num_pending_tokens
         request._blocks = [block.id for block in hit.blocks]
+        if hit.host:
+            assert state.tier is not None
+            request._blocks += state.tier.fetch(request, hit, self.now)
         request._computed = hit.num_tokens
         request._num_registered = len(hit.blocks)
         if request.first_scheduled_ns is None:
             request.first_scheduled_ns = self.now
             request.num_cached_tokens = hit.num_tokens
-        if hit.blocks:
+            request.num_fetched_tokens = len(hit.host) * state.limits.block_size
+        if hit.num_tokens:
             self.step.grown.append(request)
         self._start(request)
         self.step.admitted.append(request)
