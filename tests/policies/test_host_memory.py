@@ -202,7 +202,7 @@ def test_no_admission_takes_what_is_promised_to_a_request_that_comes_back() -> N
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_whatever_is_drafted_is_enacted_and_every_token_computes_on_its_own_context(data: st.DataObject) -> None:
-    """Swap, pause, recompute, resume, run, admit, cancel at random, with shared prefixes (on the host too), either lag."""
+    """Swap, pause, recompute, resume, run, admit, cancel at random, shared prefixes (on the host too), either lag."""
     lag = data.draw(st.sampled_from([0, 1]), label="lag")
     limits = Limits(
         data.draw(st.integers(8, 14), label="blocks"), 4, 4, 24, 32, lag=lag,
