@@ -65,12 +65,13 @@ def per_request(run: Run) -> pd.DataFrame:
     """One row a request, in order of request_id.
 
     Columns: request_id, replica, tenant, session, priority, status, completed (bool), arrival_s, prompt_tokens,
-    output_tokens, cached_tokens, preemptions, and in milliseconds queue_ms (to the first plan that ran it), ttft_ms,
-    tpot_ms, e2e_ms. What a request did not get to is nan; tpot_ms and e2e_ms are those of completed requests alone.
+    output_tokens, cached_tokens, fetched_tokens (part of those), preemptions, and in milliseconds queue_ms (to the
+    first plan that ran it), ttft_ms, tpot_ms, e2e_ms. What a request did not get to is nan; tpot_ms and e2e_ms are
+    those of completed requests alone.
     """
     requests = run.requests
     kept = ["request_id", "replica", "tenant", "session", "priority", "status"]
-    counts = ["prompt_tokens", "output_tokens", "cached_tokens", "preemptions"]
+    counts = ["prompt_tokens", "output_tokens", "cached_tokens", "fetched_tokens", "preemptions"]
     arrival = requests["arrival_ns"].to_numpy()
     completed = requests["status"].isin(COMPLETED).to_numpy()
     first = _since(arrival, requests["first_token_ns"])
