@@ -44,6 +44,7 @@ def quick() -> tuple[RunSpec, dict[str, Work], tuple[Cell, ...]]:
             work.limits,
             work.drawn_at,
             work.at_once,
+            at_most=work.at_most,
             policies=work.policies,
         )
         for name, work in works(max_model_len=256, starved_blocks=40).items()
