@@ -71,6 +71,11 @@ class View(Protocol):
     @property
     def num_free_host_blocks(self) -> int: ...
     @property
+    def fetches_ahead(self) -> bool:
+        """Whether prefixes are kept in host memory, and the offload policy wants those of waiting requests fetched."""
+        ...
+
+    @property
     def max_num_seqs(self) -> int: ...
     @property
     def max_num_batched_tokens(self) -> int: ...
@@ -285,6 +290,11 @@ class Offload(Protocol):
     def keeps_since(self, now: int) -> int | None:
         """Copies that were used last before this time are forgotten; None: none for their age. Asked before each plan;
         it never goes back."""
+        ...
+
+    def fetches_ahead(self) -> bool:
+        """Whether a draft asks for the fetch of what a request hits that it cannot admit for want of a slot or of
+        tokens (`Plan.fetch`), so that it is there when its turn comes."""
         ...
 
     def fetches(self, start: int, num_tokens: int, cost: CostModel | None) -> bool:

@@ -52,7 +52,7 @@ class Enactment:
     def run(self) -> Step:
         """Enact the whole plan."""
         state, plan = self.state, self.plan
-        if plan.pin or plan.fetch or state.pins:
+        if plan.pin or state.pins:
             self._pin()
         if plan.drop:
             self._drop()
@@ -66,6 +66,8 @@ class Enactment:
         self._decode()
         for request, num_tokens in chunks:
             self._chunk(request, num_tokens)
+        if plan.fetch:
+            self._fetch()
         if state.limits.prefix_caching:
             self._register()
         finish(state, self.step, self._contexts)
@@ -93,8 +95,6 @@ class Enactment:
             else:
                 self.step.refused.append((request, "holds no blocks any more"))
         state.lift_pins(self.now)
-        for request, _ in self.plan.fetch:
-            self.step.refused.append((request, "no tier to fetch from"))
 
     def _drop(self) -> None:
         state = self.state
@@ -381,6 +381,17 @@ class Enactment:
         if state.grow(request, num_tokens, self.now) and (not self.step.grown or self.step.grown[-1] is not request):
             self.step.grown.append(request)
         return True
+
+    def _fetch(self) -> None:
+        """For requests that wait, into blocks that nobody holds. Nothing to fetch, or no room, is no matter."""
+        state = self.state
+        for request, where in self.plan.fetch:
+            if state.tier is None or where != "host":
+                self.step.refused.append((request, "no tier to fetch from"))
+            elif request.state is not State.WAITING or state.requests.get(request.id) is not request:
+                self.step.refused.append((request, "not waiting"))
+            else:
+                state.tier.fetch_ahead(request, self.now)
 
     def _register(self) -> None:
         """Prompt blocks are named as soon as the step that computes them is on its way: steps run in order."""

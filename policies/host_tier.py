@@ -9,9 +9,10 @@ step in flight fills is copied with the next one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from policies.block_pool import CachedBlock
+from policies.block_pool import CachedBlock, num_idle
 from policies.contract import Hit, Offload
 from policies.host_pool import HostBlock
 from policies.plan import BlockCopy
@@ -84,7 +85,7 @@ class HostTier:
         return found
 
     def fetch(self, request: Request, hit: Hit, now: int) -> list[int]:
-        """Device blocks with the content of what this request hits on the host; there are enough."""
+        """Device blocks with the content of what this request hits on the host, which is claimed; there are enough."""
         host = self._state.host
         fresh = self._state.pool.allocate(len(hit.host), now)
         there = tuple(block.id for block in hit.host)
@@ -92,6 +93,20 @@ class HostTier:
         host.unclaim(hit.host)
         host.touch([block.key for block in hit.host], now)
         return fresh
+
+    def fetch_ahead(self, request: Request, now: int) -> None:
+        """The same for a request that waits, as far as there is room: the blocks are idle, as if it had just ended."""
+        pool, hit = self._state.pool, self._state.probe(request)
+        host = hit.host[: max(0, pool.num_free - num_idle(hit.blocks))]
+        if not host:
+            return
+        pool.claim(hit.blocks, now, request)
+        self._state.host.claim(host)
+        fresh = self.fetch(request, replace(hit, host=host), now)
+        keys, start = request._keys, len(hit.blocks)
+        for depth, block_id in enumerate(fresh, start):
+            pool.register(block_id, keys[depth], depth, now, keys[depth - 1] if depth else None, request)
+        pool.release([*(block.id for block in hit.blocks), *fresh], now)
 
 
 def merged(copies: Sequence[BlockCopy]) -> list[BlockCopy]:

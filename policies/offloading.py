@@ -15,16 +15,18 @@ class Offloading:
 
     `ttl_s`: copies that nobody has used for so long are forgotten; none: they stay until the memory is needed.
     `fetch`: `cheaper`: blocks are fetched where the cost model says that this is quicker than to compute them again in
-    a step that runs anyway, and always where there is no cost model; `always`.
+    a step that runs anyway, and always where there is no cost model; `always`. `ahead`: those of a request that waits
+    for a slot or for tokens are fetched while it waits.
     """
 
-    def __init__(self, ttl_s: float | None = None, fetch: str = "cheaper") -> None:
+    def __init__(self, ttl_s: float | None = None, fetch: str = "cheaper", ahead: bool = False) -> None:
         if ttl_s is not None and ttl_s <= 0:
             raise ValueError(f"ttl_s must be above 0, not {ttl_s}")
         if fetch not in ("cheaper", "always"):
             raise ValueError(f"fetch must be cheaper or always, not {fetch!r}")
         self._ttl_ns = None if ttl_s is None else round(ttl_s * 1e9)
         self._fetch = fetch
+        self._ahead = ahead
         self._answers: dict[tuple[int, int], bool] = {}
 
     def on_fill(self, block: CachedBlock, now: int) -> bool:
@@ -38,6 +40,9 @@ class Offloading:
 
     def keeps_since(self, now: int) -> int | None:
         return None if self._ttl_ns is None else now - self._ttl_ns
+
+    def fetches_ahead(self) -> bool:
+        return self._ahead
 
     def fetches(self, start: int, num_tokens: int, cost: CostModel | None) -> bool:
         if cost is None or self._fetch == "always":

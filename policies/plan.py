@@ -46,7 +46,8 @@ class Plan:
     pin: list[tuple[Request, int]] = field(default_factory=list)
     """(request, until_ns): keep its blocks after it ends; a time that has passed lifts the pin."""
     fetch: list[tuple[Request, str]] = field(default_factory=list)
-    """(request, tier): bring cached blocks of a waiting request nearer."""
+    """(request, "host"): fetch now what a waiting request hits in host memory, as far as there are blocks beside
+    everything else in the plan; nobody holds them until it is admitted."""
     bundles: list[frozenset[int]] = field(default_factory=list)
     """Groups of request ids inside `chunks` of which all run or none."""
     wake_at: int | None = None

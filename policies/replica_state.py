@@ -122,6 +122,10 @@ class ReplicaState:
         return self.host.num_free
 
     @property
+    def fetches_ahead(self) -> bool:
+        return self.tier is not None and self.tier.policy.fetches_ahead()
+
+    @property
     def max_num_seqs(self) -> int:
         return self.limits.max_num_seqs
 

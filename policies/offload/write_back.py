@@ -11,7 +11,8 @@ class WriteBack(Offloading):
 
     What is on the host is what the device has no room for, so that the two tiers together hold most; each eviction
     costs a copy, in the step that needs the block.
-    `ttl_s` (seconds, none): forget copies unused for so long; `fetch` (cheaper): `cheaper` or `always`. O(1) a block.
+    `ttl_s` (seconds, none): forget copies unused for so long; `fetch` (cheaper): `cheaper` or `always`;
+    `ahead` (false): fetch for who waits for a slot or for tokens. O(1) a block.
     Source: the write-back policy of SGLang's HiCache; Gao et al., "CachedAttention", USENIX ATC 2024.
     """
 

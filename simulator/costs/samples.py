@@ -75,8 +75,10 @@ def samples_from_steps(steps: Mapping[str, Any], serving_from_ns: int | None = N
         *(columns[name][ran] for name in _COPIES),
     )
     return [
-        StepSample(StepShape(*row), before, device, None if after < 0 else after, *rest, CopyTimes(out, back, wait))
-        for row, before, (device, after, *rest, out, back, wait) in zip(
+        StepSample(
+            StepShape(*row), before, device, None if after < 0 else after, begin, exact, serves, CopyTimes(*copied)
+        )
+        for row, before, (device, after, begin, exact, serves, *copied) in zip(
             sizes, prepare, zip(*(column.tolist() for column in times), strict=True), strict=True
         )
     ]

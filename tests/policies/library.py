@@ -38,6 +38,9 @@ MORE: dict[str, list[StackSpec]] = {
     ],
     "preemption": [StackSpec(preemption="last_admitted,mode=swap"), StackSpec(preemption="longest,mode=swap")],
     "eviction": [StackSpec(eviction="gdsf,crossover=20")],
+    "offload": [
+        StackSpec(preemption="last_admitted,mode=swap", offload="write_back,ttl_s=0.00003,fetch=always,ahead=true")
+    ],
     "admission": [
         StackSpec(admission="reserve_pow2,predictor=declared"),
         StackSpec(admission="predicted_peak,estimates=declared"),
@@ -65,7 +68,8 @@ def stacks(role: str) -> list[StackSpec]:
     return made + MORE.get(role, [])
 
 
-EVERY = [stack for role in ("scheduler", "queue", "admission", "preemption", "eviction") for stack in stacks(role)]
+ROLES = ("scheduler", "queue", "admission", "preemption", "eviction", "offload")
+EVERY = [stack for role in ROLES for stack in stacks(role) if role != "offload" or stack.offload != "never"]
 EVERY += [StackSpec(queue=f"sjf,predictor={name}") for name in registry.names("predictor")]
 
 

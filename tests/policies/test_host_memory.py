@@ -238,6 +238,8 @@ def test_whatever_is_drafted_is_enacted_and_every_token_computes_on_its_own_cont
         for request in list(desk.scheduler.queue):
             if request.id not in named and data.draw(st.booleans(), label=f"admit {request}"):
                 draft.admit(request, max_chunk=data.draw(st.sampled_from([None, 5])))
+            elif limits.prefix_caching and request.state is State.WAITING and request.id not in named:
+                draft.plan.fetch.append((request, "host"))
         return draft.finish()
 
     desk.scheduler.answer = plan

@@ -160,6 +160,28 @@ def test_salted_keys_never_meet_on_the_host_and_a_flush_forgets_it_too() -> None
     assert desk.plane.view.probe(mine).num_tokens == 0
 
 
+def test_what_a_request_hits_that_waits_for_a_slot_is_fetched_while_it_waits() -> None:
+    desk = Desk(Limits(8, 4, 1, 32, 40, num_host_blocks=8), offload="write_back,ahead=true")
+    run_whole(desk, 16, FIRST)
+    run_whole(desk, 31, tuple(block_keys([3] * 28, 4)))
+    runs = desk.submit(5, 9)
+    desk.run(Plan(chunks=[(runs, 5)]))
+    waits = desk.submit(16, 3, FIRST)
+    assert (desk.plane.view.probe(waits).blocks, len(desk.plane.view.probe(waits).host)) == ((), 3)
+    draft = desk.plane.view.draft()
+    assert draft.run_everyone()
+    assert not draft.admit(waits)
+    step = desk.run(draft.finish())
+    assert [(copy.out, copy.request, len(copy.device)) for copy in step.copies if not copy.out] == [(False, waits, 3)]
+    assert (waits.num_blocks, len(desk.plane.view.probe(waits).blocks)) == (0, 3)
+    draft = desk.plane.view.draft()
+    assert draft.run_everyone()
+    assert not draft.admit(waits)
+    assert desk.run(draft.finish(), runs).copies == []
+    step = desk.run(Plan(chunks=[(waits, 4)]))
+    assert (waits.num_cached_tokens, waits.num_fetched_tokens, step.copies) == (12, 0, [])
+
+
 @pytest.mark.parametrize("per_copied", [1, 40])
 def test_host_blocks_are_fetched_where_that_is_cheaper_than_computing_them(per_copied: int) -> None:
     class Cost(LinearCost):
