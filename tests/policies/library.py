@@ -38,9 +38,6 @@ MORE: dict[str, list[StackSpec]] = {
     ],
     "preemption": [StackSpec(preemption="last_admitted,mode=swap"), StackSpec(preemption="longest,mode=swap")],
     "eviction": [StackSpec(eviction="gdsf,crossover=20")],
-    "offload": [
-        StackSpec(preemption="last_admitted,mode=swap", offload="write_back,ttl_s=0.00003,fetch=always,ahead=true")
-    ],
     "admission": [
         StackSpec(admission="reserve_pow2,predictor=declared"),
         StackSpec(admission="predicted_peak,estimates=declared"),
