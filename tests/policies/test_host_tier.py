@@ -20,6 +20,7 @@ from policies.shapes import StepShape
 from policies.stack import StackSpec
 from tests.policies.byhand import Desk
 from tests.policies.harness import Job, LinearCost
+from tests.policies.kv_model import KvModel
 from tests.policies.test_host_memory import Modelled
 
 LIMITS = Limits(5, 4, 4, 32, 40, num_host_blocks=6)
@@ -180,6 +181,51 @@ def test_what_a_request_hits_that_waits_for_a_slot_is_fetched_while_it_waits() -
     assert desk.run(draft.finish(), runs).copies == []
     step = desk.run(Plan(chunks=[(waits, 4)]))
     assert (waits.num_cached_tokens, waits.num_fetched_tokens, step.copies) == (12, 0, [])
+
+
+@pytest.mark.parametrize("when", ["waiting", "fetched ahead", "fetching", "fetched", "written through", "swapped out"])
+def test_who_goes_away_leaves_both_tiers_whole_and_their_content_right(when: str) -> None:
+    """With a step in flight; what is computed and copied is carried out token by token."""
+    offload = "write_through" if when == "written through" else "write_back"
+    desk, model = Desk(Limits(12, 4, 4, 32, 40, lag=1, num_host_blocks=9), offload=offload), KvModel(4)
+
+    def run(plan: Plan, *finished: Request) -> None:
+        step = desk.plan(plan)
+        model.run(step, list(desk.plane.decode_group()) if step.decode_all else [])
+        assert step.refused == []
+        flight.append(step)
+        if len(flight) > 1:
+            desk.report(flight.pop(0), *finished)
+
+    flight: list[Any] = []
+    first = desk.submit(16, 1, FIRST)
+    run(Plan(chunks=[(first, 16)]))
+    other = desk.submit(13, 9)
+    run(Plan(chunks=[(other, 13)]), first)
+    filler = desk.submit(28, 1)
+    run(Plan(chunks=[(filler, 28)], decode_all=True))  # which evicts three blocks of the first one
+    run(Plan(decode_all=True), filler)
+    leaves = desk.submit(15, 5, FIRST[:3])
+    if when == "fetched ahead":
+        run(Plan(decode_all=True, fetch=[(leaves, "host")]))
+    elif when in ("fetching", "fetched"):
+        run(Plan(chunks=[(leaves, 15 - desk.plane.view.probe(leaves).num_tokens)], decode_all=True))
+        assert leaves.num_fetched_tokens > 0
+        if when == "fetched":
+            run(Plan(decode_all=True))
+    elif when == "written through":
+        run(Plan(decode_all=True))
+    elif when == "swapped out":
+        run(Plan(preempt=[(other, Mode.SWAP)], chunks=[(leaves, 3)]))
+    assert desk.plane.cancel((other if when == "swapped out" else leaves).id, desk.now)
+    again = desk.submit(15, 5, FIRST[:3])
+    hit = desk.plane.view.probe(again)
+    assert hit.num_tokens == 12
+    run(Plan(chunks=[(again, 3)], decode_all=desk.plane.view.num_decoding > 0))
+    run(Plan(decode_all=True))
+    for request in (other, leaves, again):
+        desk.plane.cancel(request.id, desk.now)
+    assert (desk.plane.num_free_blocks, desk.plane.view.num_free_host_blocks) == (12, 9)
 
 
 @pytest.mark.parametrize("per_copied", [1, 40])
