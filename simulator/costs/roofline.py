@@ -47,6 +47,7 @@ class RooflineCost:
     ) -> None:
         self.model = model
         self.device = device
+        self.overlaps_copies = True  # those to host memory and back are made beside the steps
         self.host = host or HostTimes()
         self.dtype = dtype or ("fp32" if model.bytes_per_weight == 4 else "bf16")
         flops_ns = 1e9 / device.reached_flops(self.dtype)
