@@ -35,8 +35,12 @@ def table(trials: Sequence[Trial], spec: TuneSpec) -> pd.DataFrame:
 
 
 def best_first(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that no other one beats, by the first objective."""
-    return sorted((trial for trial in trials if trial.best), key=lambda trial: (trial.figures, trial.number))
+    """The trials that no other one beats, by the first objective; a point that was tried twice once."""
+    points: dict[str, Trial] = {}
+    for trial in trials:
+        if trial.best:
+            points.setdefault(repr(trial.values), trial)
+    return sorted(points.values(), key=lambda trial: (trial.figures, trial.number))
 
 
 def markdown(trials: Sequence[Trial], spec: TuneSpec) -> str:
