@@ -231,7 +231,15 @@ def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
             fields[name] = getattr(measured, name) if measured is not None else otherwise
     limits = Limits(**fields)
     check_swaps(limits, costs)
+    check_offload(spec, limits)
     return limits
+
+
+def check_offload(spec: RunSpec, limits: Limits) -> None:
+    """Raises SpecError where prefixes are to be kept in host memory and there is none."""
+    offload = spec.policies.offload
+    if offload != "never" and not limits.num_host_blocks:
+        raise SpecError(f"policies.offload: {offload} keeps prefixes in host memory; give some with --host-memory GIB")
 
 
 def check_swaps(limits: Limits, costs: CostModel | None) -> None:

@@ -228,6 +228,7 @@ class PoliciesSpec(_Part):
     admission: str = _STACK.admission
     preemption: str = _STACK.preemption
     eviction: str = _STACK.eviction
+    offload: str = _STACK.offload
     router: str = "round_robin"
 
     @field_validator("*", mode="before")
@@ -243,7 +244,7 @@ class PoliciesSpec(_Part):
 
     @property
     def stack(self) -> StackSpec:
-        return StackSpec(self.scheduler, self.queue, self.admission, self.preemption, self.eviction)
+        return StackSpec(self.scheduler, self.queue, self.admission, self.preemption, self.eviction, self.offload)
 
 
 class RunSpec(_Part):

@@ -224,6 +224,8 @@ class ControlPlane:
         """
         self._advance(now)
         state = self._state
+        if state.tier is not None:
+            state.tier.begin(now)
         plan = self._ask(now)
         enactment = Enactment(state, plan, self._next_index, now)
         step = enactment.run()
@@ -245,6 +247,8 @@ class ControlPlane:
         self._repeats, self._last_plan = plan.repeats - 1 if _may_recur(plan, step) else 0, plan
         self._recurring = plan.chunks[0] if plan.chunks and self._repeats else None
         self._num_decodes = step.num_decodes
+        if state.tier is not None and not state.tier.keeps_nothing:
+            self._repeats = 0  # before each plan it is looked what is to be copied, and what is too old
         return step
 
     def repeat(self, now: int) -> Step | None:
@@ -402,7 +406,7 @@ class ControlPlane:
     def flush(self, now: int) -> int:
         """Forget all idle cached blocks. Returns how many those were."""
         self._advance(now)
-        count = self._state.pool.flush()
+        count = self._state.pool.flush() + self._state.host.flush()
         self._record_event("flush", count, "")
         self._verify()
         return count

@@ -31,7 +31,7 @@ def main() -> None:
 
 def load_commands() -> None:
     """Import the modules that add their commands to `app`. Not on import of this one: it takes its time."""
-    from experiments.cli import bench, capacity, demo, look, profiling, running, serving, sweeping, validating  # noqa: F401
+    from experiments.cli import bench, capacity, demo, look, profiling, running, serving, sweeping, tuning, validating  # noqa: F401
 
 
 def _run(args: list[str]) -> None:

@@ -75,6 +75,7 @@ class RooflineCost:
         self.model = model
         self.tensor_parallel = tensor_parallel
         self.device = device
+        self.overlaps_copies = True  # those to host memory and back are made beside the steps
         self.host = host or HostTimes()
         self.dtype = dtype or ("fp32" if model.bytes_per_weight == 4 else "bf16")
         share_ns = 1e9 / tensor_parallel
