@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from policies.contract import Recorder
 from policies.plan import NO_COPIES, CopyTimes, Plan, Report, Step
-from policies.records import DecodeSteps, Times
+from policies.records import DecodeSteps, Row, Times
 from policies.replica_state import ReplicaState
 from policies.request import Request, Slo, State
 from policies.shapes import StepShape
@@ -152,16 +152,32 @@ class Recording:
         unused: Sequence[int],
         longest: Sequence[int],
         chunk: tuple[Request, int] | None,
-    ) -> None:
+        is_open: bool,
+    ) -> Row:
         """Steps that change nothing but counts (`policies.coasting`), from the one with this index, shape and decode
-        clock on: each one's times, the unused blocks after it and its longest context, and the chunk that goes on."""
+        clock on: each one's times, the unused blocks after it and its longest context, and the chunk that goes on.
+
+        `is_open`: the last one has not ended yet. Then its row is answered, for `ended_step`."""
         state = self._state
         after = (len(state.running), state.num_waiting, len(state.paused), None, 0, 0, len(state.swapped))
         row = (
             *(self._replica, index, *times[0], *first[:11], clock, 0, 0, 0, unused[0], state.pool.num_idle),
             *(*after, state.host.num_unused, 0, 0, state.host.num_cached, *NO_COPIES),
         )
-        self._decode_steps(DecodeSteps(row, times, unused, longest, -1 if chunk is None else chunk[0].id))
+        steps = DecodeSteps(row, times, unused, longest, -1 if chunk is None else chunk[0].id)
+        if not is_open:
+            self._decode_steps(steps)
+            return row
+        if len(times) > 1:
+            self._decode_steps(steps._replace(times=times[:-1], unused=unused[:-1], longest=longest[:-1]))
+            steps = steps.without(len(times) - 1)
+        for decision in next(steps.decision_rows()):
+            self._recorder.decision(decision)
+        return steps.first
+
+    def ended_step(self, row: Row) -> None:
+        """The step with this row has come to its end."""
+        self._recorder.step(row)
 
     def _decode_steps_by_rows(self, steps: DecodeSteps) -> None:
         for decisions, step in zip(steps.decision_rows(), steps.step_rows(), strict=True):

@@ -142,6 +142,9 @@ new policies), `hold` (plans run nothing from here on), `release`, and `flush` (
 """
 
 
+Row = tuple[object, ...]
+
+
 class DecodeSteps(NamedTuple):
     """The rows of steps in a row in which the same requests decode and nothing else happens, as one; but for a chunk of
     one prefill, as long in each of them.
@@ -151,7 +154,7 @@ class DecodeSteps(NamedTuple):
     is given them like this.
     """
 
-    first: tuple[object, ...]
+    first: Row
     times: Sequence[Times]
     unused: Sequence[int]
     longest: Sequence[int]
@@ -167,21 +170,26 @@ class DecodeSteps(NamedTuple):
             grown |= {"chunk_context": tokens, "chunk_pairs": tokens * tokens}
         return [(_AT[name], more) for name, more in grown.items()]
 
-    def step_rows(self) -> Iterator[tuple[object, ...]]:
-        """The rows of steps.parquet, one by one."""
+    def without(self, count: int) -> DecodeSteps:
+        """All but so many leading ones; one is left at least."""
         row: list[Any] = list(self.first)
-        own = zip(self.times, self.unused, self.longest, strict=True)
-        for row[_TIMES], row[_AT["free_blocks"]], row[_AT["max_context"]] in own:
-            yield tuple(row)
-            for column, more in self.growth():
-                row[column] += more
+        for column, more in self.growth():
+            row[column] += count * more
+        times, unused, longest = self.times[count:], self.unused[count:], self.longest[count:]
+        row[_TIMES], row[_AT["free_blocks"]], row[_AT["max_context"]] = times[0], unused[0], longest[0]
+        return DecodeSteps(tuple(row), times, unused, longest, self.request_id)
 
-    def decision_rows(self) -> Iterator[list[tuple[object, ...]]]:
+    def step_rows(self) -> Iterator[Row]:
+        """The rows of steps.parquet, one by one."""
+        for i in range(len(self.times)):
+            yield self.without(i).first
+
+    def decision_rows(self) -> Iterator[list[Row]]:
         """The rows of decisions.parquet, by step."""
         replica, step, *_ = self.first
         decodes, tokens = self.first[_AT["num_decodes"]], self.first[_AT["chunk_tokens"]]
         for index in range(step, step + len(self.times)):  # type: ignore[operator]
-            rows: list[tuple[object, ...]] = [(replica, index, -1, "decode", decodes, "")]
+            rows: list[Row] = [(replica, index, -1, "decode", decodes, "")]
             if tokens:
                 rows.append((replica, index, self.request_id, "chunk", tokens, ""))
             yield rows

@@ -151,7 +151,8 @@ class ReplicaState:
 
     def decodes_that_need_a_block(self) -> list[Request]:
         size, clock = self.block_size, self.group.clock
-        needy = [r for r in self.group.at_block_boundary() if r._computed + clock >= len(r._blocks) * size]
+        boundary = self.group.at_block_boundary()
+        needy = [r for r in boundary if r._computed + clock >= len(r._blocks) * size] if boundary else []
         if self.loose:
             needy += [r for r in self.loose.values() if r._computed >= len(r._blocks) * size]
         return needy

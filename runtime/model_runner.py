@@ -26,6 +26,7 @@ from runtime.executor import Executor
 from runtime.host_memory import Made
 from runtime.kv_cache import PagedKVCache
 from runtime.parallel.leader import Leader
+from runtime.parallel.ranks import thread_clock
 from runtime.parallel.wire import StepWork
 from runtime.sampling.batch import SamplingState
 from runtime.sampling.sampler import Logprobs, Sampler
@@ -215,11 +216,13 @@ class ModelRunner:
         self._last_end = 0  # when the last collected step ended
         self._recent: dict[int, deque[int]] = {}  # how long the last steps with chunks took, by their padded tokens
         self._thread: ThreadPoolExecutor | None = None
+        self._computed_s: Callable[[], float] | None = None
         if device.type == "cuda":
             self._results = [torch.zeros(self._num_slots, dtype=torch.int64, pin_memory=True) for _ in range(_RESULTS)]
             self._next_result = 0
         else:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="model-runner")
+            self._computed_s = self._thread.submit(thread_clock).result()
 
     def _forget(self) -> None:
         """Nobody has a slot."""
@@ -462,7 +465,8 @@ class ModelRunner:
         """Wait for a step's sampled tokens. Raises what went wrong on the device."""
         waiting = not launched.pending.done()
         try:
-            token_ids, logprobs = launched.pending.result()
+            with self._ranks.waiting(self._computed_s):
+                token_ids, logprobs = launched.pending.result()
         except Exception as error:
             raise self._ranks.explain(error) from error
         self._ranks.check()  # after a rank has failed, what comes back is nothing

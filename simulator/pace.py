@@ -90,29 +90,38 @@ class ComputedPace:
     def reported(self, step: Step, now: int) -> None:
         self._host_free = now + self._timings.pop(step.index)[3]
 
-    def coast(self, shapes: Iterator[StepShape], most: int, now: int, horizon: float, watched: bool) -> list[Times]:
+    def coast(
+        self, shapes: Iterator[StepShape], most: int, now: int, horizon: float, watched: bool, may_be_open: bool
+    ) -> tuple[list[Times], bool]:
         """With no step in flight: plan, launch and report up to `most` steps of these shapes, one after another as soon
-        as that can be. None that is planned, or if `watched` ends, at `horizon` or later."""
+        as that can be. None that is planned, or if `watched` ends, at `horizon` or later; but where the last one
+        `may_be_open`, that may end later. Whether it does."""
         cost, history, taken = self._costs.cost, self._history, []
-        plan, free = max(now, self._host_free, self._plan_from), self._device_free
-        while plan < horizon and len(taken) < most:
-            shape = next(shapes)
+        plan, free, last = max(now, self._host_free, self._plan_from), self._device_free, most - 1
+        is_open = False
+        for i, shape in enumerate(shapes):
+            if plan >= horizon:
+                break
             prepare, device, finish = cost(shape)
-            launch, usual = plan + prepare, device
+            launch = plan + prepare
             start = launch if launch > free else free
+            usual = device
             if history is not None:
                 start += history.delay_ns(free - launch)
                 device = history.device_ns(shape, usual, start)
             end = start + device
-            if watched and end >= horizon:
+            crosses = watched and end >= horizon
+            if crosses and not may_be_open:
                 break
             if history is not None:
                 history.ran(shape, usual, start, device)
             taken.append((plan, launch, end, device))
-            plan, free = end + finish, end
+            plan, free, is_open = end + finish, end, crosses
+            if crosses or i == last:
+                break
         if taken:
             self._device_free, self._host_free, self._plan_from = free, plan, 0
-        return taken
+        return taken, is_open
 
     def waits_when_idle(self) -> bool:
         return True
