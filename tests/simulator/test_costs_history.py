@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from policies.plan import Step
+from policies.records import Times
 from policies.shapes import StepShape
 from simulator.costs import FittedCost
 from simulator.costs.calibration import DelayFit, LoadFit
@@ -161,14 +162,17 @@ def test_a_step_that_is_coasted_takes_what_a_launched_one_takes() -> None:
     one, other, now = ComputedPace(costs), ComputedPace(costs), 0
     for index in range(50):
         shape = shape_of(SIZES[index % 5], 1030)
-        assert one.coast(shape, now, 0, False) is None
-        assert one.coast(shape, now, now + 4_000_000 * (index % 2), True) is None  # nothing has changed
-        coasted = one.coast(shape, now, float("inf"), True)
+        nothing: tuple[list[Times], bool] = ([], False)
+        assert one.coast(iter([shape]), 1, now, 0, False, False) == nothing
+        assert (
+            one.coast(iter([shape]), 1, now, now + 4_000_000 * (index % 2), True, False) == nothing
+        )  # nor has changed
+        (coasted,), _ = one.coast(iter([shape]), 1, now, float("inf"), True, False)
         step, plan = Step(index, 0, shape=shape), other.plan_at(index, now)
         assert plan is not None
         other.launch(step, plan)
         timing = other.end_of(step)
-        assert coasted == (plan, *timing)
+        assert coasted == (plan, *timing[:3])
         now = timing.end_ns
         other.reported(step, now)
 
