@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from experiments.pool_spec import NotNegative, PoolSpec
 from experiments.workloads.spec import Count, Positive, Seed, SequenceLength, WorkloadSpec
 from policies import model_shape, registry
 from policies.registry import PolicySpec
@@ -227,6 +228,7 @@ class PoliciesSpec(_Part):
     preemption: str = _STACK.preemption
     eviction: str = _STACK.eviction
     router: str = "round_robin"
+    autoscaler: str = "fixed"
 
     @field_validator("*", mode="before")
     @classmethod
@@ -253,7 +255,11 @@ class RunSpec(_Part):
         replicas: of the simulated panel and of `diptych serve`; a real run has one.
         cost: how the simulated panel turns steps into time (a roofline of an 8B model on an H100 where nobody says);
             policies of either panel that plan by predicted cost use it too.
+        pools: of the simulated panel, in place of `replicas`: those of a pool are alike.
         link: between the simulated panel's replicas, for routers that move KV cache.
+        cold_start_s: of the simulated panel, from an autoscaler's decision until a replica serves; None: what it takes
+            to read the weights over the device's host link.
+        price_per_hour: what a device costs, in any currency, for estimates of the money that tokens cost.
         forced_lengths: the real panel ends each request after its recorded output tokens, whatever they are.
         decisions: record every decision; off makes long simulations smaller.
     """
@@ -265,7 +271,10 @@ class RunSpec(_Part):
     model: ModelSpec = ModelSpec()
     cost: CostSpec | None = None
     replicas: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 1
+    pools: tuple[PoolSpec, ...] = ()
     link: LinkSpec = LinkSpec()
+    cold_start_s: NotNegative | None = None
+    price_per_hour: NotNegative | None = None
     seed: Seed = 0
     forced_lengths: bool = True
     decisions: bool = True
@@ -275,6 +284,54 @@ class RunSpec(_Part):
         if self.target == "both" and self.cost is None:
             raise ValueError("target 'both' needs cost: what the simulation is to take the real panel for")
         return self
+
+    @model_validator(mode="after")
+    def _pools_that_work(self) -> RunSpec:
+        if self.target != "sim" and self.policies.autoscaler != "fixed":
+            raise ValueError("an autoscaler is for simulations so far: diptych simulate, or target: sim")
+        if not self.pools:
+            return self
+        if self.target != "sim":
+            raise ValueError("pools are for simulations so far: diptych simulate, or target: sim")
+        if self.replicas != 1:
+            raise ValueError("give replicas or pools, not both; a pool has replicas of its own")
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) < len(names):
+            raise ValueError(f"pools must have different names, not {', '.join(names)}")
+        roles = {pool.role for pool in self.pools}
+        if roles != {"both"}:
+            if not registry.moves_kv(registry.find("router", PolicySpec.parse(self.policies.router).name)):
+                raise ValueError(
+                    f"pools for prefill or decode alone need a router that moves KV cache, as disaggregated, "
+                    f"not {self.policies.router}"
+                )
+            for role in ("prefill", "decode"):
+                if not roles & {role, "both"}:
+                    raise ValueError(f"no pool does {role}; give one the role {role} or both")
+        for i in range(len(self.pools)):
+            self.of_pool(i)  # whose fields are checked here
+        return self
+
+    @property
+    def num_replicas(self) -> int:
+        """Of the simulated panel, at the start."""
+        return sum(pool.replicas for pool in self.pools) or self.replicas
+
+    def of_pool(self, index: int) -> RunSpec:
+        """The specification of a run on the replicas of one pool alone. Raises SpecError for what it gives wrong."""
+        pool = self.pools[index]
+        given = self.model_dump(exclude_unset=True, exclude={"pools"})
+        own = pool.model_dump(exclude_unset=True, exclude={"name", "replicas", "role", "device", "cost"})
+        cost = {**({} if pool.device is None else {"device": pool.device}), **pool.cost}
+        base = given.get("cost") or {}
+        if _kind(cost, _kind(base)) != _kind(base):
+            given["cost"] = {}
+        try:
+            return RunSpec.model_validate(
+                _merged(given, {**own, "replicas": pool.replicas, **({"cost": cost} if cost else {})})
+            )
+        except ValidationError as error:
+            raise ValueError(f"pool {pool.name}: {_first_error(error)}") from None
 
 
 def read_spec(path: str | Path, overrides: dict[str, Any] | None = None) -> RunSpec:
@@ -315,6 +372,7 @@ _GROUPS: dict[str, type[BaseModel]] = {
     "model": ModelSpec,
     "cost": CostSpec,
     "link": LinkSpec,
+    "pools": PoolSpec,
 }
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from policies.contract import Admission, Eviction, LengthPredictor, Preemption, Queue, Router, Scheduler
+from policies.contract import Admission, Autoscaler, Eviction, LengthPredictor, Preemption, Queue, Router, Scheduler
 
 ENTRY_POINT_GROUP = "diptych.policies"
 ROLES: dict[str, type] = {
@@ -28,6 +28,7 @@ ROLES: dict[str, type] = {
     "preemption": Preemption,
     "eviction": Eviction,
     "router": Router,
+    "autoscaler": Autoscaler,
     "predictor": LengthPredictor,
 }
 _PACKAGES = {
@@ -37,6 +38,7 @@ _PACKAGES = {
     "preemption": "policies.preemption",
     "eviction": "policies.eviction",
     "router": "policies.routers",
+    "autoscaler": "policies.autoscalers",
     "predictor": "policies.predictors",
 }
 CONTEXT = ("queue", "oracle", "future", "seed", "block_size", "cost", "transfer")

@@ -89,6 +89,8 @@ def simulate(
     eviction: options.Eviction = None,
     host_memory: options.HostMemory = None,
     router: options.Router = None,
+    pools: options.Pool = None,
+    autoscaler: options.Autoscaler = None,
     settings: options.Set = None,
     out: options.Out = None,
     overwrite: options.Overwrite = False,

@@ -24,7 +24,7 @@ from experiments.records.schema import SCHEMAS, RunError, tables_of, to_table
 
 Row = Sequence[object]
 
-ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072, "client": 4096}
+ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072, "client": 4096, "replicas": 4096}
 """Rows of a row group in the final files. Requests carry their block keys: tens of kilobytes each for long prompts."""
 
 PART_ROWS = {"requests": 1024, "steps": 16_384, "decisions": 32_768}
@@ -46,6 +46,7 @@ class RunWriter:
         overwrite: replace a run that the folder holds.
         decisions: False leaves decisions.parquet away. A client's run (`info["kind"]`) has neither steps nor decisions,
             and its requests come by `request_seen`.
+        replicas: True writes replicas.parquet, from `replica_changed`.
         flush_seconds: age at which rows go to disk (None: only by row count).
 
     `close` makes the run complete. Used as a context manager, leaving by an exception keeps the parts instead: the
@@ -62,10 +63,12 @@ class RunWriter:
         *,
         overwrite: bool = False,
         decisions: bool = True,
+        replicas: bool = False,
         flush_seconds: float | None = 5.0,
     ) -> None:
         self.folder = Path(folder)
-        self.tables = [table for table in tables_of(str(info.get("kind"))) if decisions or table != "decisions"]
+        left_out = {"decisions": not decisions, "replicas": not replicas}
+        self.tables = [table for table in tables_of(str(info.get("kind"))) if not left_out.get(table)]
         text = _run_json(info, self.tables)
         self._parts = self.folder / "parts"
         self._make_folder(text, overwrite)
@@ -73,6 +76,7 @@ class RunWriter:
         self._steps: list[Row] = []
         self._decisions: list[Row] | None = [] if "decisions" in self.tables else None
         self._client: list[Row] = []
+        self._replicas: list[Row] = []
         self._num_requests = 0  # rows so far
         self._settled = 0  # leading request rows whose last step's row is here too
         self._written = 0  # request rows on disk
@@ -118,6 +122,10 @@ class RunWriter:
             if len(rows) >= PART_ROWS["decisions"]:
                 self.flush()
 
+    def replica_changed(self, time_ns: int, replica: int, pool: str, event: str) -> None:
+        """A replica starts, serves, drains, stops or has failed."""
+        self._replicas.append((time_ns, replica, pool, event))
+
     def request_seen(self, row: Row, client_row: Row) -> None:
         """A request of a client's run has ended, or the run has: its rows of requests and client.
 
@@ -146,6 +154,7 @@ class RunWriter:
         if self._decisions is not None:
             self._write_part("decisions", self._decisions, len(self._decisions))
         self._write_part("steps", self._steps, len(self._steps))
+        self._write_part("replicas", self._replicas, len(self._replicas))
         self._write_part("client", self._client, len(self._client))
         self._write_part("requests", self._requests, num_requests - self._written)
         self._written = num_requests

@@ -108,7 +108,7 @@ def test_an_idle_link_takes_the_bytes_over_the_bandwidth_and_the_latency(bandwid
 
 def test_each_replica_has_a_link_of_its_own_and_the_latency_comes_after_the_last_byte() -> None:
     env = simpy.Environment()
-    network = Network(env, 3, LinkSpeed(1e9, 10, latency_ns=3))
+    network = Network(env, [LinkSpeed(1e9, 10, latency_ns=3)] * 3)
     seen: list[tuple[str, int, bool]] = []
 
     def watch(name: str, source: int, blocks: int):
@@ -123,7 +123,7 @@ def test_each_replica_has_a_link_of_its_own_and_the_latency_comes_after_the_last
 
 def test_what_a_failed_replica_sends_or_is_sent_does_not_arrive_and_the_rest_goes_faster() -> None:
     env = simpy.Environment()
-    network = Network(env, 3, LinkSpeed(1e9, 10))
+    network = Network(env, [LinkSpeed(1e9, 10)] * 3)
     seen: list[tuple[str, int, bool]] = []
 
     def watch(name: str, source: int, target: int):
@@ -141,7 +141,7 @@ def test_what_a_failed_replica_sends_or_is_sent_does_not_arrive_and_the_rest_goe
 @pytest.mark.parametrize("latency", [0, 5])
 def test_who_is_aborted_in_the_moment_of_its_end_leaves_nobody_behind_on_its_link(latency: int) -> None:
     env = simpy.Environment()
-    network = Network(env, 2, LinkSpeed(1e9, 10, latency_ns=latency))
+    network = Network(env, [LinkSpeed(1e9, 10, latency_ns=latency)] * 2)
     moment = env.timeout(30)  # the last byte of the first leaves then; before the network looks
     first, second, third = (network.send(0, 1, blocks) for blocks in (1, 2, 4))
     moment.callbacks.append(lambda _: network.abort(first))
