@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -145,11 +146,11 @@ def make_pools(
         replace(_pool(spec.of_pool(i), workload, oracle), name=pool.name, role=pool.role)
         for i, pool in enumerate(spec.pools)
     ]
-    first = pools[0]
     for name in ("block_size", "lag"):
         if len({getattr(pool.limits, name) for pool in pools}) > 1:
             raise SpecError(f"limits.{name}: it must be the same in all pools")
-    if first.link is not None and len({pool.link.bytes_per_block for pool in pools if pool.link is not None}) > 1:
+    shapes = [getattr(pool.costs, "model", None) for pool in pools if pool.link is not None]
+    if len({getattr(shape, "kv_bytes_per_token", 0) for shape in shapes}) > 1:
         raise SpecError("KV moves only between pools of one model: their blocks have different sizes")
     return pools
 
@@ -186,7 +187,7 @@ def _cold_start_ns(spec: RunSpec, costs: CostModel) -> int:
         raise SpecError(
             "cold_start_s: say how long a replica takes to start; only a roofline knows what it has to load"
         )
-    return round(1e9 * costs.model.weight_bytes / costs.device.reached_host_link)
+    return round(1e9 * costs.model.weight_bytes / costs.tensor_parallel / costs.device.reached_host_link)
 
 
 def _pool_entry(spec: RunSpec, index: int, pool: Pool) -> dict[str, object]:
@@ -213,7 +214,9 @@ def link_of(spec: RunSpec, costs: CostModel, limits: Limits) -> LinkSpeed:
             f"router {spec.policies.router} moves KV cache, and only a roofline (--model, --device) knows its bytes"
         )
     bandwidth = spec.link.bandwidth or device.reached_peer_link
-    return LinkSpeed(bandwidth, model.kv_bytes_per_token * limits.block_size, round(1e3 * spec.link.latency_us))
+    # Devices that share a model send their parts side by side.
+    block_bytes = math.ceil(model.kv_bytes_per_token * limits.block_size / getattr(costs, "tensor_parallel", 1))
+    return LinkSpeed(bandwidth, block_bytes, round(1e3 * spec.link.latency_us))
 
 
 def _future(spec: RunSpec, workload: Workload, limits: Limits) -> dict[int, list[bytes]] | None:
@@ -260,7 +263,8 @@ def make_costs(spec: CostSpec) -> CostModel:
     if spec.kind == "constant":
         assert spec.step_ms is not None
         return ConstantCost(round(spec.step_ms * 1e6), spec.swap_ns_per_token or 0)
-    return RooflineCost(ModelShape.preset(spec.model).in_dtype(spec.dtype), load_device(spec.device))
+    model = ModelShape.preset(spec.model).in_dtype(spec.dtype)
+    return RooflineCost(model, load_device(spec.device), tensor_parallel=spec.tensor_parallel)
 
 
 def costs_as_described(description: dict[str, Any]) -> CostModel:
@@ -274,7 +278,8 @@ def costs_as_described(description: dict[str, Any]) -> CostModel:
                 return ConstantCost(**fields)
             case "roofline":
                 model, device = ModelShape.from_dict(fields.pop("model")), Device.from_dict(fields.pop("device"))
-                return RooflineCost(model, device, dtype=fields.pop("dtype"), host=HostTimes(**fields))
+                dtype, devices = fields.pop("dtype"), fields.pop("tensor_parallel", 1)
+                return RooflineCost(model, device, HostTimes(**fields), dtype, devices)
     except (KeyError, TypeError, ValueError) as error:
         raise SpecError(f"the recorded cost model cannot be used: {error}") from error
     raise SpecError(f"the recorded cost model cannot be used: there is no kind {description.get('kind')!r}")
@@ -341,7 +346,8 @@ def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
     if not isinstance(costs, RooflineCost):
         raise SpecError("limits.num_blocks: say how many KV blocks a replica has; only a roofline can work it out")
     model, device = costs.model, costs.device
-    memory = (spec.limits.memory_share or MEMORY_SHARE) * device.memory_bytes - model.weight_bytes
+    memory = costs.tensor_parallel * (spec.limits.memory_share or MEMORY_SHARE) * device.memory_bytes
+    memory -= model.weight_bytes
     if spec.limits.kv_cache_gib is not None:
         memory = spec.limits.kv_cache_gib * GIB
     blocks = int(memory // (model.kv_bytes_per_token * spec.limits.block_size))

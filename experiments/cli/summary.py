@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow.compute as pc
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +20,25 @@ def startup_line(seconds: dict[str, float]) -> str:
     """What the parts of a start took: seconds by the part's name, in their order."""
     parts = ", ".join(f"{name.replace('_', ' ')} {took:.2f}" for name, took in seconds.items())
     return f"started in {sum(seconds.values()):.2f} s: {parts}"
+
+
+def changing(run: Run) -> bool:
+    """Whether replicas differ, or come and go."""
+    return "replicas" in run.info["tables"]
+
+
+def economy_line(figures: dict[str, Any]) -> str:
+    """What the replicas took: time, and estimates of energy and money."""
+    busy = figures["busy_share"]
+    parts = [f"{format_figure(figures['replica_seconds'])} replica seconds"]
+    parts += [] if busy is None else [f"devices busy {busy:.0%} of that"]
+    for key, unit in (
+        ("estimated_joule_per_output_token", "J an output token"),
+        ("estimated_price_per_million_output_tokens", "for a million output tokens at the price given"),
+    ):
+        if figures[key] is not None:
+            parts.append(f"about {format_figure(figures[key])} {unit} (estimate)")
+    return "; ".join(parts)
 
 
 def summary_table(run: Run, of: str) -> Table:
@@ -45,5 +66,7 @@ def summary_table(run: Run, of: str) -> Table:
         f"{format_figure(figures['output_throughput'])} output tokens/s; {statuses}"
         + ("" if figures["preemptions"] is None else f"; {figures['preemptions']} preemptions")
     )
+    if figures.get("estimated_joule_per_output_token") is not None or changing(run):
+        table.caption.append("\n" + economy_line(figures))
     table.caption_justify = "left"
     return table

@@ -57,11 +57,15 @@ class Run:
 
     def limits_of(self, replica: int) -> dict[str, Any]:
         """The limits of one replica."""
-        pool = self._pool_of.get(replica)
+        pool = self.pool_of(replica)
         return self.limits if pool is None else dict(pool["limits"])
 
+    def pool_of(self, replica: int) -> dict[str, Any] | None:
+        """The entry of `pools` of one replica; None where all are alike."""
+        return self._pools_by_replica.get(replica)
+
     @cached_property
-    def _pool_of(self) -> dict[int, dict[str, Any]]:
+    def _pools_by_replica(self) -> dict[int, dict[str, Any]]:
         if not self.pools or "replicas" not in self.info["tables"]:
             return {}
         pools = {pool["name"]: pool for pool in self.pools}

@@ -29,29 +29,47 @@ class HostTimes:
             raise ValueError(f"host times must not be negative: {self}")
 
 
+SUM_LATENCY_NS = 7_000
+SUM_EFFICIENCY = 0.55
+"""Of a sum over the devices (NCCL in a CUDA graph, two H200 over NVLink): 6.9 us for 16 KiB, 75 for 16 MiB."""
+
+
 class RooflineCost:
     """The device's time is a sum over parts of max(arithmetic, memory), and a launch floor a layer.
 
     Parts: the linear layers by padded tokens, attention of decodes and of chunks by query-context pairs and by KV
-    bytes, the LM head by sampled rows. Activations in memory, tile sizes and communication are left out, so it errs
-    on the fast side: on an H100 with Llama-3.1-8B it gives 0.78 to 0.88 of vLLM 0.24's decode steps. Of a mixture of
-    experts, a step reads those that its tokens are expected to hit. Swapped KV goes over the host link before the step,
-    one direction after the other.
+    bytes, the LM head by sampled rows. Activations in memory and tile sizes are left out, so it errs on the fast side:
+    on an H100 with Llama-3.1-8B it gives 0.78 to 0.88 of vLLM 0.24's decode steps. Of a mixture of experts, a step
+    reads those that its tokens are expected to hit. Swapped KV goes over the host link before the step, one direction
+    after the other.
+
+    With `tensor_parallel` each device has its share of every part (of KV no less than a head), and the activations of
+    all tokens are summed over the devices twice a layer and once for the embedding: 2 (n - 1) / n of their bytes over
+    the link between devices, and a latency, as measured on two H200.
 
     `dtype` is that of the arithmetic, `bf16` or `fp32`; by default fp32 where weights take four bytes. Raises
-    ValueError for another one.
+    ValueError for another one, and for fewer devices than one.
     """
 
     def __init__(
-        self, model: ModelShape, device: Device, host: HostTimes | None = None, dtype: str | None = None
+        self,
+        model: ModelShape,
+        device: Device,
+        host: HostTimes | None = None,
+        dtype: str | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
+        if tensor_parallel < 1:
+            raise ValueError(f"tensor_parallel must be at least 1, not {tensor_parallel}")
         self.model = model
         self.device = device
         self.host = host or HostTimes()
         self.dtype = dtype or ("fp32" if model.bytes_per_weight == 4 else "bf16")
-        flops_ns = 1e9 / device.reached_flops(self.dtype)
-        attention_ns = 1e9 / device.reached_attention_flops(self.dtype)
-        byte_ns = 1e9 / device.reached_bandwidth
+        self.tensor_parallel = n = tensor_parallel
+        flops_ns = 1e9 / device.reached_flops(self.dtype) / n
+        attention_ns = 1e9 / device.reached_attention_flops(self.dtype) / n
+        byte_ns = 1e9 / device.reached_bandwidth / n
+        kv_bytes = model.kv_bytes_per_token * max(1.0, n / model.num_kv_heads)
         self._launch = float(device.launch_ns_per_layer * model.num_layers)
         self._byte = byte_ns
         self._linear_memory = model.linear_bytes * byte_ns
@@ -59,8 +77,12 @@ class RooflineCost:
         self._head_memory = model.head_bytes * byte_ns
         self._head_sample = model.head_flops_per_sample * flops_ns
         self._pair = model.attention_flops_per_pair * attention_ns
-        self._kv_token = model.kv_bytes_per_token * byte_ns
-        self._swapped_token = model.kv_bytes_per_token * 1e9 / device.reached_host_link
+        self._kv_token = kv_bytes * byte_ns
+        self._swapped_token = kv_bytes * 1e9 / device.reached_host_link / n
+        num_sums = (2 * model.num_layers + 1) if n > 1 else 0
+        activation = model.hidden_size * (4 if self.dtype == "fp32" else 2)
+        self._sums = float(num_sums * SUM_LATENCY_NS)
+        self._sums_token = num_sums * activation * 2 * (n - 1) / n * 1e9 / (SUM_EFFICIENCY * device.peer_bandwidth)
 
     def cost(self, shape: StepShape) -> StepCost:
         host = self.host
@@ -81,6 +103,7 @@ class RooflineCost:
             "model": self.model.to_dict(),
             "device": self.device.to_dict(),
             "dtype": self.dtype,
+            "tensor_parallel": self.tensor_parallel,
             "prepare_ns": self.host.prepare_ns,
             "finish_ns": self.host.finish_ns,
             "finish_ns_per_sample": self.host.finish_ns_per_sample,
@@ -90,7 +113,8 @@ class RooflineCost:
         memory = self._linear_memory
         if self.model.num_experts:
             memory = self.model.linear_bytes_read(shape.padded_tokens) * self._byte
-        total = self._launch + max(memory, self._linear_token * shape.padded_tokens)
+        total = self._launch + self._sums + self._sums_token * shape.padded_tokens
+        total += max(memory, self._linear_token * shape.padded_tokens)
         # A decode is one query over its context; chunks read the KV of their context once for all their queries.
         total += max(self._kv_token, self._pair) * shape.decode_context
         total += max(self._kv_token * shape.chunk_context, self._pair * shape.chunk_pairs)

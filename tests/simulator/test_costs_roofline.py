@@ -132,3 +132,30 @@ def test_the_description_is_json_and_names_model_and_device() -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="no dtype 'fp64'"):
         RooflineCost(LLAMA.model, LLAMA.device, dtype="fp64")
+
+
+@pytest.mark.parametrize(
+    ("shape", "times"),
+    [(StepShape(1, 128, 128, num_samples=1, padded_tokens=1), 1.47), (StepShape(num_chunks=1, chunk_tokens=2048,
+      chunk_pairs=2048 * 2049 // 2, chunk_context=2048, max_context=2048, num_samples=1, padded_tokens=2048), 1.61)],
+    ids=["decode", "prompt"],
+)  # fmt: skip
+def test_two_devices_are_as_much_faster_than_one_as_was_measured(shape: StepShape, times: float) -> None:
+    """Llama-3.1-8B on one and two H200 (docs/tensor-parallel.md), within a tenth."""
+    model, device = ModelShape.preset("llama-3.1-8b"), DEVICES["h200"]
+    one, two = (RooflineCost(model, device, HostTimes(0, 0, 0), tensor_parallel=n).step_ns(shape) for n in (1, 2))
+    assert one / two == pytest.approx(times, rel=0.1)
+
+
+def test_more_devices_than_kv_heads_share_heads_and_fewer_than_one_are_refused() -> None:
+    model, device = ModelShape.preset("llama-3.1-8b"), DEVICES["h200"]  # 8 KV heads
+    few, more = StepShape(64, 64 * 1_000, padded_tokens=64), StepShape(64, 64 * 9_000, padded_tokens=64)
+    extra = {
+        n: RooflineCost(model, device, tensor_parallel=n).step_ns(more)
+        - RooflineCost(model, device, tensor_parallel=n).step_ns(few)
+        for n in (1, 8, 16)
+    }
+    assert extra[8] == pytest.approx(extra[1] / 8, rel=1e-6)
+    assert extra[16] == pytest.approx(extra[8], rel=1e-6)
+    with pytest.raises(ValueError, match="tensor_parallel must be at least 1"):
+        RooflineCost(model, device, tensor_parallel=0)
