@@ -179,10 +179,10 @@ def outline(run: Run, percentiles: Sequence[float] = PERCENTILES) -> dict[str, A
     duration = (int(ends.max()) - int(requests["arrival_ns"].min())) / 1e9 if len(ends) else 0.0
     figures: dict[str, Any] = {
         "statuses": {status: int((requests["status"] == status).sum()) for status in STATUSES},
+        "total_output_tokens": int(output.sum()),
         "request_throughput": _rate(len(done), duration),
         "output_throughput": _rate(int(output.sum()), duration),
         "preemptions": int(requests["preemptions"].sum()) if run.has_steps else None,
-        **economy(run, int(output.sum())),
     }
     for name, samples in (("ttft", ttft), ("tpot", tpot), ("itl", np.empty(0)), ("e2el", e2e)):
         figures |= statistics(name, samples, percentiles)

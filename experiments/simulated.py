@@ -27,6 +27,7 @@ from simulator.cluster import Cluster, Pool
 from simulator.costs.base import CostModel, predicted
 from simulator.costs.calibration import Calibration
 from simulator.costs.constant import ConstantCost
+from simulator.costs.drawn import DrawnCost
 from simulator.costs.earlier import upgraded
 from simulator.costs.fitted import FittedCost
 from simulator.costs.roofline import HostTimes, RooflineCost
@@ -259,7 +260,8 @@ def make_costs(spec: CostSpec) -> CostModel:
     """The cost model of a specification."""
     if spec.kind == "fitted":
         assert spec.calibration is not None
-        return FittedCost.load(Path(spec.calibration))
+        fitted = FittedCost.load(Path(spec.calibration))
+        return fitted if spec.residuals is None else DrawnCost(fitted, spec.residuals)
     if spec.kind == "constant":
         assert spec.step_ms is not None
         return ConstantCost(round(spec.step_ms * 1e6), spec.swap_ns_per_token or 0)
@@ -273,7 +275,9 @@ def costs_as_described(description: dict[str, Any]) -> CostModel:
     try:
         match description.get("kind"):
             case "fitted":
-                return FittedCost(Calibration.model_validate(upgraded(fields)))
+                seed = fields.pop("residuals", None)
+                fitted = FittedCost(Calibration.model_validate(upgraded(fields)))
+                return fitted if seed is None else DrawnCost(fitted, seed)
             case "constant":
                 return ConstantCost(**fields)
             case "roofline":
@@ -287,6 +291,7 @@ def costs_as_described(description: dict[str, Any]) -> CostModel:
 
 def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
     """The limits of a simulated replica: as given, else as the calibration, or the device's memory, has them."""
+    costs = predicted(costs)
     given, measured = spec.limits, _measured_limits(costs)
     fields = {name: getattr(given, name) for name in LIMITS}
     if measured is not None:

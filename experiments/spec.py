@@ -129,7 +129,7 @@ class ModelSpec(_Part):
 
 
 _FIELDS_OF_COST = {
-    "fitted": ("calibration",),
+    "fitted": ("calibration", "residuals"),
     "roofline": ("model", "device", "dtype", "tensor_parallel"),
     "constant": ("step_ms", "swap_ns_per_token"),
 }
@@ -142,6 +142,8 @@ class CostSpec(_Part):
         kind: `fitted` from a calibration file that `diptych profile` wrote; `roofline` from a model's shape and a
             device's data sheet; `constant`, every step the same.
         calibration: the file, for `fitted`.
+        residuals: for `fitted`: step times are drawn, with this seed, around what the fit predicts, as far off as it was on
+            held-out steps; runs with several seeds give a band. None: as predicted.
         model, device: for `roofline`; a model shape by name (`SmolLM2-135M-Instruct` is `smollm2-135m`); a device by
             name, `cpu` for this one's, or a file of one.
         dtype: of weights and KV cache, for `roofline`.
@@ -152,6 +154,7 @@ class CostSpec(_Part):
 
     kind: Literal["fitted", "roofline", "constant"] = "roofline"
     calibration: str | None = None
+    residuals: Seed | None = None
     model: str = "llama-3.1-8b"
     device: str = "h100-sxm"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"

@@ -24,7 +24,7 @@ from experiments.workloads import make_workload
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.shapes import StepShape
-from simulator.costs.base import CostModel
+from simulator.costs.base import CostModel, predicted
 from simulator.costs.fitted import FittedCost
 
 
@@ -80,6 +80,10 @@ def simulate(
     model: options.Model = None,
     device: Annotated[str | None, typer.Option(help="h100-sxm, h200, a100-80gb, l4, cpu, or a file of one.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="A file that `diptych profile` wrote.")] = None,
+    residuals: Annotated[
+        int | None,
+        typer.Option(metavar="SEED", help="Draw the errors of --calibration's fit; several seeds give a band."),
+    ] = None,
     replicas: Annotated[int | None, typer.Option(help="How many, behind --router.")] = None,
     link: Annotated[str | None, typer.Option(help="Between replicas, for routers that move KV: 50GB/s.")] = None,
     scheduler: options.Scheduler = None,
@@ -109,6 +113,7 @@ def simulate(
         cost__device=device,
         cost__calibration=None if calibration is None else str(calibration),
         cost__kind=None if calibration is None else "fitted",
+        cost__residuals=residuals,
     )
     _simulate(specification, out or default_folder(specification, "sim"), overwrite, check)
 
@@ -120,6 +125,7 @@ def limits_of(folder: Path) -> Limits:
 
 def share_outside(costs: CostModel, run: Run) -> float:
     """Share of a run's steps whose cost a fitted model had to extrapolate; 0 for a model that was not measured."""
+    costs = predicted(costs)
     if not isinstance(costs, FittedCost):
         return 0.0
     steps = run.columns("steps", StepShape._fields)

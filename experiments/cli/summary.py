@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.compare import format_figure
+from experiments.economy import economy
 from experiments.metrics import outline, summarize
 from experiments.records import Run
 
@@ -48,6 +49,8 @@ def summary_table(run: Run, of: str) -> Table:
     """
     tokens = pc.sum(run.columns("requests", ["output_tokens"])["output_tokens"]).as_py() or 0
     figures = (outline if tokens > MANY_TOKENS else summarize)(run, percentiles=(50, 90, 99))
+    if "replica_seconds" not in figures:
+        figures |= economy(run, figures["total_output_tokens"])
     table = Table("latency, ms", title=Text(f"{run.label}: {of}"), title_justify="left")
     for heading in ("mean", "p50", "p90", "p99"):
         table.add_column(heading, justify="right")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from experiments.compare import compare
-from experiments.economy import replica_seconds
+from experiments.economy import economy, replica_seconds
 from experiments.metrics import outline, summarize
 from experiments.records import RunWriter, read_run
 from experiments.simulated import run_simulated
@@ -52,7 +52,7 @@ def test_energy_and_money_follow_from_the_steps_and_the_price_and_the_number_of_
     assert summary["estimated_joule_per_output_token"] == pytest.approx(joule / tokens)
     money = 2 * 3 * end_s * 0.001
     assert summary["estimated_price_per_million_output_tokens"] == pytest.approx(1e6 * money / tokens)
-    assert outline(run)["estimated_joule_per_output_token"] == summary["estimated_joule_per_output_token"]
+    assert economy(run, outline(run)["total_output_tokens"]).items() <= summary.items()
 
 
 def test_each_pool_has_its_device_and_its_price(tmp_path: Path) -> None:
@@ -75,6 +75,11 @@ def test_without_a_data_sheet_or_a_price_there_is_no_estimate(tmp_path: Path) ->
     assert summary["replica_seconds"] > 0
 
 
+EVENTS = [(0, 0, "serve"), (1, 1, "start"), (2, 1, "serve"), (3, 1, "drain"), (4, 1, "stop"), (5, 2, "start"),
+          (6, 2, "fail"), (9, 3, "start"), (11, 3, "serve")]  # fmt: skip
+"""Tenths of a run, replica, what happens to it."""
+
+
 def test_a_replica_is_up_from_when_it_is_asked_for_until_it_stops_or_the_run_ends(tmp_path: Path) -> None:
     whole = run_of(tmp_path / "run", pools=[{"name": "a"}])
     end_s = max(whole.steps["end_ns"].max(), whole.requests["finish_ns"].max()) / S
@@ -84,10 +89,8 @@ def test_a_replica_is_up_from_when_it_is_asked_for_until_it_stops_or_the_run_end
             writer.step(tuple(row.values()))
         for row in whole.table("requests").to_pylist():
             writer.request(tuple(row.values()))
-        for at, replica, event in [(0, 0, "serve"), (tenth, 1, "start"), (2 * tenth, 1, "serve"), (3 * tenth, 1, "drain"),
-                                   (4 * tenth, 1, "stop"), (5 * tenth, 2, "start"), (6 * tenth, 2, "fail"),
-                                   (9 * tenth, 3, "start"), (11 * tenth, 3, "serve")]:  # fmt: skip
-            writer.replica_changed(at, replica, "a", event)
+        for at, replica, event in EVENTS:
+            writer.replica_changed(at * tenth, replica, "a", event)
     seconds = replica_seconds(read_run(tmp_path / "changed"))
     assert seconds == pytest.approx({0: end_s, 1: 0.3 * end_s, 2: 0.1 * end_s, 3: 0.1 * end_s}, rel=1e-6)
 
