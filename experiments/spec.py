@@ -142,8 +142,8 @@ class CostSpec(_Part):
         kind: `fitted` from a calibration file that `diptych profile` wrote; `roofline` from a model's shape and a
             device's data sheet; `constant`, every step the same.
         calibration: the file, for `fitted`.
-        residuals: for `fitted`: step times are drawn, with this seed, around what the fit predicts, as far off as it was on
-            held-out steps; runs with several seeds give a band. None: as predicted.
+        residuals: for `fitted`: step times are drawn, with this seed, around what the fit predicts, as far off as it
+            was on held-out steps; runs with several seeds give a band. None: as predicted.
         model, device: for `roofline`; a model shape by name (`SmolLM2-135M-Instruct` is `smollm2-135m`); a device by
             name, `cpu` for this one's, or a file of one.
         dtype: of weights and KV cache, for `roofline`.

@@ -29,6 +29,7 @@ class Network:
         self._env = env
         self._speeds: list[LinkSpeed] = []
         self._links: list[Link] = []
+        self._cut: dict[int, None] = {}  # replicas whose links are down
         for speed in speeds:
             self.add(speed)
         self._sending: dict[int, Sending] = {}
@@ -43,8 +44,8 @@ class Network:
         """Start sending. No blocks take no time."""
         self._count += 1
         sending = Sending(self._count, source, target, self._env.event())
-        if not num_blocks:
-            sending.done.succeed(True)
+        if source in self._cut or not num_blocks:
+            sending.done.succeed(source not in self._cut)
             return sending
         self._sending[sending.number] = sending
         self._take_ended(source)
@@ -66,6 +67,16 @@ class Network:
         """Nothing that is on its way from or to this replica arrives."""
         for sending in [s for s in self._sending.values() if replica in (s.source, s.target)]:
             self.abort(sending)
+
+    def cut(self, replica: int) -> None:
+        """The link of this replica is down: nothing that it sends arrives, what is on its way no more than what follows."""
+        self._cut[replica] = None
+        for sending in [s for s in self._sending.values() if s.source == replica]:
+            self.abort(sending)
+
+    def mend(self, replica: int) -> None:
+        """It is up again."""
+        self._cut.pop(replica, None)
 
     def _watch(self, source: int) -> None:
         """Look again when the next transfer should end. Should another one start meanwhile, that is for nothing."""

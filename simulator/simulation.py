@@ -214,6 +214,14 @@ class Simulation:
         self.replicas[replica].fail()
         self._roster_changed()
 
+    def cut_link(self, replica: int) -> None:
+        """A replica can send no KV any more: what it has sent away, or would, goes on where it is."""
+        self._network.cut(replica)
+
+    def mend_link(self, replica: int) -> None:
+        """It can again."""
+        self._network.mend(replica)
+
     def at(self, time_ns: int, do: Callable[[], None]) -> None:
         """Have something happen at a time, such as `cancel` or `fail`."""
         self._watched = True
