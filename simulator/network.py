@@ -69,7 +69,7 @@ class Network:
             self.abort(sending)
 
     def cut(self, replica: int) -> None:
-        """The link of this replica is down: nothing that it sends arrives, what is on its way no more than what follows."""
+        """The link of this replica is down: nothing that it sends arrives, now or from what is on its way."""
         self._cut[replica] = None
         for sending in [s for s in self._sending.values() if s.source == replica]:
             self.abort(sending)

@@ -102,7 +102,7 @@ def test_random_routing_waits_as_long_as_in_m_m_1_queues() -> None:
 
 def test_two_choices_among_many_wait_as_long_and_queue_as_much_as_in_the_limit() -> None:
     """Vvedenskaya et al., Mitzenmacher: with d = 2 and n -> infinity a share of rho^(2^i - 1) of the servers has i
-    requests or more, and the mean time in system is the sum over i of rho^(2^i - 2). By chance: rho^i, 1 / (1 - rho)."""
+    requests or more, and the mean time in system is the sum over i of rho^(2^i - 2). By chance: rho^i."""
     num_replicas, count, warm = 200, 40_000, 8_000
     requests, found = drawn(num_replicas, 0.8, count), []
 
