@@ -336,7 +336,7 @@ class RunSpec(_Part):
                 _merged(given, {**own, "replicas": pool.replicas, **({"cost": cost} if cost else {})})
             )
         except ValidationError as error:
-            raise ValueError(f"pool {pool.name}: {_first_error(error)}") from None
+            raise ValueError(f"pool {pool.name}: {first_error(error)}") from None
 
 
 def read_spec(path: str | Path, overrides: dict[str, Any] | None = None) -> RunSpec:
