@@ -173,13 +173,16 @@ def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits:
     started = time.perf_counter()
     with interruptible(folder), progress("simulating", len(workload)) as bar:
         every = max(1, len(workload) // 200)  # a bar that moves costs more than a simulated step
-        ended = 0
+        ended = until_ns = 0
 
         def on_end(request: Request) -> None:
-            nonlocal ended
+            nonlocal ended, until_ns
+            until_ns = max(until_ns, request.finish_ns or 0)
+            if request.id >= len(workload):
+                return  # a further try
             ended += 1
-            if ended % every == 0 and request.finish_ns is not None:
-                speed = request.finish_ns / 1e9 / (time.perf_counter() - started)
+            if ended % every == 0:
+                speed = until_ns / 1e9 / (time.perf_counter() - started)
                 bar.update(TaskID(0), completed=ended, description=f"simulating, {speed:,.3g} x real time")
 
         simulated_ns = run_simulated(
