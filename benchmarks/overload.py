@@ -94,7 +94,7 @@ def account(run: Run) -> Account:
 
 
 def capacity(spec: RunSpec, count: int, folder: Path) -> float:
-    """Requests a second of one replica that has enough of them: in the middle half of the ends, when all came at once."""
+    """Requests a second of one replica that has enough of them: in the middle half of the ends, if all come at once."""
     workload = make_workload(spec.workload.model_copy(update={"n": count}))
     at_once = replace(workload, arrival_ns=np.zeros(count, np.int64))
     run_simulated(spec, folder, workload=at_once)

@@ -23,7 +23,7 @@ from simulator.costs.base import CostModel
 from simulator.costs.constant import ConstantCost, LinearCost
 from simulator.links import LinkSpeed
 from simulator.simulation import Simulation
-from tests.policies.fleet import make_router
+from tests.policies.fleet import Loaded, PerToken, make_router
 from tests.policies.harness import Log
 
 MS = 1_000_000
@@ -235,3 +235,28 @@ def test_a_router_sees_the_pool_the_role_the_slots_and_the_cost_of_each_replica(
     cluster = Cluster(pools, OnlyFast())
     cluster.run([Arrival(r, 4) for r in requests])
     assert [r.finish_ns for r in requests] == [4 * MS, 4 * MS, 8 * MS]
+
+
+def test_the_shortest_expected_delay_minds_how_fast_replicas_are_and_among_equals_is_the_shortest_queue() -> None:
+    jobs = [(at, 4, 12) for at in range(0, 240, 3)]
+    equal = [pool(ConstantCost(MS), 3)]
+    assert run(equal, jobs, "shortest_delay")[1] == run(equal, jobs, "least_requests")[1]
+    wide = Limits(100, 4, max_num_seqs=8, max_model_len=96, prefix_caching=False)
+    unequal = [
+        pool(ConstantCost(5 * MS), 2, limits=wide, name="slow"),
+        pool(ConstantCost(MS), limits=wide, name="fast"),
+    ]
+    took = {}
+    for router in ("least_requests", "shortest_delay"):
+        requests, rows, _ = run(unequal, jobs, router)
+        took[router] = sum((r.finish_ns or 0) - r.arrival_ns for r in requests)
+        assert [row["replica"] for row in rows[:2]] == ([2, 2] if router == "shortest_delay" else [0, 1])
+    assert took["shortest_delay"] < 0.6 * took["least_requests"]
+
+
+def test_the_speed_of_a_replica_is_that_of_a_full_batch_that_fills_half_its_memory() -> None:
+    router = make_router("shortest_delay,tokens_per_seq=100", block_size=16)
+    steps = PerToken(1_000, 10)  # ns a token, and a token of context
+    assert router.ns_per_token(Loaded(0, num_blocks=100, max_num_seqs=4, cost=steps)) == 1_000 + 10 * 800 / 4
+    assert router.ns_per_token(Loaded(0, num_blocks=100, max_num_seqs=64, cost=steps)) == 1_000 + 10 * 800 / 16
+    assert router.ns_per_token(Loaded(0)) == 1
