@@ -292,12 +292,8 @@ class RunSpec(_Part):
 
     @model_validator(mode="after")
     def _pools_that_work(self) -> RunSpec:
-        if self.target != "sim" and self.policies.autoscaler != "fixed":
-            raise ValueError("an autoscaler is for simulations so far: diptych simulate, or target: sim")
         if not self.pools:
             return self
-        if self.target != "sim":
-            raise ValueError("pools are for simulations so far: diptych simulate, or target: sim")
         if self.replicas != 1:
             raise ValueError("give replicas or pools, not both; a pool has replicas of its own")
         names = [pool.name for pool in self.pools]
@@ -316,6 +312,12 @@ class RunSpec(_Part):
         for i in range(len(self.pools)):
             self.of_pool(i)  # whose fields are checked here
         return self
+
+    def check_for_real(self) -> None:
+        """Raise SpecError for a cluster that only a simulation can have."""
+        for field, given in (("pools", bool(self.pools)), ("autoscaler", self.policies.autoscaler != "fixed")):
+            if given:
+                raise SpecError(f"{field}: for simulations so far; leave it out, or try it with diptych simulate")
 
     @property
     def num_replicas(self) -> int:

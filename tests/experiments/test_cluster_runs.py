@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from experiments.pool_spec import read_pool
+from experiments.real import check_servable
 from experiments.records import read_run
 from experiments.simulated import run_simulated
 from experiments.spec import RunSpec, SpecError, check_spec
@@ -103,7 +104,7 @@ def test_a_pool_for_each_phase_is_needed_and_a_cluster_has_replicas_or_pools_and
         spec(pools=POOLS, replicas=3)
     for other in ({"pools": POOLS}, {"policies": {"autoscaler": "slo"}}):
         with pytest.raises(SpecError, match="for simulations so far"):
-            spec(**other, target="real")
+            check_servable(spec(**other))
 
 
 def test_blocks_and_lag_are_the_same_in_all_pools_and_a_start_takes_a_known_time(tmp_path: Path) -> None:
