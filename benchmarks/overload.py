@@ -1,6 +1,6 @@
 """An hour at 120% of capacity, and then an hour at 60%: `python -m benchmarks.overload [--quick] [--json PATH]`.
 
-Requests with the lengths of conversations as Poisson arrivals, on an 8B model on an H100 (roofline). Capacity is what
+Requests with the lengths of conversations as Poisson arrivals, on an 8B model on an L4 (roofline). Capacity is what
 one replica serves of them when all are there at once. Each row is a simulation: clients that wait, that give up and try
 again, whose late requests are shed, and of whom an autoscaler's further replicas take care. Each must leave every
 request accounted for, and its queue empty.
@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "policies": {"queue": "edf,shed=drop"},
     },
     "up to 3 replicas by load": {
-        "policies": {"autoscaler": "target_load,target=128,most=3", "router": "least_requests"},
+        "policies": {"autoscaler": "target_load,target=24,most=3", "router": "least_requests"},
         "cold_start_s": 60.0,
     },
 }
@@ -135,7 +135,7 @@ def measure(name: str, more: dict[str, Any], rate: float, seconds: float, folder
 def _spec(count: int, more: dict[str, Any]) -> RunSpec:
     return check_spec({
         "target": "sim",
-        "cost": {"kind": "roofline", "model": "llama-3.1-8b", "device": "h100-sxm"},
+        "cost": {"kind": "roofline", "model": "llama-3.1-8b", "device": "l4"},
         "limits": {"prefix_caching": False},
         "decisions": False,
         **more,

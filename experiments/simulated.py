@@ -224,7 +224,7 @@ def _future(spec: RunSpec, workload: Workload, limits: Limits) -> dict[int, list
     """The block keys of all requests, in order of arrival, where a policy asks for them."""
     if not spec.policies.stack.wants_future:
         return None
-    if spec.num_replicas > 1 or spec.pools:
+    if spec.num_replicas > 1 or spec.pools or spec.policies.autoscaler != "fixed":
         raise SpecError(
             "a policy that is told the block keys to come needs one replica: a router decides who gets what"
         )
