@@ -148,7 +148,7 @@ class CostSpec(_Part):
         model, device: for `roofline`; a model shape by name (`SmolLM2-135M-Instruct` is `smollm2-135m`); a device by
             name, `cpu` for this one's, or a file of one.
         dtype: of weights and KV cache, for `roofline`.
-        tensor_parallel: over how many devices each layer is split, for `roofline`.
+        tensor_parallel: how many such devices share each layer, for `roofline`; `fitted` has what was measured.
         step_ms: for `constant`.
         swap_ns_per_token: for `constant`: what each token of KV adds that is copied to or from host memory; 0.
     """
@@ -194,6 +194,7 @@ class PoliciesSpec(_Part):
     admission: str = _STACK.admission
     preemption: str = _STACK.preemption
     eviction: str = _STACK.eviction
+    offload: str = _STACK.offload
     router: str = "round_robin"
     autoscaler: str = "fixed"
 
@@ -210,7 +211,7 @@ class PoliciesSpec(_Part):
 
     @property
     def stack(self) -> StackSpec:
-        return StackSpec(self.scheduler, self.queue, self.admission, self.preemption, self.eviction)
+        return StackSpec(self.scheduler, self.queue, self.admission, self.preemption, self.eviction, self.offload)
 
 
 class RunSpec(_Part):
