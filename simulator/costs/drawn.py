@@ -73,6 +73,11 @@ class DrawnCost:
         """As of the fit."""
         return self.around.history()
 
+    @property
+    def overlaps_copies(self) -> bool:
+        """As of the fit."""
+        return self.around.overlaps_copies
+
     def describe(self) -> dict[str, object]:
         return {**self.around.describe(), "residuals": self.seed}
 

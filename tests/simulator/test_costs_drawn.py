@@ -56,6 +56,7 @@ def test_a_draw_is_that_of_its_seed_and_of_like_steps_and_the_host_is_as_predict
         plain, drawn = NOISY.cost(shape), one.cost(shape)
         assert (drawn.prepare_ns, drawn.finish_ns) == (plain.prepare_ns, plain.finish_ns)
         assert one.inside(shape) == NOISY.inside(shape)
+    assert one.overlaps_copies == NOISY.overlaps_copies
 
 
 def test_a_fit_without_error_is_drawn_as_it_predicts_and_so_measured_steps_come_back_as_measured() -> None:
