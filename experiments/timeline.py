@@ -24,9 +24,9 @@ def timeline(run: Run) -> pd.DataFrame:
     """
     steps = run.steps
     columns = ["running", "waiting", "kv_blocks"]
-    num_blocks = _num_blocks(run)
     changes = []
     for _, rows in steps.groupby("replica", sort=True):
+        num_blocks = _num_blocks(run, int(rows["replica"].iloc[0]))
         state = np.stack(
             [
                 rows["num_running"].to_numpy(np.int64),
@@ -167,8 +167,8 @@ def _plan_time(step: Int64, plan_ns: Int64, wanted: Int64, end: int) -> Int64:
     return np.append(plan_ns, end)[np.searchsorted(step, wanted)]
 
 
-def _num_blocks(run: Run) -> int:
-    num_blocks = run.limits.get("num_blocks")
+def _num_blocks(run: Run, replica: int) -> int:
+    num_blocks = run.limits_of(replica).get("num_blocks")
     if not isinstance(num_blocks, int):
         raise RunError(f"{run.folder / 'run.json'} lacks limits.num_blocks, the KV blocks of a replica")
     return num_blocks

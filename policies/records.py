@@ -118,6 +118,19 @@ ADDED: dict[str, dict[str, object]] = {
 """Table -> columns that runs of earlier versions lack, and what those would have had there; of `chunk_squares`, what a
 reader works out from the decisions."""
 
+REPLICAS: dict[str, str] = {
+    "time_ns": "int64",
+    "replica": "int32",
+    "pool": "string",
+    "event": "string",
+}
+"""replicas.parquet, in runs whose replicas differ or come and go: one row for each change of a replica.
+
+Events: `start` (asked for by an autoscaler), `serve` (it takes requests; the first row of those that are there from the
+start on), `drain` (it takes no more), `stop` (it has finished what it had, or was told to go before it had started),
+`fail`.
+"""
+
 DECISIONS: dict[str, str] = {
     "replica": "int32",
     "step": "int64",
