@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 import pandas as pd
 import streamlit as st
 
-from dashboard.figures import POINTS, latency_figure, scatter_figure
+from dashboard.figures import POINTS, SINGLED_OUT, latency_figure, scatter_figure
 from dashboard.objectives import objectives
 from dashboard.picking import pick_two, readable_runs
 from dashboard.store import Entry, fingerprint, open_run
@@ -157,7 +157,7 @@ def _draw_requests(comparison: Comparison, frames: tuple[pd.DataFrame, pd.DataFr
     alt = "Each request's latencies in the second run over those in the first; the dotted diagonal is no difference"
     figure("requests", scatter_figure(*frames, *labels), on_paper, data, alt)
     if len(frames[0]) > POINTS:
-        note(f"Of {len(frames[0]):,} requests {POINTS:,} are drawn: the {POINTS // 2:,} that differ most, and others.")
+        note(f"All {len(frames[0]):,} requests, counted in squares; the {SINGLED_OUT} that differ most are points.")
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="worst"):
         st.header("Requests that differ most", width="content")
         column = segments("Latency", "by", LATENCY_COLUMNS, "e2e_ms")

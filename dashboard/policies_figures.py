@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -10,6 +12,7 @@ from plotly.subplots import make_subplots
 from dashboard import theme
 from dashboard.figures import laid_out
 from experiments.compare import format_figure
+from experiments.series import wide
 from experiments.study import OBJECTIVES, PANELS, PARETO, pareto
 
 _SYMBOLS = ("circle", "diamond", "square", "cross")
@@ -48,6 +51,35 @@ def pareto_figure(table: pd.DataFrame) -> go.Figure:
         figure.update_xaxes(title_text=x_of.label + _better(across), tickformat=",~g", nticks=6, row=1, col=at)
         figure.update_yaxes(title_text=y_of.label + _better(up), tickformat=",~g", nticks=6, row=1, col=at)
     return laid_out(figure, 420)
+
+
+def capacity_figure(curves: Mapping[str, pd.DataFrame]) -> go.Figure:
+    """What came of each load (objective -> `load_curves`), a panel an objective: colours and marks are policies, full
+    lines real and broken ones simulated."""
+    figure = make_subplots(rows=1, cols=len(curves), horizontal_spacing=0.08)
+    policies = sorted({policy for frame in curves.values() for policy in frame["policy"]})
+    for at, (objective, frame) in enumerate(curves.items(), start=1):
+        of = OBJECTIVES[objective]
+        for (kind, policy), rows in frame.groupby(["kind", "policy"], sort=True):
+            place, panel = policies.index(str(policy)), list(PANELS).index(str(kind))
+            colour = theme.colours()[place % len(theme.colours())]
+            name = f"{policy}, {PANELS[str(kind)]}"
+            figure.add_trace(
+                go.Scatter(
+                    x=rows["rate"], y=rows["value"], mode="lines+markers", name=name, legendgroup=name,
+                    showlegend=at == 1,
+                    line={"color": colour, "width": 2, "dash": theme.DASHES[panel]},
+                    marker={"symbol": _SYMBOLS[place % len(_SYMBOLS)] + "-open" * panel, "size": 9},
+                    customdata=rows["runs"],
+                    hovertemplate=f"%{{x:,.4g}} req/s: {of.title} %{{y:,.4g}} {of.unit}, %{{customdata}} run(s)"
+                    f"<extra>{name}</extra>",
+                ),
+                row=1, col=at,
+            )  # fmt: skip
+        log = {"type": "log", "dtick": 1} if wide(np.sort(frame["value"].to_numpy(np.float64))) else {}
+        figure.update_xaxes(title_text="requests that arrive (req/s)", rangemode="tozero", row=1, col=at)
+        figure.update_yaxes(title_text=of.label, tickformat=",~g", rangemode="tozero", **log, row=1, col=at)
+    return laid_out(figure, 380)
 
 
 def heat_figure(cells: pd.DataFrame, x: str, y: str, objective: str) -> go.Figure:

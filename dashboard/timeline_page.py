@@ -12,12 +12,12 @@ import streamlit as st
 from dashboard.picking import pick_two, readable_runs
 from dashboard.store import fingerprint, open_run
 from dashboard.timeline_figures import life_figure, timeline_figure
-from dashboard.ui import downloads, figure, note, plain, remember, table
+from dashboard.ui import downloads, figure, note, plain, remember, revised, table
 from experiments.composition import composition
 from experiments.life import PHASES, Life, request_life
 from experiments.metrics import per_request
 from experiments.records import Run, RunError
-from experiments.timeline import timeline, window
+from experiments.timeline import states, window
 from experiments.trace_export import write_trace
 
 if TYPE_CHECKING:
@@ -58,14 +58,8 @@ _LIVES: WeakKeyDictionary[Run, dict[int, Life]] = WeakKeyDictionary()
 
 def _states(run: Run) -> pd.DataFrame:
     if run not in _STATES:
-        _STATES[run] = _compute_states(run)
+        _STATES[run] = states(run)
     return _STATES[run]
-
-
-def _compute_states(run: Run) -> pd.DataFrame:
-    frame = timeline(run)
-    blocks = int(run.limits["num_blocks"]) * max(1, run.steps["replica"].nunique())
-    return frame.assign(kv_share=100.0 * frame["kv_blocks"] / blocks)
 
 
 def _labelled(runs: dict[str, Run]) -> dict[str, Run]:
@@ -87,19 +81,19 @@ def _draw(runs: dict[str, Run]) -> None:
     whole = max(int(run.steps["end_ns"].max()) for run in inside.values() if len(run.steps))
     begin, end = _chosen_window(whole)
     steps = {label: composition(run, begin, end, SPANS) for label, run in inside.items()}
-    states = {label: window(_states(run), begin, end) for label, run in inside.items()}
+    over_time = {label: window(_states(run), begin, end) for label, run in inside.items()}
 
     def on_paper() -> Figure:
         from experiments.timeline_plots import timeline_figure as drawn  # matplotlib is slow to import
 
-        return drawn(steps, states)
+        return drawn(steps, over_time)
 
     def data() -> pd.DataFrame:
         return pd.concat([frame.assign(run=label) for label, frame in steps.items()])
 
-    drawn = timeline_figure(steps, states, begin / 1e9, end / 1e9)
+    drawn = timeline_figure(steps, over_time, begin / 1e9, end / 1e9)
     chart = st.plotly_chart(
-        drawn,
+        revised(drawn),
         key=f"timeline:{begin}:{end}",
         on_select="rerun",
         selection_mode="box",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import re
@@ -75,8 +76,19 @@ def figure(
 
     The files are made only when they are asked for.
     """
-    st.plotly_chart(drawn, key=f"figure:{name}", config={"displaylogo": False, "modeBarButtonsToRemove": _NO}, alt=alt)
+    config = {"displaylogo": False, "modeBarButtonsToRemove": _NO}
+    st.plotly_chart(revised(drawn), key=f"figure:{name}", config=config, alt=alt)
     downloads(name, on_paper, data)
+
+
+def revised(drawn: go.Figure) -> go.Figure:
+    """The figure, marked with a digest of what it shows.
+
+    Streamlit hands every figure to plotly.js twice, the second time as a copy. Without a mark plotly.js takes the copy
+    for new data, and draws all of it again.
+    """
+    digest = hashlib.blake2b(str(drawn.to_json(validate=False)).encode(), digest_size=8).hexdigest()
+    return drawn.update_layout(datarevision=digest)
 
 
 _NO = ["lasso2d", "select2d", "autoScale2d"]
@@ -172,6 +184,20 @@ def number(label: str, key: str, default: float, low: float, high: float, step: 
         st.session_state[key] = wanted if low <= wanted <= high else default
     value = st.number_input(label, min_value=low, max_value=high, step=step, key=key)
     remember(key, f"{value:g}" if not whole else str(value))
+    return value
+
+
+def text(label: str, key: str, hint: str) -> str:
+    """A line of text, kept in the URL where there is any."""
+    in_url, written = st.query_params.get(key), st.session_state.get(f"url:{key}")
+    if key not in st.session_state or (in_url is not None and in_url != written):
+        st.session_state[key] = in_url or ""
+    value = str(st.text_input(label, key=key, placeholder=hint) or "").strip()
+    if value:
+        remember(key, value)
+    else:
+        st.query_params.pop(key, None)
+        st.session_state.pop(f"url:{key}", None)
     return value
 
 
