@@ -37,12 +37,10 @@ def latency_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
     figure = make_subplots(
         rows=1 + two,
         cols=3,
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
+        horizontal_spacing=0.05,
         vertical_spacing=0.17,
         row_heights=[0.66, 0.34] if two else [1.0],
     )
-    furthest = 0.5
     for at, (column, title) in enumerate(LATENCY_COLUMNS.items(), start=1):
         values = {label: samples(frame, column) for label, frame in frames.items()}
         for place, (label, ascending) in enumerate(values.items()):
@@ -52,7 +50,8 @@ def latency_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
         figure.update_xaxes(title_text=f"{title} (ms)", **latency_axis(*values.values()), row=1, col=at)
         if two:
             percentiles, difference = quantile_differences(*list(values.values())[:2])
-            furthest = max([furthest, *(100 * np.abs(difference))])
+            reach = 1.08 * max([0.5, *(100 * np.abs(difference))])
+            figure.update_yaxes(range=[-reach, reach], nticks=5, row=2, col=at)
             hover = f"{title} p%{{x:.0f}}: %{{y:+.2f}} %<extra></extra>"
             figure.add_trace(
                 line("difference", 1, percentiles, 100 * difference, False, hover, "linear"), row=2, col=at
@@ -62,7 +61,7 @@ def latency_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
     figure.update_yaxes(title_text="share of requests", row=1, col=1)
     if two:
         figure.update_yaxes(title_text="difference (%)", row=2, col=1)
-        figure.update_yaxes(range=[-1.08 * furthest, 1.08 * furthest], row=2)
+        figure.update_yaxes(tickformat=",~g", row=2)
         figure.update_yaxes(zeroline=True, zerolinecolor=theme.ink(), zerolinewidth=1, row=2)
     return laid_out(figure, 520 if two else 340)
 
@@ -72,7 +71,7 @@ def scatter_figure(a: pd.DataFrame, b: pd.DataFrame, label_a: str, label_b: str)
 
     More than `POINTS` requests are counted in squares, and those that differ most stand out as points.
     """
-    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.06)
+    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.075)
     most = 1
     for at, (column, title) in enumerate(LATENCY_COLUMNS.items(), start=1):
         pairs = request_pairs(a, b, column)
@@ -108,9 +107,9 @@ def scatter_figure(a: pd.DataFrame, b: pd.DataFrame, label_a: str, label_b: str)
         )
         figure.update_xaxes(title_text=f"{title}, {label_a} (ms)", **axis, row=1, col=at)
         figure.update_yaxes(title_text=f"{title}, {label_b} (ms)", **axis, row=1, col=at)
-    if most > 1:
-        figure.update_layout(coloraxis=_counts_axis(most))
-    return laid_out(figure, 400)
+    if most == 1:
+        return laid_out(figure, 390, t=16)
+    return laid_out(figure, 390, t=16, r=92).update_layout(coloraxis=_counts_axis(most))
 
 
 def _squares(pairs: pd.DataFrame, ascending: np.ndarray, log: bool) -> go.Heatmap:
@@ -169,7 +168,10 @@ def line(
     )
 
 
-def laid_out(figure: go.Figure, height: int) -> go.Figure:
-    """Margins and the legend above."""
+def laid_out(figure: go.Figure, height: int, **margins: Any) -> go.Figure:
+    """Titles clear of the ticks, the legend above, and margins that stay as they are: to find others plotly.js would
+    draw the figure again and again."""
     legend = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "title": {"text": ""}}
-    return figure.update_layout(height=height, margin={"l": 8, "r": 8, "t": 36, "b": 8}, legend=legend)
+    figure.update_xaxes(title_standoff=10).update_yaxes(title_standoff=8)
+    margin = {"l": 64, "r": 12, "t": 44, "b": 48, "autoexpand": False} | margins
+    return figure.update_layout(height=height, margin=margin, legend=legend)

@@ -79,7 +79,8 @@ def capacity_figure(curves: Mapping[str, pd.DataFrame]) -> go.Figure:
         log = {"type": "log", "dtick": 1} if wide(np.sort(frame["value"].to_numpy(np.float64))) else {}
         figure.update_xaxes(title_text="requests that arrive (req/s)", rangemode="tozero", row=1, col=at)
         figure.update_yaxes(title_text=of.label, tickformat=",~g", rangemode="tozero", **log, row=1, col=at)
-    return laid_out(figure, 380)
+    names = -(-len({trace.name for trace in figure.data}) // 4)  # of the legend: about four names in each
+    return laid_out(figure, 350 + 20 * names, t=24 + 20 * names)
 
 
 def heat_figure(cells: pd.DataFrame, x: str, y: str, objective: str) -> go.Figure:
@@ -103,7 +104,7 @@ def heat_figure(cells: pd.DataFrame, x: str, y: str, objective: str) -> go.Figur
     )
     figure.update_xaxes(title_text=x, type="category", showgrid=False)
     figure.update_yaxes(title_text=y, type="category", showgrid=False)
-    return laid_out(figure, 160 + 46 * max(3, len(cells)))
+    return laid_out(figure, 160 + 46 * max(3, len(cells)), l=8, b=8, autoexpand=True)
 
 
 def _better(objective: str) -> str:

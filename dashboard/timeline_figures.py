@@ -45,7 +45,7 @@ def timeline_figure(
                 hover = f"%{{y:,.4g}} {title.replace('<br>', ' ')} at %{{x:,.4f}} s<extra></extra>"
                 drawn = line(label, place, spans["t_s"], spans["mean"], row == strips + 1, hover)
                 figure.add_trace(drawn, row=row, col=1)
-        figure.update_yaxes(title_text=title, rangemode="tozero", nticks=4, row=row, col=1)
+        figure.update_yaxes(title_text=title, rangemode="tozero", nticks=4, tickformat=",~g", row=row, col=1)
     _draw_counts(figure, strips + len(shown) + 1, steps, swaps)
     figure.update_xaxes(range=[begin_s, end_s], tickformat=",~g")
     figure.update_xaxes(title_text="time since the run began (s)", row=len(heights), col=1)
@@ -54,7 +54,7 @@ def timeline_figure(
     return figure.update_layout(
         dragmode="select",
         selectdirection="h",
-        margin={"t": 64},
+        margin={"t": 72, "l": 84},
         legend={"y": 1.0 + 36 / height},
         legend2={"orientation": "h", "yanchor": "bottom", "y": 1.0 + 10 / height, "x": 0, "title": {"text": ""}},
     )
@@ -161,4 +161,4 @@ def life_figure(lives: Mapping[str, Life]) -> go.Figure:
         tickformat=",~g",
     )
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
-    return laid_out(figure, 120 + 48 * len(names))
+    return laid_out(figure, 120 + 48 * len(names), l=8, b=8, autoexpand=True)

@@ -87,6 +87,8 @@ def revised(drawn: go.Figure) -> go.Figure:
     Streamlit hands every figure to plotly.js twice, the second time as a copy. Without a mark plotly.js takes the copy
     for new data, and draws all of it again.
     """
+    if drawn.layout.datarevision is not None:
+        return drawn
     digest = hashlib.blake2b(str(drawn.to_json(validate=False)).encode(), digest_size=8).hexdigest()
     return drawn.update_layout(datarevision=digest)
 
