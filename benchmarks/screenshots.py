@@ -29,6 +29,7 @@ PAGES = {
     "compare": "",
     "timeline": "timeline",
     "policies": "policies",
+    "sweep": "policies?workload=all+workloads",
     "try": "try?n=400&rate=12&scheduler=sarathi,chunk_size=256&seed=1",
     "live": "live?window=30&server=",
 }

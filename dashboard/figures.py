@@ -71,7 +71,7 @@ def scatter_figure(a: pd.DataFrame, b: pd.DataFrame, label_a: str, label_b: str)
 
     More than `POINTS` requests are counted in squares, and those that differ most stand out as points.
     """
-    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.075)
+    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.085)
     most = 1
     for at, (column, title) in enumerate(LATENCY_COLUMNS.items(), start=1):
         pairs = request_pairs(a, b, column)
@@ -172,6 +172,6 @@ def laid_out(figure: go.Figure, height: int, **margins: Any) -> go.Figure:
     """Titles clear of the ticks, the legend above, and margins that stay as they are: to find others plotly.js would
     draw the figure again and again."""
     legend = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "title": {"text": ""}}
-    figure.update_xaxes(title_standoff=10).update_yaxes(title_standoff=8)
-    margin = {"l": 64, "r": 12, "t": 44, "b": 48, "autoexpand": False} | margins
+    figure.update_xaxes(title_standoff=12).update_yaxes(title_standoff=14)
+    margin = {"l": 82, "r": 12, "t": 44, "b": 50, "autoexpand": False} | margins
     return figure.update_layout(height=height, margin=margin, legend=legend)

@@ -20,7 +20,7 @@ _SYMBOLS = ("circle", "diamond", "square", "cross")
 
 def pareto_figure(table: pd.DataFrame) -> go.Figure:
     """Runs of a study's table: throughput against latency, fairness and memory; each panel's best are joined."""
-    figure = make_subplots(rows=1, cols=len(PARETO), horizontal_spacing=0.07)
+    figure = make_subplots(rows=1, cols=len(PARETO), horizontal_spacing=0.09)
     for at, (across, up) in enumerate(PARETO, start=1):
         x_of, y_of = OBJECTIVES[across], OBJECTIVES[up]
         for place, (kind, title) in enumerate(PANELS.items()):
@@ -56,7 +56,7 @@ def pareto_figure(table: pd.DataFrame) -> go.Figure:
 def capacity_figure(curves: Mapping[str, pd.DataFrame]) -> go.Figure:
     """What came of each load (objective -> `load_curves`), a panel an objective: colours and marks are policies, full
     lines real and broken ones simulated."""
-    figure = make_subplots(rows=1, cols=len(curves), horizontal_spacing=0.08)
+    figure = make_subplots(rows=1, cols=len(curves), horizontal_spacing=0.1)
     policies = sorted({policy for frame in curves.values() for policy in frame["policy"]})
     for at, (objective, frame) in enumerate(curves.items(), start=1):
         of = OBJECTIVES[objective]

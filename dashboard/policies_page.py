@@ -45,7 +45,7 @@ def show(root: Path) -> None:
         st.info(plain(f"There is no real or simulated run in {root} so far: `diptych run`, `diptych simulate`."))
         return
     workloads = sorted({row["workload"] for row in rows})
-    most = max(workloads, key=lambda name: len({row["policy"] for row in rows if row["workload"] == name}))
+    most = max(workloads, key=lambda name: _comparable([row for row in rows if row["workload"] == name]))
     left, middle, right = st.columns(3, gap="medium")
     with left:
         workload = select("Workload", "workload", [*workloads, EVERY], most)
@@ -134,6 +134,12 @@ def _draw_pareto(frame: pd.DataFrame) -> None:
     alt = "Runs by throughput against latency, fairness and memory; lines join those that no other run beats"
     figure("pareto", pareto_figure(frame), on_paper, lambda: frame, alt)
     note("Fairness is Jain's index of the requests' E2E per output token: 1 where all are served equally fast.")
+
+
+def _comparable(rows: list[dict[str, Any]]) -> tuple[int, int]:
+    """How many policies these runs have in both panels, and in any."""
+    real, simulated = ({row["policy"] for row in rows if row["kind"] == kind} for kind in PANELS)
+    return len(real & simulated), len(real | simulated)
 
 
 def _has(row: dict[str, Any], words: str) -> bool:
