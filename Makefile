@@ -7,7 +7,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 RUNS ?= demo
 
-.PHONY: help demo test check lint gpu-test gpu-bench bench screenshots clean
+.PHONY: help demo test check lint gpu-test gpu-bench bench screenshots docs clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -41,7 +41,8 @@ gpu-test:        ## the tests that need a CUDA card, and those of the kernels, o
 	$(GPU_PYTHON) -m benchmarks.gpu.run_tests
 
 gpu-bench:       ## serving on a CUDA card beside vLLM's figures; the tables go into docs/performance.md
-	$(GPU_PYTHON) -m benchmarks.gpu.serving; status=$$?; $(GPU_PYTHON) -m benchmarks.gpu.report && exit $$status
+	$(GPU_PYTHON) -m benchmarks.gpu.serving; status=$$?; $(GPU_PYTHON) -m benchmarks.gpu.report || status=1; \
+	$(GPU_PYTHON) -m benchmarks.tensor_parallel --cards-only && exit $$status
 
 bench: $(VENV)/.base           ## the benchmarks that need no GPU
 	$(BIN)/python -m benchmarks.plan_time
@@ -50,6 +51,9 @@ bench: $(VENV)/.base           ## the benchmarks that need no GPU
 
 screenshots: $(VENV)/.dev      ## pictures of the dashboard for docs/, over the runs of RUNS=demo; needs a Chromium
 	$(BIN)/python -m benchmarks.screenshots $(RUNS)
+
+docs: $(VENV)/.dev             ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:           ## remove the environment and every generated file
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

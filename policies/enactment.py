@@ -8,6 +8,7 @@ decodes, chunks. An item that cannot be done is refused with a reason and leaves
 from __future__ import annotations
 
 import operator
+from typing import Final
 
 from policies.block_pool import num_idle
 from policies.contract import Hit
@@ -45,14 +46,14 @@ class Enactment:
         self._tokens_left = state.limits.max_num_batched_tokens
         self._seen: set[int] = set()
         self._hits: dict[int, Hit] = {}
-        self._returns = Returns(state)
+        self._returns = Returns(state) if plan.resume else _NOBODY_RETURNS
         self._contexts: list[int] = []
         self._hold: dict[int, int] = {}
 
     def run(self) -> Step:
         """Enact the whole plan."""
         state, plan = self.state, self.plan
-        if plan.pin or plan.fetch or state.pins:
+        if plan.pin or state.pins:
             self._pin()
         if plan.drop:
             self._drop()
@@ -66,6 +67,8 @@ class Enactment:
         self._decode()
         for request, num_tokens in chunks:
             self._chunk(request, num_tokens)
+        if plan.fetch:
+            self._fetch()
         if state.limits.prefix_caching:
             self._register()
         finish(state, self.step, self._contexts)
@@ -93,8 +96,6 @@ class Enactment:
             else:
                 self.step.refused.append((request, "holds no blocks any more"))
         state.lift_pins(self.now)
-        for request, _ in self.plan.fetch:
-            self.step.refused.append((request, "no tier to fetch from"))
 
     def _drop(self) -> None:
         state = self.state
@@ -151,11 +152,12 @@ class Enactment:
 
     def _whole(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
         """The chunks without those of fractions; NumPy's integers are whole numbers too."""
-        whole = []
+        whole, holds = [], self.plan.hold
         for request, num_tokens in chunks:
-            hold = self.plan.hold.get(request.id, 0)
+            hold = holds.get(request.id, 0)
             try:
-                self._hold[request.id] = operator.index(hold)
+                if hold != 0:
+                    self._hold[request.id] = operator.index(hold)
                 whole.append((request, operator.index(num_tokens)))
             except TypeError:
                 self._refuse(request, f"{num_tokens!r} tokens, {hold!r} to hold: not whole numbers")
@@ -226,14 +228,20 @@ class Enactment:
             if request.state is State.WAITING:
                 hit = state.probe(request)
                 self._hits[request.id] = hit
+        if not (state.limits.prefix_caching or self._returns.hits):  # then every hit is empty
+            return probed
         for request_id, hit in list(self._hits.items()):
             request = state.requests[request_id]
             if not self._returns.leaves_room(hit):
                 del self._hits[request_id]
                 probed = [(other, n) for other, n in probed if other is not request]
                 self._refuse(request, NO_BLOCKS)
-            elif hit.blocks:
+                continue
+            if hit.blocks:
                 state.pool.claim(hit.blocks, self.now, request)
+            if state.tier is not None:
+                state.host.claim(hit.host)
+                state.tier.hit(hit.blocks, self.now)
         return probed
 
     def _objection(self, request: Request) -> str | None:
@@ -324,15 +332,18 @@ class Enactment:
             return self._refuse_chunk(request, TOKEN_BUDGET)
         if waiting and len(state.running) >= state.limits.max_num_seqs:
             return self._refuse_chunk(request, SLOTS)
-        target = max(start + num_tokens, self._hold.get(request.id, 0))
-        held = len(self._hits[request.id].blocks) if waiting else request.num_blocks
-        if -(-target // state.limits.block_size) - held > state.pool.num_free:
+        end = start + num_tokens
+        target = max(end, self._hold[request.id]) if request.id in self._hold else end
+        held = len(self._hits[request.id].blocks) if waiting else len(request._blocks)
+        missing = -(-target // state.block_size) - held
+        if missing > state.pool.num_free:
             return self._refuse_chunk(request, NO_BLOCKS)
         if waiting:
             self._admit(request)
-        self._grow(request, target)
-        samples = start + num_tokens == request.num_tokens
-        request._computed = start + num_tokens
+        if missing > 0:
+            self._grow(request, target)
+        samples = end == request.num_tokens
+        request._computed = end
         request._busy_until = self.step.index
         if samples:
             request._tokens += 1
@@ -346,18 +357,24 @@ class Enactment:
         hit = self._hits.pop(request.id, None)
         if hit is not None and hit.blocks:
             self.state.pool.release([block.id for block in hit.blocks], self.now)
+        if hit is not None and hit.host:
+            self.state.host.unclaim(hit.host)
         self._refuse(request, reason)
 
     def _admit(self, request: Request) -> None:
         state, hit = self.state, self._hits.pop(request.id)
         state.waiting_tokens -= request.num_pending_tokens
         request._blocks = [block.id for block in hit.blocks]
+        if hit.host:
+            assert state.tier is not None
+            request._blocks += state.tier.fetch(request, hit, self.now)
         request._computed = hit.num_tokens
         request._num_registered = len(hit.blocks)
         if request.first_scheduled_ns is None:
             request.first_scheduled_ns = self.now
             request.num_cached_tokens = hit.num_tokens
-        if hit.blocks:
+            request.num_fetched_tokens = len(hit.host) * state.limits.block_size
+        if hit.num_tokens:
             self.step.grown.append(request)
         self._start(request)
         self.step.admitted.append(request)
@@ -372,7 +389,22 @@ class Enactment:
             self.step.grown.append(request)
         return True
 
+    def _fetch(self) -> None:
+        """For requests that wait, into blocks that nobody holds. Nothing to fetch, or no room, is no matter."""
+        state = self.state
+        for request, where in self.plan.fetch:
+            if state.tier is None or where != "host":
+                self.step.refused.append((request, "no tier to fetch from"))
+            elif request.state is not State.WAITING or state.requests.get(request.id) is not request:
+                self.step.refused.append((request, "not waiting"))
+            else:
+                state.tier.fetch_ahead(request, self.now)
+
     def _register(self) -> None:
         """Prompt blocks are named as soon as the step that computes them is on its way: steps run in order."""
         for request in [*self._returns.requests, *(chunk.request for chunk in self.step.chunks)]:
             self.state.register_full_blocks(request, self.now)
+
+
+_NOBODY_RETURNS: Final = Returns(None)  # type: ignore[arg-type]
+"""Of the many plans that resume nobody."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from policies.contract import Recorder
-from policies.plan import Plan, Report, Step
+from policies.plan import NO_COPIES, CopyTimes, Plan, Report, Step
+from policies.records import DecodeSteps, Row, Times
 from policies.replica_state import ReplicaState
 from policies.request import Request, Slo, State
 from policies.shapes import StepShape
@@ -25,7 +26,8 @@ class Recording:
         self._before_step: dict[int, int] = {}  # live request -> the plan before which it came
         self._blocked: dict[int, str] = {}
         self._empty_rows: list[tuple[object, ...]] = []
-        self._plan_rows: dict[int, tuple[tuple[object, ...], tuple[object, ...], tuple[object, ...]]] = {}
+        self._decode_steps = getattr(recorder, "decode_steps", self._decode_steps_by_rows)
+        self._plan_rows: dict[int, tuple[object, ...]] = {}
 
     def submitted(self, request: Request, next_step: int) -> None:
         """It came before the plan with this index."""
@@ -87,6 +89,7 @@ class Recording:
             runs,
             request._keys,
             moves,
+            request.num_fetched_tokens,
         ))  # fmt: skip
 
     def planned(self, plan: Plan, step: Step) -> None:
@@ -120,46 +123,67 @@ class Recording:
             self._passed_over({request.id: reason for request, reason in plan.blocked}, index)
         state = self._state
         self._plan_rows[index] = (
-            (len(step.admitted), len(step.preempted)),
-            (
-                state.pool.num_unused,
-                state.pool.num_idle,
-                len(state.running),
-                state.num_waiting,
-                len(state.paused),
-                step.wake_at,
-            ),
-            (len(state.swapped), state.host.num_free),
+            len(step.admitted),
+            len(step.preempted),
+            state.pool.num_unused,
+            state.pool.num_idle,
+            len(state.running),
+            state.num_waiting,
+            len(state.paused),
+            step.wake_at,
+            len(state.swapped),
+            state.host.num_unused,
+            *_of_prefixes(step, state),
+            state.host.num_cached,
         )
         if not step.runs:
-            row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0)
+            row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0, NO_COPIES)
             if state.last_launched == state.last_reported:
                 self._recorder.step(row)
             else:
                 self._empty_rows.append(row)  # behind the row of the step in flight
 
-    def coasting(self) -> Callable[[int, tuple[int, int, int, int], StepShape, int, int], None]:
-        """What records steps that change nothing but counts (`policies.coasting`): told each one's index, times, shape,
-        decode clock and unused blocks."""
-        replica, state = self._replica, self._state
-        decision, step = self._recorder.decision, self._recorder.step
-        after = (
-            state.pool.num_idle,
-            len(state.running),
-            state.num_waiting,
-            len(state.paused),
-            None,
-            0,
-            0,
-            len(state.swapped),
-            state.host.num_free,
+    def coasted(
+        self,
+        index: int,
+        times: Sequence[Times],
+        first: StepShape,
+        clock: int,
+        unused: Sequence[int],
+        longest: Sequence[int],
+        chunk: tuple[Request, int] | None,
+        is_open: bool,
+    ) -> Row:
+        """Steps that change nothing but counts (`policies.coasting`), from the one with this index, shape and decode
+        clock on: each one's times, the unused blocks after it and its longest context, and the chunk that goes on.
+
+        `is_open`: the last one has not ended yet. Then its row is answered, for `ended_step`."""
+        state = self._state
+        after = (len(state.running), state.num_waiting, len(state.paused), None, 0, 0, len(state.swapped))
+        row = (
+            *(self._replica, index, *times[0], *first[:11], clock, 0, 0, 0, unused[0], state.pool.num_idle),
+            *(*after, state.host.num_unused, 0, 0, state.host.num_cached, *NO_COPIES),
         )
+        steps = DecodeSteps(row, times, unused, longest, -1 if chunk is None else chunk[0].id)
+        if not is_open:
+            self._decode_steps(steps)
+            return row
+        if len(times) > 1:
+            self._decode_steps(steps._replace(times=times[:-1], unused=unused[:-1], longest=longest[:-1]))
+            steps = steps.without(len(times) - 1)
+        for decision in next(steps.decision_rows()):
+            self._recorder.decision(decision)
+        return steps.first
 
-        def record(index: int, times: tuple[int, int, int, int], shape: StepShape, clock: int, unused: int) -> None:
-            decision((replica, index, -1, "decode", shape[0], ""))
-            step((replica, index, *times, *shape[:11], clock, 0, 0, 0, unused, *after))
+    def ended_step(self, row: Row) -> None:
+        """The step with this row has come to its end."""
+        self._recorder.step(row)
 
-        return record
+    def _decode_steps_by_rows(self, steps: DecodeSteps) -> None:
+        for decisions, step in zip(steps.decision_rows(), steps.step_rows(), strict=True):
+            for decision in decisions:
+                self._recorder.decision(decision)
+            self._recorder.step(step)
 
     def _passed_over(self, blocked: dict[int, str], index: int) -> None:
         for request_id, reason in blocked.items():
@@ -169,7 +193,8 @@ class Recording:
 
     def reported(self, report: Report, num_finished: int) -> None:
         """The step's result is known. `num_finished`: of those that had not left before."""
-        row = self._step_row(report.step, report.launch_ns, report.end_ns, report.device_ns, num_finished)
+        times = (report.launch_ns, report.end_ns, report.device_ns)
+        row = self._step_row(report.step, *times, num_finished, report.copies)
         empty = self._empty_rows
         if empty and empty[0][1] < report.step.index:  # type: ignore[operator]
             self._flush_empty_rows()
@@ -183,9 +208,9 @@ class Recording:
         self._empty_rows.clear()
 
     def _step_row(
-        self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int
+        self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int, copies: CopyTimes
     ) -> tuple[object, ...]:
-        changes, after, host = self._plan_rows.pop(step.index)
+        admitted, preempted, *after, swapped, free_host, kept, fetched, cached = self._plan_rows.pop(step.index)
         shape = step.shape
         return (
             self._replica,
@@ -196,10 +221,27 @@ class Recording:
             device_ns,
             *shape[:11],  # the columns from num_decodes to graph
             step.decode_clock,
-            *changes,
+            admitted,
+            preempted,
             num_finished,
             *after,
             shape.swapped_out,
             shape.swapped_in,
-            *host,
+            swapped,
+            free_host,
+            kept,
+            fetched,
+            cached,
+            *copies,
         )
+
+
+def _of_prefixes(step: Step, state: ReplicaState) -> tuple[int, int]:
+    """Tokens of cached prefixes that the step's copies keep on the host, and fetch."""
+    kept = fetched = 0
+    for copy in step.copies:
+        if copy.cached and copy.out:
+            kept += len(copy.device)
+        elif copy.cached:
+            fetched += len(copy.device)
+    return kept * state.block_size, fetched * state.block_size

@@ -158,6 +158,34 @@ def test_steps_are_taken_together_while_the_first_in_line_waits_for_room(
         assert repeated > 0.3 * waiting + 0.5 * idle
 
 
+def long_prompts(seed: int, n: int = 14) -> list[Arrival]:
+    """Prompts of many chunks, of every length, beside decodes; many share their beginnings."""
+    draw, made, at = np.random.default_rng(seed), [], 0
+    for i in range(n):
+        at += int(draw.choice([0, 2_000, 30_000], p=[0.3, 0.4, 0.3]))
+        prompt, output = int(draw.integers(1, 120)), int(draw.integers(1, 60))
+        keys = (
+            chain(int(draw.integers(0, 3)), (prompt + output) // 4) if i % 2 else chain(10 + i, (prompt + output) // 4)
+        )
+        made.append(Arrival(Request(i, at, prompt, output + int(draw.integers(0, 9))), output, keys))
+    return made
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("blocks", [45, 400])
+@pytest.mark.parametrize("cached", [False, True])
+def test_chunks_that_go_on_are_taken_together_with_the_decodes_beside_them(lag: int, blocks: int, cached: bool) -> None:
+    limits = Limits(**{**_fields(LIMITS), "num_blocks": blocks, "lag": lag, "prefix_caching": cached})
+    for seed, size in enumerate((9, 12, 16)):
+        stack = StackSpec(f"sarathi,chunk_size={size}", admission="watermark")
+        together, repeated = run(stack, limits, long_prompts(seed), together=True)
+        one_by_one, _ = run(stack, limits, long_prompts(seed), together=False)
+        assert together == one_by_one
+        steps = [row for row in together if len(row) > 30]
+        alone = sum(row[STEP["num_chunks"]] == 0 for row in steps)
+        assert blocks < 400 or repeated > 0.95 * alone
+
+
 def test_a_queue_whose_order_changes_as_requests_run_is_asked_while_somebody_waits() -> None:
     limits = Limits(**{**_fields(LIMITS), "max_num_seqs": 4, "num_blocks": 400})
     (_, ordered), (_, changing) = (
@@ -168,8 +196,9 @@ def test_a_queue_whose_order_changes_as_requests_run_is_asked_while_somebody_wai
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("router", ["round_robin", "least_tokens", "kv_aware"])
-def test_several_replicas_behind_a_router_give_the_same_rows_too(router: str, lag: int) -> None:
-    limits = Limits(**{**_fields(LIMITS), "lag": lag})
+@pytest.mark.parametrize("cached", [False, True])
+def test_several_replicas_behind_a_router_give_the_same_rows_too(router: str, lag: int, cached: bool) -> None:
+    limits = Limits(**{**_fields(LIMITS), "lag": lag, "prefix_caching": cached})
     found = []
     for together in (True, False):
         rows, chosen = Rows(), make("router", router, seed=2, block_size=4, cost=COST)
@@ -184,9 +213,9 @@ def test_several_replicas_behind_a_router_give_the_same_rows_too(router: str, la
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_an_end_in_time_finds_the_replica_as_it_is_then(lag: int) -> None:
-    limits, found = Limits(**{**_fields(LIMITS), "lag": lag}), []
+@pytest.mark.parametrize(("lag", "cached"), [(0, True), (0, False), (1, True)])
+def test_an_end_in_time_finds_the_replica_as_it_is_then(lag: int, cached: bool) -> None:
+    limits, found = Limits(**{**_fields(LIMITS), "lag": lag, "prefix_caching": cached}), []
     for together in (True, False):
         ends = []
         for until_ns in range(20_000, 90_000, 7_001):
@@ -255,9 +284,9 @@ def _fields(limits: Limits) -> dict[str, object]:
     return {name: getattr(limits, name) for name in Limits.__dataclass_fields__}
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_who_interferes_finds_the_replica_as_it_is_then(lag: int) -> None:
-    limits, todo = Limits(**{**_fields(LIMITS), "lag": lag}), arrivals(7)
+@pytest.mark.parametrize(("lag", "cached"), [(0, True), (0, False), (1, True)])
+def test_who_interferes_finds_the_replica_as_it_is_then(lag: int, cached: bool) -> None:
+    limits, todo = Limits(**{**_fields(LIMITS), "lag": lag, "prefix_caching": cached}), arrivals(7)
     ends = []
     for together in (True, False):
         simulation = Simulation(limits, [StackSpec().build(block_size=4)], COST, check=True, together=together)
