@@ -172,6 +172,7 @@ def _draw_life(runs: dict[str, Run]) -> None:
     first = int(wanted) if wanted.isdigit() else int(waited.iloc[0])
     if st.session_state.get("url:request") != wanted or "request" not in st.session_state:
         st.session_state["request"] = first
+    st.session_state["request"] = st.session_state["request"]  # as in `ui.chosen`
     with st.container(horizontal=True, vertical_alignment="bottom", key="which"):
         request = st.number_input("Request", min_value=0, step=1, key="request", width=180)
         note("Without a choice it is the one that waited longest in the reference run.")

@@ -30,11 +30,14 @@ def chosen(key: str, options: Sequence[str], default: str) -> str:
     The URL is looked at again whenever it says something else than `remember` wrote, so that links work within a page.
     """
     in_url, written = st.query_params.get(key), st.session_state.get(f"url:{key}")
-    if in_url is not None and in_url != written and in_url in options:
-        st.session_state[key] = in_url
-    elif st.session_state.get(key) not in options:
-        st.session_state[key] = default
-    return str(st.session_state[key])
+    known = st.session_state.get(key)
+    if in_url in options and (in_url != written or known not in options):
+        value = in_url
+    else:
+        value = known if known in options else default
+    # Said anew each time: another page's widget with this key is another widget, and begins with its first option.
+    st.session_state[key] = value
+    return str(value)
 
 
 def remember(key: str, value: str) -> None:
@@ -184,6 +187,7 @@ def number(label: str, key: str, default: float, low: float, high: float, step: 
         except ValueError:
             wanted = default
         st.session_state[key] = wanted if low <= wanted <= high else default
+    st.session_state[key] = st.session_state[key]  # as in `chosen`
     value = st.number_input(label, min_value=low, max_value=high, step=step, key=key)
     remember(key, f"{value:g}" if not whole else str(value))
     return value
@@ -194,6 +198,7 @@ def text(label: str, key: str, hint: str) -> str:
     in_url, written = st.query_params.get(key), st.session_state.get(f"url:{key}")
     if key not in st.session_state or (in_url is not None and in_url != written):
         st.session_state[key] = in_url or ""
+    st.session_state[key] = st.session_state[key]  # as in `chosen`
     value = str(st.text_input(label, key=key, placeholder=hint) or "").strip()
     if value:
         remember(key, value)
@@ -208,7 +213,7 @@ def open_select(label: str, key: str, options: Sequence[str], default: str, hint
     in_url, written = st.query_params.get(key), st.session_state.get(f"url:{key}")
     if in_url is not None and in_url != written:
         st.session_state[key] = in_url
-    current = st.session_state.setdefault(key, default)
+    current = st.session_state[key] = st.session_state.get(key, default)
     known = list(options) if current in options else [*options, current]
     value = str(st.selectbox(label, known, key=key, accept_new_options=True, help=hint) or default)
     remember(key, value)
