@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.table import Table
 from rich.text import Text
 
@@ -24,8 +26,11 @@ def difference_heading(comparison: Comparison) -> str:
     return "error" if comparison.a.kind in measured and comparison.b.kind not in measured else "difference"
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """Latencies and throughput of both runs with the signed error of the second; notes in the caption."""
+def comparison_table(comparison: Comparison, noise: Mapping[str, float] | None = None) -> Table:
+    """Latencies and throughput of both runs with the signed error of the second; notes in the caption.
+
+    `noise`: how far repeats of the first run are from it (`repeats.noise_floor`), for a column beside the error.
+    """
     a, b = headings(comparison)
     table = Table(
         title=Text(f"{comparison.a.label}  against  {comparison.b.label}"),
@@ -35,7 +40,7 @@ def comparison_table(comparison: Comparison) -> Table:
     )
     table.add_column("metric")
     table.add_column("unit")
-    for heading in (a, b, difference_heading(comparison)):
+    for heading in (a, b, difference_heading(comparison), *(["noise floor"] if noise else [])):
         table.add_column(Text(heading), justify="right")
     previous = ""
     for row in comparison.rows():
@@ -43,5 +48,6 @@ def comparison_table(comparison: Comparison) -> Table:
         if previous and group != previous:
             table.add_section()
         previous = group
-        table.add_row(row.metric, row.unit, row.a, row.b, row.error)
+        floor = [f"{noise[row.metric]:.1%}" if row.metric in noise else "–"] if noise else []
+        table.add_row(row.metric, row.unit, row.a, row.b, row.error, *floor)
     return table
