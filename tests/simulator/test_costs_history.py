@@ -15,8 +15,9 @@ from simulator.costs import FittedCost
 from simulator.costs.calibration import DelayFit, LoadFit
 from simulator.costs.earlier import upgraded
 from simulator.costs.features import DeviceFeatures
-from simulator.costs.fitting import fit
+from simulator.costs.fitting import MIN_SERVING, fit
 from simulator.costs.history import LoadMeter
+from simulator.costs.history_fit import delays
 from simulator.costs.samples import StepSample, samples_from_steps
 from simulator.pace import ComputedPace
 from tests.simulator.test_costs_fitted import steps
@@ -138,6 +139,20 @@ def test_how_late_the_host_is_in_the_mean_depends_on_what_it_has_to_spare() -> N
     assert history.delay_ns(-1) == 0
     found = [history.delay_ns(spare) for spare in range(0, 30_000_000, 10_000)]
     assert all(a >= b >= 0 for a, b in pairwise(found))
+
+
+def test_a_host_that_copies_kv_is_not_late_for_it() -> None:
+    # Steps that swap take the host 2 ms longer: work of their own, which other steps do not wait for.
+    plain = late_samples()
+    swapping = [
+        replace(sample, shape=sample.shape._replace(swapped_in=16 + i % 4), prepare_ns=sample.prepare_ns + 2_000_000)
+        for i, sample in enumerate(plain)
+    ]
+    model = fit(plain)
+    both = delays(model, [*plain, *swapping], MIN_SERVING)
+    assert both is not None
+    assert both == delays(model, plain, MIN_SERVING)
+    assert delays(model, swapping, MIN_SERVING) is None
 
 
 def test_a_simulated_device_waits_for_its_host_by_the_mean_delay() -> None:
