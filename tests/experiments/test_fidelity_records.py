@@ -15,7 +15,7 @@ from experiments.spec import SpecError
 from policies.shapes import StepShape
 from simulator.costs import FittedCost
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "fidelity"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "fidelity-seen"
 LARGE = RESULTS / "llama-3.1-8b"
 CELL = "code~capacity~mixed~0"
 
