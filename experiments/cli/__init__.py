@@ -28,8 +28,11 @@ def main() -> None:
         sys.exit(2)
 
 
-def _run(args: list[str]) -> None:
-    # Importing a module adds its commands. Here, as it takes its time, in which Ctrl-C may come.
-    from experiments.cli import bench, demo, look, profiling, running, serving, validating  # noqa: F401
+def load_commands() -> None:
+    """Import the modules that add their commands to `app`. Not on import of this one: it takes its time."""
+    from experiments.cli import bench, capacity, demo, look, profiling, running, serving, sweeping, validating  # noqa: F401
 
+
+def _run(args: list[str]) -> None:
+    load_commands()  # here, where Ctrl-C may come
     app(args=args)

@@ -85,6 +85,7 @@ class RealHalf:
     def __exit__(self, *_: object) -> None:
         gc.unfreeze()
         self._runner.close()
+        self._loaded.close()
 
     def calibrate(self) -> FittedCost:
         """The cost model of this card, measured now if it has not been."""

@@ -86,6 +86,16 @@ def git_revision() -> str | None:
         return None
 
 
+def version_line() -> str:
+    """What a report of an error begins with: version, revision, Python, PyTorch, and the device there is to run on."""
+    gpus = ", ".join(gpu["name"] for gpu in _gpus()["gpus"])
+    return (
+        f"diptych {_version('diptych') or 'not installed'}, revision {git_revision() or 'unknown'}, "
+        f"Python {platform.python_version()}, torch {_version('torch') or 'not installed'}, "
+        f"device {gpus or 'cpu: ' + _cpu_model()}"
+    )
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
