@@ -176,14 +176,14 @@ def test_a_step_that_is_coasted_takes_what_a_launched_one_takes() -> None:
     one, other, now = ComputedPace(costs), ComputedPace(costs), 0
     for index in range(50):
         shape = shape_of(SIZES[index % 5], 1030)
-        assert one.coast(shape, now, 0, False) is None
-        assert one.coast(shape, now, now + 4_000_000 * (index % 2), True) is None  # nothing has changed
-        coasted = one.coast(shape, now, float("inf"), True)
+        for horizon, watched in ((0.0, False), (float(now + 4_000_000 * (index % 2)), True)):
+            assert one.coast(iter([shape]), 1, now, horizon, watched, False) == ([], False)  # nothing has changed
+        (coasted,), _ = one.coast(iter([shape]), 1, now, float("inf"), True, False)
         step, plan = Step(index, 0, shape=shape), other.plan_at(index, now)
         assert plan is not None
         other.launch(step, plan)
         timing = other.end_of(step)
-        assert coasted == (plan, *timing)
+        assert coasted == (plan, timing.launch_ns, timing.end_ns, timing.device_ns)
         now = timing.end_ns
         other.reported(step, now)
 
