@@ -32,7 +32,9 @@ def timeline(run: Run) -> pd.DataFrame:
             [
                 rows["num_running"].to_numpy(np.int64),
                 rows["num_waiting"].to_numpy(np.int64),
-                _num_blocks(run, replica) - rows["free_blocks"].to_numpy(np.int64) - rows["idle_blocks"].to_numpy(np.int64),
+                _num_blocks(run, replica)
+                - rows["free_blocks"].to_numpy(np.int64)
+                - rows["idle_blocks"].to_numpy(np.int64),
                 _num_host_blocks(run, replica) - rows["free_host_blocks"].to_numpy(np.int64),
             ]
         )
