@@ -359,9 +359,8 @@ def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
     if not isinstance(costs, RooflineCost):
         raise SpecError("limits.num_blocks: say how many KV blocks a replica has; only a roofline can work it out")
     model, device = costs.model, costs.device
-    memory = (
-        spec.limits.memory_share or MEMORY_SHARE
-    ) * device.memory_bytes * costs.tensor_parallel - model.weight_bytes
+    share = (spec.limits.memory_share or MEMORY_SHARE) * costs.tensor_parallel
+    memory = share * device.memory_bytes - model.weight_bytes
     if spec.limits.kv_cache_gib is not None:
         memory = spec.limits.kv_cache_gib * GIB
     blocks = int(memory // (model.kv_bytes_per_token * spec.limits.block_size))

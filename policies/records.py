@@ -200,8 +200,9 @@ class DecodeSteps(NamedTuple):
     def decision_rows(self) -> Iterator[list[Row]]:
         """The rows of decisions.parquet, by step."""
         replica, step, *_ = self.first
+        assert isinstance(step, int)
         decodes, tokens = self.first[_AT["num_decodes"]], self.first[_AT["chunk_tokens"]]
-        for index in range(step, step + len(self.times)):  # type: ignore[operator]
+        for index in range(step, step + len(self.times)):
             rows: list[Row] = [(replica, index, -1, "decode", decodes, "")]
             if tokens:
                 rows.append((replica, index, self.request_id, "chunk", tokens, ""))
