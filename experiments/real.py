@@ -16,6 +16,7 @@ from experiments.sending import send
 from experiments.simulated import (
     GIB,
     LIMITS,
+    check_offload,
     check_swaps,
     clients_entry,
     make_costs,
@@ -97,6 +98,7 @@ def explained(doing: str) -> Iterator[None]:
 
 def check_servable(spec: RunSpec) -> None:
     """Raises SpecError for what only the simulated panel can do."""
+    spec.check_for_real()
     if spec.replicas > 1:
         raise SpecError(
             f"replicas: the runtime serves one replica, not {spec.replicas}; simulate several with diptych simulate"
@@ -228,6 +230,7 @@ def prepare(spec: RunSpec, loaded: LoadedModel, cost: CostModel | None = None) -
     with timed(seconds, "memory_profile"):
         limits = real_limits(spec, loaded)
     check_swaps(limits, cost)
+    check_offload(spec, limits)
     with timed(seconds, "warm_up"):
         warm_up(loaded, limits, spec, cost)
     return Prepared(spec, limits, cost, seconds)

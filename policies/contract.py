@@ -1,4 +1,4 @@
-"""The contract: the five roles of a policy stack, and what they see.
+"""The contract: the six roles of a policy stack, and what they see.
 
 Rules (they make one object serve both panels):
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from policies.plan import Mode, Plan, Report
 from policies.request import Request
@@ -27,6 +27,7 @@ from policies.shapes import StepShape
 if TYPE_CHECKING:
     from policies.block_pool import CachedBlock
     from policies.draft import Draft
+    from policies.host_pool import HostBlock
 
 
 class CostModel(Protocol):
@@ -39,13 +40,15 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """The part of a waiting request's tokens whose KV blocks are on the device already.
+    """The part of a waiting request's tokens that need not be computed: their KV blocks are on the device (`blocks`),
+    or behind those in host memory and worth fetching (`host`), for which it takes new blocks.
 
     Of a swapped request, `num_tokens` is what it has computed, which comes back; `blocks` are those that need no copy.
     """
 
     num_tokens: int = 0
     blocks: tuple[CachedBlock, ...] = ()
+    host: tuple[HostBlock, ...] = ()
 
 
 class View(Protocol):
@@ -67,6 +70,11 @@ class View(Protocol):
 
     @property
     def num_free_host_blocks(self) -> int: ...
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether prefixes are kept in host memory, and the offload policy wants those of waiting requests fetched."""
+        ...
+
     @property
     def max_num_seqs(self) -> int: ...
     @property
@@ -259,6 +267,42 @@ class Eviction(Protocol):
         ...
 
 
+@runtime_checkable
+class Offload(Protocol):
+    """Which cached prefix blocks get a copy in host memory, and whether such copies are fetched.
+
+    Asked only where there is host memory and prefixes are cached. One that never keeps a block says
+    `keeps_nothing = True`.
+    """
+
+    def on_fill(self, block: CachedBlock, now: int) -> bool:
+        """A block is full and in the prefix index: copy it with the next step?"""
+        ...
+
+    def on_hit(self, block: CachedBlock, now: int) -> bool:
+        """An admitted request has taken a block (`block.hits` counts it): copy it with the next step?"""
+        ...
+
+    def on_evict(self, block: CachedBlock, now: int) -> bool:
+        """The device evicts a block that has no copy: copy it before it is given out anew?"""
+        ...
+
+    def keeps_since(self, now: int) -> int | None:
+        """Copies that were used last before this time are forgotten; None: none for their age. Asked before each plan;
+        it never goes back."""
+        ...
+
+    def fetches_ahead(self) -> bool:
+        """Whether a draft asks for the fetch of what a request hits that it cannot admit for want of a slot or of
+        tokens (`Plan.fetch`), so that it is there when its turn comes."""
+        ...
+
+    def fetches(self, start: int, num_tokens: int, cost: CostModel | None) -> bool:
+        """Whether to fetch `num_tokens` tokens from position `start` on rather than compute them. Pure: asked whenever
+        somebody looks for a hit."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """Where a request goes: its replica, and where they differ the one that decodes, and the one from whose prefix
@@ -283,12 +327,33 @@ class Move:
     target: int
 
 
+PoolRole = Literal["both", "prefill", "decode"]
+"""What the replicas of a pool are for; a router that moves KV sends prefills and decodes where they belong."""
+
+
 class Replica(Protocol):
     """One replica, as a router sees it. The figures may be stale; what it has sent itself a router can count
     (`policies.routing`)."""
 
     @property
     def id(self) -> int: ...
+    @property
+    def pool(self) -> str:
+        """The name of the pool that it belongs to; empty where all replicas are alike."""
+        ...
+
+    @property
+    def role(self) -> PoolRole: ...
+    @property
+    def cost(self) -> CostModel | None:
+        """What its steps will cost; None where nobody knows."""
+        ...
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests that it runs at once."""
+        ...
+
     @property
     def num_waiting(self) -> int: ...
     @property
@@ -364,6 +429,24 @@ class RebalancingRouter(Router, Protocol):
 
     def rebalance(self, replicas: Sequence[ClusterReplica], now: int) -> Sequence[Move]:
         """Who is to go where. A move that cannot be done is not, and its request goes on where it is."""
+        ...
+
+
+@runtime_checkable
+class Autoscaler(Protocol):
+    """How many replicas a pool should have. Only simulations start and stop replicas by it so far."""
+
+    every_ns: int
+    """How often it is asked, while any request is alive or to come; 0: never."""
+
+    def scale(self, replicas: Sequence[Replica], num_starting: int, now: int) -> int:
+        """How many there should be, those that start included, at least 1. `replicas` are those of the pool that take
+        requests. Which of them go, should they be too many, is not the policy's: the least loaded, and each of them
+        finishes what it has."""
+        ...
+
+    def on_end(self, request: Request, replica: int, now: int) -> None:
+        """A request that was sent to the pool has ended; `request` says when it came and had its first token."""
         ...
 
 

@@ -224,6 +224,8 @@ class ControlPlane:
         """
         self._advance(now)
         state = self._state
+        if state.tier is not None:
+            state.tier.begin(now)
         plan = self._ask(now)
         enactment = Enactment(state, plan, self._next_index, now)
         step = enactment.run()
@@ -249,6 +251,8 @@ class ControlPlane:
             self._recurring = (request, tokens)
             # Two tokens are left at least: one alone is computed like a decode.
             self._repeats = max(0, min(self._repeats, (request.num_pending_tokens - 2) // tokens))
+        if state.tier is not None and not state.tier.keeps_nothing:
+            self._repeats = 0  # before each plan it is looked what is to be copied, and what is too old
         return step
 
     def repeat(self, now: int) -> Step | None:
@@ -406,7 +410,7 @@ class ControlPlane:
     def flush(self, now: int) -> int:
         """Forget all idle cached blocks. Returns how many those were."""
         self._advance(now)
-        count = self._state.pool.flush()
+        count = self._state.pool.flush() + self._state.host.flush()
         self._record_event("flush", count, "")
         self._verify()
         return count

@@ -42,6 +42,7 @@ REQUESTS: dict[str, str] = {
     "decode_runs": "list<int64>",  # pairs (a, b): a token in each step with a < decode_clock <= b of the group
     "block_keys": "list<binary>",  # hash chain of its full blocks, with prefix caching
     "moves": "list<int64>",  # its stays on other replicas before the last one, five numbers each
+    "fetched_tokens": "int32",  # of `cached_tokens`, those that came from host memory
 }
 """requests.parquet, one row a request, when it ends: all that a policy was told of it, and what became of it.
 
@@ -82,7 +83,13 @@ STEPS: dict[str, str] = {
     "swapped_out": "int32",  # KV copied to host memory before the step, in tokens: whole blocks
     "swapped_in": "int32",  # the same, from host memory
     "num_swapped": "int32",  # preempted, with their blocks in host memory
-    "free_host_blocks": "int32",
+    "free_host_blocks": "int32",  # neither a swapped request's nor cached
+    "offloaded": "int32",  # of `swapped_out`, what is kept of cached prefixes
+    "fetched": "int32",  # of `swapped_in`, what was fetched of them
+    "idle_host_blocks": "int32",  # hold a cached prefix
+    "copy_out_ns": "int64",  # how long its copies took, of each direction for itself
+    "copy_in_ns": "int64",
+    "copy_wait_ns": "int64",  # for so much of that its computation waited; the rest is hidden
 }
 """steps.parquet, one row a call of plan(), steps counted from 0 on each replica.
 
@@ -93,11 +100,36 @@ ALIVE = ("num_running", "num_waiting", "num_paused", "num_swapped")
 """The columns of steps.parquet that together count the requests alive."""
 
 ADDED: dict[str, dict[str, object]] = {
-    "requests": {"moves": []},
-    "steps": {"chunk_squares": 0, "swapped_out": 0, "swapped_in": 0, "num_swapped": 0, "free_host_blocks": 0},
+    "requests": {"moves": [], "fetched_tokens": 0},
+    "steps": {
+        "chunk_squares": 0,
+        "swapped_out": 0,
+        "swapped_in": 0,
+        "num_swapped": 0,
+        "free_host_blocks": 0,
+        "offloaded": 0,
+        "fetched": 0,
+        "idle_host_blocks": 0,
+        "copy_out_ns": 0,
+        "copy_in_ns": 0,
+        "copy_wait_ns": 0,
+    },
 }
 """Table -> columns that runs of earlier versions lack, and what those would have had there; of `chunk_squares`, what a
 reader works out from the decisions."""
+
+REPLICAS: dict[str, str] = {
+    "time_ns": "int64",
+    "replica": "int32",
+    "pool": "string",
+    "event": "string",
+}
+"""replicas.parquet, in runs whose replicas differ or come and go: one row for each change of a replica.
+
+Events: `start` (asked for by an autoscaler), `serve` (it takes requests; the first row of those that are there from the
+start on), `drain` (it takes no more), `stop` (it has finished what it had, or was told to go before it had started),
+`fail`.
+"""
 
 DECISIONS: dict[str, str] = {
     "replica": "int32",

@@ -18,7 +18,17 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from policies.contract import Admission, Eviction, LengthPredictor, Preemption, Queue, Router, Scheduler
+from policies.contract import (
+    Admission,
+    Autoscaler,
+    Eviction,
+    LengthPredictor,
+    Offload,
+    Preemption,
+    Queue,
+    Router,
+    Scheduler,
+)
 
 ENTRY_POINT_GROUP = "diptych.policies"
 ROLES: dict[str, type] = {
@@ -27,7 +37,9 @@ ROLES: dict[str, type] = {
     "admission": Admission,
     "preemption": Preemption,
     "eviction": Eviction,
+    "offload": Offload,
     "router": Router,
+    "autoscaler": Autoscaler,
     "predictor": LengthPredictor,
 }
 _PACKAGES = {
@@ -36,7 +48,9 @@ _PACKAGES = {
     "admission": "policies.admission",
     "preemption": "policies.preemption",
     "eviction": "policies.eviction",
+    "offload": "policies.offload",
     "router": "policies.routers",
+    "autoscaler": "policies.autoscalers",
     "predictor": "policies.predictors",
 }
 CONTEXT = ("queue", "oracle", "future", "seed", "block_size", "cost", "transfer")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from policies.plan import Step
+from policies.plan import NO_COPIES, CopyTimes, Step
 from policies.records import Times
 from policies.shapes import StepShape
+from simulator.copy_links import CopyLinks, without_copies
 from simulator.costs.base import CostModel
 from simulator.costs.history import HasHistory, History
 
@@ -18,6 +19,7 @@ class Timing(NamedTuple):
     launch_ns: int
     end_ns: int
     device_ns: int
+    copies: CopyTimes = NO_COPIES
 
 
 class Pace(Protocol):
@@ -49,32 +51,41 @@ class ComputedPace:
         self._host_free = 0
         self._device_free = 0
         self._plan_from = 0
-        self._timings: dict[int, tuple[int, int, int, int]] = {}  # launch, end, device and finish of steps in flight
+        self._links = CopyLinks(costs)
+        # Launch, end, device, finish and copies of steps in flight.
+        self._timings: dict[int, tuple[int, int, int, int, CopyTimes]] = {}
 
     def plan_at(self, index: int, now: int) -> int | None:
         return max(now, self._host_free, self._plan_from)
 
     def launch(self, step: Step, now: int) -> None:
-        prepare, device, finish = self._costs.cost(step.shape)
+        shape = step.shape
+        prepare, device, finish = self._costs.cost(shape)
         launch = self._host_free = now + prepare
-        if self._history is None:
-            self._device_free = max(launch, self._device_free) + device
-        else:
-            start, usual = self._start(launch, self._history), device
-            device = self._history.device_ns(step.shape, usual, start)
-            self._history.ran(step.shape, usual, start, device)
-            self._device_free = start + device
+        start = max(launch, self._device_free) if self._history is None else self._start(launch, self._history)
+        copies = NO_COPIES
+        if shape.swapped_out or shape.swapped_in:
+            shape = without_copies(shape)
+            device = self._costs.cost(shape).device_ns
+            copies = self._links.times(step, device, launch, start)
+        wait = copies.wait_ns
+        if self._history is not None:
+            usual = device
+            device = self._history.device_ns(shape, usual, start + wait)
+            self._history.ran(shape, usual, start + wait, device)
+        device += wait
+        self._device_free = start + device
         if self._lead is not None:
             self._plan_from = self._device_free - self._lead if step.shape.num_chunks else 0
-        self._timings[step.index] = (launch, self._device_free, device, finish)
+        self._timings[step.index] = (launch, self._device_free, device, finish, copies)
 
     def _start(self, launch: int, history: History) -> int:
         """When the device begins a step that is meant to be launched then."""
         return max(launch, self._device_free) + history.delay_ns(self._device_free - launch)
 
     def end_of(self, step: Step) -> Timing:
-        launch, end, device, _ = self._timings[step.index]
-        return Timing(launch, max(end, self._host_free), device)  # the host may still be preparing the next step
+        launch, end, device, _, copies = self._timings[step.index]
+        return Timing(launch, max(end, self._host_free), device, copies)  # the host may still prepare the next step
 
     def reported(self, step: Step, now: int) -> None:
         self._host_free = now + self._timings.pop(step.index)[3]

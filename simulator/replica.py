@@ -341,7 +341,8 @@ class SimulatedReplica:
         """Its result is known to the host."""
         del self._in_flight[0]
         self._pace.reported(step, now)
-        return Report(step, timing.launch_ns, now, timing.device_ns, self._ends_of_step.pop(step.index))
+        ended = self._ends_of_step.pop(step.index)
+        return Report(step, timing.launch_ns, now, timing.device_ns, ended, timing.copies)
 
     def _sleep(self, wake_at: int | None) -> Generator[simpy.Event, Any, None]:
         if self._arrivals or self._cancellations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from experiments.cli.app import app, complain
@@ -30,9 +31,20 @@ def main() -> None:
 
 def load_commands() -> None:
     """Import the modules that add their commands to `app`. Not on import of this one: it takes its time."""
-    from experiments.cli import bench, capacity, demo, look, profiling, running, serving, sweeping, validating  # noqa: F401
+    from experiments.cli import bench, capacity, demo, look, profiling, running, serving, sweeping, tuning, validating  # noqa: F401
 
 
 def _run(args: list[str]) -> None:
+    if int(os.environ.get("RANK", "0")) and "TORCHELASTIC_RUN_ID" in os.environ:  # torch is slow to import
+        _follow()
     load_commands()  # here, where Ctrl-C may come
     app(args=args)
+
+
+def _follow() -> None:
+    """torchrun has started this process to follow the first one, which does what the command line says."""
+    from runtime.parallel import follower, torchrun
+
+    job = torchrun.job()
+    assert job is not None
+    follower.follow(job)

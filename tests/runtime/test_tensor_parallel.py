@@ -166,3 +166,40 @@ def test_an_error_on_the_first_rank_ends_every_request_and_the_other_rank(folder
             listener = Listener()
             engine.submit([1, 2, 3], SamplingParams(temperature=1.0, top_k=5, max_tokens=4), listener)
             assert "no memory" in str(listener.last().error)
+
+
+STUCK = """
+import threading
+from runtime.executor import Executor
+original, steps = Executor.execute, []
+
+def execute(self, work, sample=None):
+    steps.append(work)
+    if len(steps) > 3:
+        threading.Event().wait()
+    return original(self, work, sample)
+
+Executor.execute = execute
+"""
+
+
+def test_a_rank_that_is_stuck_in_a_step_ends_every_request_with_an_error(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on giving signs of life; the other rank waits for it in a sum."""
+    (tmp_path / "sitecustomize.py").write_text(STUCK)
+    monkeypatch.syspath_prepend(str(tmp_path))  # which the other rank's process has, too
+    with Leader(2, "cpu", silence_s=3.0) as ranks:
+        engine = serve(load_model(folders["Llama"], ranks=ranks), max_model_len=256)
+        with engine:
+            running = submit_together(engine, [[1, 2, 3]] * 3, greedy(200))
+            before = time.monotonic()
+            errors = {listener.last().error for listener in running}
+            assert time.monotonic() - before < 20  # seconds, on a machine that may be busy
+            reason = "ranks are stuck: a step has not ended, and nobody has computed for 3 s"
+            assert errors == {f"the engine has stopped: RankFailed: tensor-parallel {reason}"}
+            with pytest.raises(EngineDead, match=reason):
+                engine.submit([1], greedy(1), Listener())
+        process = ranks.followers[0].process
+    with pytest.raises(ProcessLookupError):  # not even a zombie
+        os.kill(process.pid, 0)
