@@ -31,7 +31,8 @@ def steps_table(rows: Sequence[Row]) -> pa.Table:
     of, later = _unfolded(lengths)
     table = to_table("steps", firsts).take(pa.array(of))
     decodes, tokens = _values(table, "num_decodes").astype(np.int64), _values(table, "chunk_tokens").astype(np.int64)
-    growth = {"step": 1, "decode_clock": 1, "decode_context": decodes}
+    one = np.ones_like(decodes)
+    growth = {"step": one, "decode_clock": one, "decode_context": decodes}
     growth |= {"chunk_context": tokens, "chunk_pairs": tokens * tokens}
     for name, more in growth.items():
         table = _set(table, name, _values(table, name) + later * more)
