@@ -35,7 +35,6 @@ def rows(measured: Measured, workload: Workload, spec: BenchSpec) -> tuple[tuple
         "max_tokens": cap_of(workload, spec, i),
         "output_tokens": measured.output_tokens,
         "cached_tokens": (usage.cached_tokens or 0) if usage else 0,
-        "fetched_tokens": 0,
         "preemptions": 0,
         "first_scheduled_ns": None,
         "first_token_ns": measured.chunk_ns[0] if measured.chunk_ns else None,
@@ -47,5 +46,6 @@ def rows(measured: Measured, workload: Workload, spec: BenchSpec) -> tuple[tuple
         "decode_runs": [],
         "block_keys": [],
         "moves": [],
+        "fetched_tokens": 0,
     }
     return tuple(row.values()), (i, measured.due_ns, measured.chunk_ns)
