@@ -1,4 +1,4 @@
-"""A comparison as a table for the terminal."""
+"""A comparison, and where its errors come from, as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich.table import Table
 from rich.text import Text
 
+from experiments.attribution import Attribution
 from experiments.compare import Comparison
 
 _HEADINGS = {"real": "real", "sim": "simulated", "replay": "replayed", "client": "client"}
@@ -50,4 +51,21 @@ def comparison_table(comparison: Comparison, noise: Mapping[str, float] | None =
         previous = group
         floor = [f"{noise[row.metric]:.1%}" if row.metric in noise else "–"] if noise else []
         table.add_row(row.metric, row.unit, row.a, row.b, row.error, *floor)
+    return table
+
+
+def attribution_table(attribution: Attribution) -> Table:
+    """Of each mean latency's error the parts, and below them the worst steps and requests."""
+    table = Table(
+        title=Text("Where the simulation's errors come from"),
+        caption=Text("\n".join(attribution.notes())),
+        caption_justify="left",
+        title_justify="left",
+    )
+    head, *heads = attribution.heads()
+    table.add_column(head)
+    for heading in heads:
+        table.add_column(Text(heading), justify="right")
+    for row in attribution.rows():
+        table.add_row(*row)
     return table
