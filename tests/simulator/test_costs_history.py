@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from policies.plan import Step
-from policies.records import Times
 from policies.shapes import StepShape
 from simulator.costs import FittedCost
 from simulator.costs.calibration import DelayFit, LoadFit
