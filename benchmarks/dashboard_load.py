@@ -32,7 +32,7 @@ REQUESTS = 20_000
 RUNS = {"few steps": "mixed", "many steps": "sarathi,chunk_size=256"}
 PAGES = {
     "compare": ("?a=few+steps&b=many+steps", 2),
-    "timeline": ("timeline?a=many+steps&b=few+steps", 2),
+    "timeline": ("timeline?a=few+steps&b=many+steps", 2),
 }
 """Page -> what is opened, and how many figures it has."""
 LIMIT_S = {"compare": 2.0, "timeline": 3.0}
