@@ -30,6 +30,6 @@ def main() -> None:
 
 def _run(args: list[str]) -> None:
     # Importing a module adds its commands. Here, as it takes its time, in which Ctrl-C may come.
-    from experiments.cli import bench, demo, look, profiling, running, serving, tracing, validating  # noqa: F401
+    from experiments.cli import bench, demo, look, profiling, published, running, serving, tracing, validating  # noqa: F401
 
     app(args=args)

@@ -72,7 +72,7 @@ def add_row(rows: TraceRows, line: int, row: dict[str, Any], arrival_ns: int) ->
 def find_block(rows: TraceRows, block: int | None, default: int) -> int:
     """The block size that explains the number of ids of every row.
 
-    That is `block` if given, else `default` if it fits, else the smallest power of two from 16 on that does, else one below.
+    That is `block` if given, else `default` if it fits, else the smallest power of two that does (from 16 on first).
     """
     prompts = np.array(rows.prompt_tokens, np.int64)
     counts = np.array([len(ids) for ids in rows.hash_ids or []], np.int64)
