@@ -7,7 +7,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 RUNS ?= demo
 
-.PHONY: help demo test check lint gpu-test gpu-bench bench screenshots clean
+.PHONY: help demo test check lint gpu-test gpu-bench bench screenshots docs clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -50,6 +50,9 @@ bench: $(VENV)/.base           ## the benchmarks that need no GPU
 
 screenshots: $(VENV)/.dev      ## pictures of the dashboard for docs/, over the runs of RUNS=demo; needs a Chromium
 	$(BIN)/python -m benchmarks.screenshots $(RUNS)
+
+docs: $(VENV)/.dev             ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:           ## remove the environment and every generated file
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,13 +2,14 @@
 
 broadcast    bytes and time to tell the other ranks of a step of 1, 32 and 256 decodes; needs no GPU
 tokens       greedy tokens of random models in float32 against one rank's: over gloo, and with GPUs over NCCL
-all_reduce   time of one sum over the ranks inside a CUDA graph, by message size
+all_reduce   time of one sum over the ranks inside a CUDA graph, by message size: ours, NCCL's and PyTorch's
 steps        a decode step at batches of 1, 32 and 256, a prefill of 2,048 tokens and 256 requests at once, on one card
-             and on N: the shape of Llama-3.1-8B, and that of Llama-3.1-70B cut to as many layers as fit one card
+             and on N: the shape of Llama-3.1-8B, and that of Llama-3.1-70B cut to a few layers
+fidelity     the 8B shape on N cards in both panels: what `diptych profile` measures, capacity, and 70% of it
 
 Random weights, bfloat16. With fewer than N GPUs the parts that need them say "not run". Every part is a process of its
 own; the result is written after each, into DIPTYCH_BENCH_OUT (else benchmarks/results), and what the time limit does
-not allow is left out. NVLink multicast stays off.
+not allow is left out. Our sums are used as far as they are found to be faster. NVLink multicast stays off.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,21 +38,27 @@ import torch
 from benchmarks.gpu import works
 from benchmarks.gpu.engines import Bench, greedy
 from benchmarks.gpu.results import out_folder, revision, save
+from experiments.fidelity.archive import pack as pack_folder
+from experiments.fidelity.matrix import QUICK_SIZES, Cell, Sizes
+from experiments.fidelity.sim_half import evaluate
+from experiments.fidelity.tables import markdown
+from experiments.fidelity.validation import full, quick
+from experiments.fidelity.validation import measure as measure_cells
 from policies.replica_state import Limits
 from policies.stack import StackSpec
 from runtime.device_state import StepRows
 from runtime.engine import Engine
-from runtime.parallel import ranks as parallel
+from runtime.parallel.exchange import LIMIT_VARIABLE
 from runtime.parallel.leader import Leader
 from runtime.parallel.ranks import Ranks
-from runtime.parallel.shard import Shard
 from runtime.parallel.wire import StepWork, pack, unpack
 from runtime.weights import load_model
 
 SIZES = replace(works.FULL, decode_batches=(1, 32, 256), decode_steps=64, prefills=(2048,), prefill_many=(8, 2048))
-LAYERS_70B = 24
-"""41 of 70B's 140 GB and room for 256 sequences' KV: the same model fits one card of 80 GB, and two."""
+LAYERS_70B = 16
+"""31 of 70B's 140 GB and room for 256 sequences' KV: the same model fits one card of 80 GB, and two."""
 BLOCK_SIZE = 16
+MODEL_8B = "llama-3.1-8b"
 
 
 def decodes(count: int) -> StepWork:
@@ -103,7 +114,7 @@ def broadcast(size: int) -> dict[str, Any]:
 def tokens(size: int, device: str) -> dict[str, Any]:
     """Whether 24 greedy tokens of 8 prompts are one rank's, of random models in float32."""
     found: dict[str, Any] = {}
-    names = ("tiny", "tiny-moe") if device == "cpu" else ("tiny", "tiny-moe", "qwen2.5-0.5b", "qwen3-0.6b")
+    names = ("tiny", "tiny-moe") if device == "cpu" else ("tiny-moe", "qwen2.5-0.5b")
     with Leader(size, device) as leader:
         for name in names:
             each = []
@@ -120,68 +131,86 @@ def tokens(size: int, device: str) -> dict[str, Any]:
 
 
 def all_reduce(size: int) -> dict[str, Any]:
-    """Microseconds of a sum of [tokens, 8192] in bfloat16, 40 of them in one graph."""
-    with tempfile.TemporaryDirectory() as folder:
-        spawn = multiprocessing.get_context("spawn")
-        ours, theirs = spawn.Pipe()
-        all_of_them = [
-            spawn.Process(target=_reduce, args=(rank, size, Path(folder) / "store", theirs)) for rank in range(size)
-        ]
-        for one in all_of_them:
-            one.start()
-        theirs.close()
-        found: dict[str, Any] = ours.recv()
-        for one in all_of_them:
-            one.join()
+    """See `benchmarks.sums`."""
+    from benchmarks import sums  # needs Triton
+
+    found: dict[str, Any] = {}
+    for found in sums.measure(size):
+        print(f"PART {json.dumps(found)}", flush=True)
     print(f"  {found}", flush=True)
     return found
 
 
-def _reduce(rank: int, size: int, store: Path, result: Connection) -> None:
-    device, count = torch.device("cuda", rank), 40
-    parallel.join(rank, size, device, store)
-    ranks, found = Ranks(Shard(rank, size)), {}
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        for rows in (1, 8, 32, 128, 256, 1024, 2048):
-            x = torch.zeros(rows, 8192, dtype=torch.bfloat16, device=device)
-            ranks.all_reduce(x)
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                for _ in range(count):
-                    ranks.all_reduce(x)
-            times = []
-            for _ in range(20):
-                began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                began.record()
-                graph.replay()
-                ended.record()
-                ended.synchronize()
-                times.append(1e3 * began.elapsed_time(ended) / count)
-            found[f"{x.nbytes // 1024} KiB"] = round(median(times), 1)
-            del graph
-    if rank == 0:
-        result.send(found)
-    parallel.leave()
+def crossover_kib(found: Any) -> int:
+    """The largest message, in KiB, up to which our sums beat NCCL's, as measured; 0 where nothing is known."""
+    found = found.get("found", found) if isinstance(found, dict) else None
+    if found is None or not found.get("equal_on_all_ranks"):
+        return 0
+    ours, theirs = found["us"].get("ours"), found["us"]["nccl and norm"]
+    if not isinstance(ours, dict):
+        return 0
+    largest = 0
+    for size in sorted(map(int, ours)):
+        if ours[str(size)] > theirs[str(size)]:
+            break
+        largest = size
+    return largest
 
 
 def steps(source: str, size: int, device: str, small: bool) -> dict[str, Any]:
-    """The works of `benchmarks.gpu.serving` that say how long steps take."""
+    """The works of `benchmarks.gpu.serving` that say how long steps take; of a cut model only those of single steps."""
     found: works.Figures = {}
     ranks = Ranks() if size == 1 else Leader(size, device)
     started = time.perf_counter()
     bench = Bench(source, device, BLOCK_SIZE, ranks)
+    sizes = works.SMALL if small else SIZES
+    cut = os.path.isdir(source)
     try:
         found["load_s"] = time.perf_counter() - started
-        for work in (works.decode, works.prefill, works.offline):
-            work(bench, works.SMALL if small else SIZES, found)
+        for work in (works.decode, works.prefill) if cut else (works.decode, works.prefill, works.offline):
+            work(bench, sizes, found)
             found["num_blocks"] = bench.engine().limits.num_blocks
+            found["total_s"] = time.perf_counter() - started
             print(f"PART {json.dumps(found)}", flush=True)
     finally:
         bench.close_engine()
         ranks.close()
     return dict(found)
+
+
+def fidelity(size: int, device: str, small: bool, trace: str | None, seconds: float) -> dict[str, Any]:
+    """One cell of the matrix of docs/fidelity.md, served on N cards and simulated. Its folder is kept as one file."""
+    started = time.monotonic()
+    archive = out_folder() / f"tensor-parallel-fidelity{'-small' if small else ''}.tar"
+    archive.parent.mkdir(parents=True, exist_ok=True)
+
+    def say(line: str) -> None:
+        print(f"  [{time.monotonic() - started:5.1f} s] {line}", flush=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "fidelity" / ("tiny" if small else MODEL_8B)
+        if small:
+            base, all_works, _ = quick(tensor_parallel=size)
+            sizes = QUICK_SIZES
+        else:
+            traces = {} if trace is None else {"chat": trace}
+            base, all_works, _ = full(MODEL_8B, device, traces, tensor_parallel=size)
+            sizes = Sizes(min(30.0, seconds / 4), 10.0, guess=30.0)
+        cells = Cell("chat", None, "mixed"), Cell("chat", 0.7, "mixed")
+        measure_cells(
+            base,
+            all_works,
+            cells,
+            folder,
+            sizes,
+            limit_s=seconds,
+            say=say,
+            kept=lambda: pack_folder(folder.parent, archive),
+        )
+        found = evaluate(folder, say=say)
+        pack_folder(folder.parent, archive)
+        print(markdown(found), flush=True)
+    return {"cells": {name: {"levels": cell} for name, cell in found["cells"].items()}, "failed": found["failed"]}
 
 
 def config_70b(folder: Path, num_layers: int) -> str:
@@ -200,16 +229,20 @@ def config_70b(folder: Path, num_layers: int) -> str:
     return str(path)
 
 
-def part(name: str, arguments: list[str], until: float) -> Any:
-    """One part in a process of its own: what it found, or why it did not."""
+def part(name: str, arguments: list[str], until: float, card: int | None = None) -> Any:
+    """One part in a process of its own, which sees one card only where that is named: what it found, or why not."""
     left = until - time.monotonic()
-    if left < 20:
+    if left < 15:
         return "not run: no time left"
     print(f"{name} {' '.join(arguments)}", flush=True)
     command = [sys.executable, "-m", "benchmarks.tensor_parallel", "--part", name, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command += ["--limit-s", f"{left:.0f}"]
+    environment = os.environ if card is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(card)}
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     found: Any = None
-    timer = _kill_after(process, left)
+    timer = threading.Timer(left, os.killpg, (process.pid, signal.SIGKILL))  # with the ranks that it has started
+    timer.start()
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("PART "):
@@ -218,17 +251,10 @@ def part(name: str, arguments: list[str], until: float) -> Any:
             print(line, end="", flush=True)
     code = process.wait()
     timer.cancel()
+    print(f"  {time.monotonic() - started:.1f} s", flush=True)
     if code == 0:
         return found
     return {"found": found, "failed": f"the process ended with status {code}"}
-
-
-def _kill_after(process: subprocess.Popen[str], seconds: float) -> Any:
-    import threading
-
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
-    return timer
 
 
 def scaling(result: dict[str, Any]) -> dict[str, Any]:
@@ -256,17 +282,19 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2, help="how many ranks")
     parser.add_argument("--limit-s", type=float, default=540.0, help="seconds for all of it")
     parser.add_argument("--small", action="store_true", help="a trial of the script, on a CPU")
+    parser.add_argument("--trace", metavar="FILE", help="Azure's conversations, for the cell of the matrix")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--source", default="tiny", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part is not None:
-        small = options.small
+        small, size, device = options.small, options.size, options.device
         found = {
-            "broadcast": lambda: broadcast(options.size),
-            "tokens": lambda: tokens(options.size, options.device),
-            "all_reduce": lambda: all_reduce(options.size),
-            "steps": lambda: steps(options.source, options.size, options.device, small),
+            "broadcast": lambda: broadcast(size),
+            "tokens": lambda: tokens(size, device),
+            "all_reduce": lambda: all_reduce(size),
+            "steps": lambda: steps(options.source, size, device, small),
+            "fidelity": lambda: fidelity(size, device, small, options.trace, options.limit_s - 10),
         }[options.part]()
         print(f"PART {json.dumps(found)}", flush=True)
         return
@@ -285,43 +313,60 @@ def measure(options: argparse.Namespace) -> None:
         "size": options.size,
     }
 
-    def enter(key: str, name: str, *arguments: str) -> None:
-        result[key] = part(name, ["--size", size, *arguments], until)
+    def enter(key: str, name: str, *arguments: str, end: float = until) -> Any:
+        result[key] = part(name, ["--size", size, *arguments], end)
         save(result, path)
+        return result[key]
 
+    if cards >= options.size and not options.small:
+        on_cards(options, result, enter, until, path)
     enter("broadcast", "broadcast")
     result["broadcast_8"] = part("broadcast", ["--size", "8"], until)
     enter("tokens_gloo", "tokens")
     if options.small:
         result["steps"] = {"tiny": {n: part("steps", ["--size", n, "--small"], until) for n in ("1", size)}}
+        enter("fidelity", "fidelity", "--small")
     if cards < options.size:
         result["gpu"] = f"not run: {options.size} CUDA devices are needed, and there are {cards}"
         print(result["gpu"], flush=True)
-        save(result, path)
-        return
-    enter("tokens_nccl", "tokens", "--device", "cuda")
-    enter("all_reduce_us", "all_reduce")
+    save(result, path)
+
+
+def on_cards(
+    options: argparse.Namespace, result: dict[str, Any], enter: Callable[..., Any], until: float, path: Path
+) -> None:
+    """What needs N cards, the most telling first."""
+    size = str(options.size)
+    beat = crossover_kib(enter("all_reduce", "all_reduce", end=min(until, time.monotonic() + 70)))
+    os.environ.setdefault(LIMIT_VARIABLE, str(beat * (options.size - 1)))
+    result["small_sums_kib"] = int(os.environ[LIMIT_VARIABLE])
+    enter("tokens_nccl", "tokens", "--device", "cuda", end=min(until, time.monotonic() + 60))
     measured: dict[str, Any] = {}
     result["steps"] = measured
     with tempfile.TemporaryDirectory() as folder:
-        deepest = min(80, int(0.55 * cards_bytes(options.size) / 1.72e9))
-        sources = {
-            "llama-3.1-8b": ("llama-3.1-8b", ("1", size)),
-            f"llama-3.1-70b, {LAYERS_70B} layers": (config_70b(Path(folder), LAYERS_70B), ("1", size)),
-            f"llama-3.1-70b, {deepest} layers": (config_70b(Path(folder), deepest), (size,)),
-        }
-        for name, (source, counts) in sources.items():
-            for count in counts:
-                arguments = ["--size", count, "--source", source, "--device", "cuda"]
-                measured.setdefault(name, {})[count] = part("steps", arguments, until)
+        cut_name, cut = f"llama-3.1-70b, {LAYERS_70B} layers", config_70b(Path(folder), LAYERS_70B)
+
+        saving = threading.Lock()
+
+        def measure_steps(name: str, source: str, count: str, card: int | None = None) -> None:
+            found = part("steps", ["--size", count, "--source", source, "--device", "cuda"], until, card)
+            with saving:
+                measured.setdefault(name, {})[count] = found
                 result["times_faster"] = scaling(measured)
                 save(result, path)
-    print(json.dumps(result["times_faster"], indent=1), flush=True)
 
-
-def cards_bytes(size: int) -> int:
-    """Memory of so many cards."""
-    return sum(torch.cuda.get_device_properties(card).total_memory for card in range(size))
+        measure_steps(MODEL_8B, MODEL_8B, size)
+        with ThreadPoolExecutor() as side_by_side:  # on a card each
+            jobs = [
+                side_by_side.submit(measure_steps, MODEL_8B, MODEL_8B, "1", 0),
+                side_by_side.submit(measure_steps, cut_name, cut, "1", 1),
+            ]
+        for job in jobs:
+            job.result()
+        trace = ["--trace", options.trace] if options.trace else []
+        enter("fidelity", "fidelity", "--device", "cuda", *trace)
+        measure_steps(cut_name, cut, size)
+    print(json.dumps(result.get("times_faster"), indent=1), flush=True)
 
 
 if __name__ == "__main__":

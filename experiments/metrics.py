@@ -40,7 +40,9 @@ __all__ = [
     "largest_gap",
     "latencies_ms",
     "littles_law",
+    "meets",
     "outline",
+    "own_slos",
     "per_request",
     "service_difference",
     "service_received",
@@ -143,7 +145,7 @@ def summarize(
     if slo is not None:
         summary["slo_ms"] = dict(slo)
         summary["request_goodput"] = goodput(run, slo)
-    summary |= _own_slos(requests, frame, duration)
+    summary |= own_slos(requests, frame, duration)
     for name in LATENCIES:
         summary |= statistics(name, samples[name], percentiles)
     summary |= statistics("queue", done["queue_ms"].dropna().to_numpy(), percentiles)
@@ -188,7 +190,7 @@ def outline(run: Run, percentiles: Sequence[float] = PERCENTILES) -> dict[str, A
 def goodput(run: Run, slo: Mapping[str, float]) -> float:
     """Completed requests a second that meet every objective, as `summarize` has them. Raises ValueError for others."""
     frame = per_request(run)
-    return _rate(int(_meets(frame[frame["completed"]], slo).sum()), _duration_s(run))
+    return _rate(int(meets(frame[frame["completed"]], slo).sum()), _duration_s(run))
 
 
 def statistics(name: str, samples_ms: Float64, percentiles: Sequence[float] = PERCENTILES) -> dict[str, float | None]:
@@ -234,8 +236,11 @@ def _statuses(run: Run) -> dict[str, int]:
     return counts
 
 
-def _meets(done: pd.DataFrame, slo: Mapping[str, float]) -> NDArray[np.bool_]:
-    """Which completed requests meet every objective. A request of one token has no TPOT to miss."""
+def meets(done: pd.DataFrame, slo: Mapping[str, float]) -> NDArray[np.bool_]:
+    """Which completed requests (rows of `per_request`) meet every objective. One of one token has no TPOT to miss.
+
+    Raises ValueError for an unknown objective.
+    """
     met = np.ones(len(done), bool)
     for name, limit in slo.items():
         if name not in COLUMNS:
@@ -244,7 +249,7 @@ def _meets(done: pd.DataFrame, slo: Mapping[str, float]) -> NDArray[np.bool_]:
     return met
 
 
-def _own_slos(requests: pd.DataFrame, frame: pd.DataFrame, duration_s: float) -> dict[str, float | None]:
+def own_slos(requests: pd.DataFrame, frame: pd.DataFrame, duration_s: float) -> dict[str, float | None]:
     """How many of the requests that came with objectives completed within them: as a share, and a second.
 
     A request whose TTFT or TPOT is missing because it did not get to it has missed it; one of one token has no TPOT.

@@ -305,7 +305,7 @@ def check_spec(content: dict[str, Any], origin: str = "the specification") -> Ru
         return RunSpec.model_validate(content)
     except ValidationError as error:
         cause = error.errors()[0].get("ctx", {}).get("error")  # what a validator of ours raised
-        raise SpecError(f"{origin}: {_first_error(error)}") from cause
+        raise SpecError(f"{origin}: {first_error(error)}") from cause
 
 
 _GROUPS: dict[str, type[BaseModel]] = {
@@ -318,7 +318,8 @@ _GROUPS: dict[str, type[BaseModel]] = {
 }
 
 
-def _first_error(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
+    """The first thing that is wrong with a run's specification: its field, and what was expected."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import kendalltau
 
 from experiments.fairness import jain_index, service_difference
 from experiments.metrics import per_request, summarize
@@ -64,16 +63,7 @@ ROLES = ("scheduler", "queue", "admission", "preemption", "eviction", "router")
 def study_row(run: Run) -> dict[str, Any]:
     """One run: name, kind, policy, workload, its knobs (a dict: see `knobs`), and every objective (None: unknown)."""
     summary = summarize(run)
-    done = per_request(run)[lambda frame: frame["completed"] & (frame["output_tokens"] > 0)]
-    tenants = set(run.requests["tenant"])
-    blocks, used = run.limits.get("num_blocks"), summary["mean_kv_blocks"]
-    replicas = int(run.spec.get("replicas") or 1)
-    found = {
-        **summary,
-        "fairness": jain_index(done["e2e_ms"] / done["output_tokens"]) if len(done) else None,
-        "service_difference": float(service_difference(run).max()) if len(tenants) > 1 else None,
-        "kv_share": 100.0 * used / (blocks * replicas) if used is not None and blocks else None,
-    }
+    found = {**summary, **shares(run, per_request(run), summary["mean_kv_blocks"])}
     return {
         "run": run.name,
         "kind": run.kind,
@@ -84,6 +74,19 @@ def study_row(run: Run) -> dict[str, Any]:
         "failed": summary["failed"],
         "knobs": dict(knobs(run.spec)),
         **{name: found.get(name) for name in OBJECTIVES},
+    }
+
+
+def shares(run: Run, frame: pd.DataFrame, mean_kv_blocks: float | None) -> dict[str, float | None]:
+    """The objectives that no summary has, of the requests in `frame` (some of `per_request`'s)."""
+    done = frame[frame["completed"] & (frame["output_tokens"] > 0)]
+    tenants = set(run.requests["tenant"])
+    blocks = run.limits.get("num_blocks")
+    replicas = int(run.spec.get("replicas") or 1)
+    return {
+        "fairness": jain_index(done["e2e_ms"] / done["output_tokens"]) if len(done) else None,
+        "service_difference": float(service_difference(run).max()) if len(tenants) > 1 else None,
+        "kv_share": 100.0 * mean_kv_blocks / (blocks * replicas) if mean_kv_blocks is not None and blocks else None,
     }
 
 
@@ -192,6 +195,8 @@ def agreement(table: pd.DataFrame, objective: str) -> Agreement:
     values = values.sort_values(["rank_real", "rank_sim"], kind="stable")
     if len(values) < 2:
         return Agreement(values, None, False)
+    from scipy.stats import kendalltau  # slow to import, and whoever measures a run needs this module
+
     tau = float(kendalltau(values["rank_real"], values["rank_sim"]).statistic)
     first = [set(values.index[values[f"rank_{kind}"] == 1]) for kind in ("real", "sim")]
     return Agreement(values, None if np.isnan(tau) else tau, bool(first[0] & first[1]))

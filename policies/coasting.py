@@ -1,19 +1,22 @@
 """Repeated steps in which nothing changes but counts: nobody joins, leaves, ends or reaches a cap.
 
-No policy hears of them, so only where none wants to. Each is timed and recorded as any other; what is left out is to
-make a plan, a step and a report of it.
+No policy hears of them, so only where none wants to. Each is timed as any other; what is left out is to make a plan, a
+step, a report and a row of it. What is recorded of many of them is what they share, and what each has of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
+from policies.decoding import go_on
 from policies.recording import Recording
+from policies.records import Times
 from policies.replica_state import ReplicaState
-from policies.shapes import StepShape, padded_batch
+from policies.request import Request
+from policies.shapes import StepShape, growing, padded_batch
 
-Times = tuple[int, int, int, int]
-"""Of a step: planned, launched, ended, and for so long on the device."""
+Timed = Callable[[Iterator[StepShape], int], Sequence[Times]]
+"""Given the shapes of steps in a row: the times of as many as can be taken now, at most so many."""
 
 
 def coast(
@@ -21,35 +24,56 @@ def coast(
     recording: Recording | None,
     index: int,
     most: int,
-    time: Callable[[StepShape], Times | None],
+    time: Timed,
+    chunk: tuple[Request, int] | None = None,
 ) -> int:
-    """Take up to `most` steps from the one with this index on, each only if `time` has times for its shape and there
-    are unused blocks for it. Returns how many."""
-    group, pool, size = state.group, state.pool, state.limits.block_size
-    num_decodes, context, longest = len(group.members), group.context, group.longest
-    padded, graph = padded_batch(num_decodes, 0, 0, state.limits.capture_sizes)
-    record = None if recording is None else recording.coasting()
+    """Take up to `most` steps from the one with this index on, as many as `time` has times for and as there are unused
+    blocks for. With a `chunk`, each computes so many tokens of this request, which has the blocks. Returns how many."""
+    group, pool, limits = state.group, state.pool, state.limits
+    decodes, tokens = len(group.members), 0 if chunk is None else chunk[1]
+    sizes = (limits.capture_sizes, limits.mixed_capture_sizes)
+    padded, graph = padded_batch(decodes, int(tokens > 0), tokens, *sizes)
     taken = 0
     while taken < most:
-        needy = state.decodes_that_need_a_block()
-        if len(needy) > pool.num_unused:  # one is evicted, or somebody preempted
+        # Nobody opens more than one block in so many steps.
+        safe = pool.num_unused // decodes * limits.block_size
+        if not safe and len(state.decodes_that_need_a_block()) <= pool.num_unused:
+            safe = 1  # else one is evicted, or somebody preempted
+        asked = min(safe, most - taken)
+        if not asked:
             break
-        shape = StepShape(
-            num_decodes, context + num_decodes, longest + 1, 0, 0, 0, 0, 0, num_decodes, padded, graph, 0, 0
-        )  # fmt: skip
-        times = time(shape)
-        if times is None:
+        context, longest = group.context + decodes, group.longest + 1
+        start = 0 if chunk is None else chunk[0]._computed
+        times = time(growing(decodes, context, longest, start, tokens, padded, graph), asked)
+        if not times:
             break
-        for request in needy:
-            request._blocks.append(pool.allocate_one(times[0]))
+        unused = _advance(state, times, index + taken, chunk)
+        if recording is not None:
+            first = next(growing(decodes, context, longest, start, tokens, padded, graph))
+            longest_of = [max(longest + i, start + (i + 1) * tokens) for i in range(len(times))]
+            recording.coasted(index + taken, times, first, group.clock - len(times) + 1, unused, longest_of, chunk)
+        taken += len(times)
+        if len(times) < asked:
+            break
+    return taken
+
+
+def _advance(state: ReplicaState, times: Sequence[Times], index: int, chunk: tuple[Request, int] | None) -> list[int]:
+    """The blocks and counts of these steps. Returns the unused blocks after each."""
+    group, pool, size = state.group, state.pool, state.limits.block_size
+    caches, unused = state.limits.prefix_caching, []
+    for i, (planned, _, end, _) in enumerate(times):
+        for request in group.at_block_boundary():
+            blocks = request._blocks
+            if request._computed + group.clock >= len(blocks) * size:
+                blocks.append(pool.allocate_one(planned))
         group.clock += 1
-        context, longest = shape.decode_context, shape.max_context
-        if state.limits.prefix_caching:
+        if chunk is not None:
+            go_on(state, *chunk, index + i, planned)
+        if caches:
             for request in group.at_block_boundary():
                 depth = request.num_computed_tokens // size - 1
                 if depth < len(request._keys):
-                    state.register(request, depth, times[2])
-        if record is not None:
-            record(index + taken, times, shape, group.clock, pool.num_unused)
-        taken += 1
-    return taken
+                    state.register(request, depth, end)
+        unused.append(pool.num_unused)
+    return unused

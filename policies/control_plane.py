@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from policies import live_change
-from policies.coasting import Times, coast
+from policies.coasting import Timed, coast
 from policies.contract import CostModel, Recorder, View
 from policies.decoding import run_decodes
 from policies.enactment import Enactment
@@ -17,7 +17,6 @@ from policies.plan import FOREVER, Plan, Report, Step
 from policies.recording import Recording
 from policies.replica_state import Limits, ReplicaState
 from policies.request import Request, State
-from policies.shapes import StepShape
 from policies.stack import PolicyStack
 from policies.transfers import Transfers
 
@@ -68,6 +67,8 @@ class ControlPlane:
         self._num_repeated = 0
         self._repeats = 0  # times the last plan may be taken again without asking
         self._last_plan = Plan()
+        self._recurring: tuple[Request, int] | None = None  # its chunk
+        self._num_decodes = 0  # beside that
 
     # What a panel may look at
 
@@ -239,7 +240,9 @@ class ControlPlane:
             self._recording.planned(plan, step)
         self._verify()
         self._watch(step)
-        self._repeats, self._last_plan = plan.repeats - 1 if _only_decodes(step) else 0, plan
+        self._repeats, self._last_plan = plan.repeats - 1 if _may_recur(plan, step) else 0, plan
+        self._recurring = plan.chunks[0] if plan.chunks and self._repeats else None
+        self._num_decodes = step.num_decodes
         return step
 
     def repeat(self, now: int) -> Step | None:
@@ -253,8 +256,10 @@ class ControlPlane:
             return None
         if decodes > (free := state.pool.num_free) and len(state.decodes_that_need_a_block()) > free:
             return None
+        if self._recurring is not None and not (decodes == self._num_decodes and self._chunks_with_blocks()):
+            return None
         self._advance(now)
-        step = run_decodes(state, self._next_index, now)
+        step = run_decodes(state, self._next_index, now, self._recurring)
         self._next_index += 1
         self._num_repeated += 1
         self._repeats -= 1
@@ -263,25 +268,40 @@ class ControlPlane:
         self._verify()
         return step
 
-    def coast(self, until_clock: int, time: Callable[[StepShape], Times | None]) -> None:
+    @property
+    def may_repeat(self) -> bool:
+        """Whether `repeat` and `coast` can do anything."""
+        return self._repeats > 0
+
+    def coast(self, until_clock: int, time: Timed) -> None:
         """With `lag=0` and no step in flight: what `repeat`, launch and `report` come to, as long as steps change
         nothing but counts, the decode group's clock stays below `until_clock`, and `time` has times for their shapes.
         """
         state, group = self._state, self._state.group
-        most = min(until_clock, group.next_cap()) - group.clock - 1
-        if min(most, self._repeats) < 1 or not group.members or not self.stack.ignores_reports():
+        if state.loose or state.left_group or not group.members:
             return
-        if state.loose or state.left_group or state.copies or len(group) > self.limits.max_num_batched_tokens:
+        most = min(until_clock, group.next_cap()) - group.clock - 1
+        if most < 1 or self._repeats < 1 or not self.stack.ignores_reports():
+            return
+        if self._recurring is not None:
+            most = min(most, self._chunks_with_blocks()) if len(group) == self._num_decodes else 0
+        if state.copies or len(group) > self.limits.max_num_batched_tokens:
             return
         if state.num_waiting and self.limits.prefix_caching:  # a block that is filled may be one of who waits
             return
-        taken = coast(state, self._recording, self._next_index, min(most, self._repeats), time)
-        self._next_index += taken
-        self._num_repeated += taken
-        self._repeats -= taken
+        taken = coast(state, self._recording, self._next_index, min(most, self._repeats), time, self._recurring)
         if taken:
+            self._next_index += taken
+            self._num_repeated += taken
+            self._repeats -= taken
             state.last_launched = state.last_reported = self._next_index - 1
         self._verify()
+
+    def _chunks_with_blocks(self) -> int:
+        """For how many of its chunks the request that the last plan computes has the blocks."""
+        assert self._recurring is not None
+        request, tokens = self._recurring
+        return (len(request._blocks) * self.limits.block_size - request._computed) // tokens
 
     def _is_of_the_first_blocked(self, key: bytes, depth: int) -> bool:
         """Whether the first who waits has this block in its prompt."""
@@ -306,8 +326,8 @@ class ControlPlane:
         self._advance(report.end_ns)
         state, step = self._state, report.step
         state.last_reported = step.index
-        if report.finished and state.num_waiting:
-            self._repeats = 0  # there may be room for the first who waits
+        if report.finished and (state.num_waiting or self._recurring is not None):
+            self._repeats = 0  # there may be room for the first who waits, or for a longer chunk
         if step.chunks or step.joined or step.decodes:
             firsts = [chunk.request for chunk in step.chunks if chunk.samples]
             for request in (*firsts, *step.joined, *step.decodes):
@@ -462,7 +482,8 @@ class ControlPlane:
             self._state.check()
 
 
-def _only_decodes(step: Step) -> bool:
+def _may_recur(plan: Plan, step: Step) -> bool:
     """Whether the step ran the decode group and did nothing else that a repetition of it would not do."""
-    changes = step.chunks or step.copies or step.preempted or step.resumed or step.dropped or step.refused
-    return step.decode_all and not changes and step.wake_at is None
+    if not step.decode_all or step.wake_at is not None or len(step.chunks) != len(plan.chunks):
+        return False
+    return not (step.admitted or step.copies or step.preempted or step.resumed or step.dropped or step.refused)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from policies.plan import Step
+from policies.plan import Chunk, Step
 from policies.replica_state import ReplicaState
 from policies.request import Request
 from policies.shapes import StepShape, padded_batch
 
 
-def run_decodes(state: ReplicaState, index: int, now: int) -> Step:
-    """Enact a plan that says `decode_all` and nothing else, where tokens and blocks are known to suffice."""
+def run_decodes(state: ReplicaState, index: int, now: int, chunk: tuple[Request, int] | None = None) -> Step:
+    """Enact a plan that says `decode_all` and nothing else but this chunk, where tokens and blocks are known to
+    suffice."""
     step = Step(index, now)
     for request in state.decodes_that_need_a_block():
         open_block(state, step, request, now)
-    finish(state, step, advance_group(state, step))
+    contexts = advance_group(state, step)
+    if chunk is not None:
+        request, tokens = chunk
+        step.chunks.append(Chunk(request, request._computed, tokens, False))
+        go_on(state, request, tokens, index, now)
+    finish(state, step, contexts)
     return step
+
+
+def go_on(state: ReplicaState, request: Request, tokens: int, index: int, now: int) -> None:
+    """One chunk more of a prefill that has blocks for it, and that it does not end."""
+    request._computed += tokens
+    request._busy_until = index
+    if state.limits.prefix_caching:
+        state.register_full_blocks(request, now)
 
 
 def open_block(state: ReplicaState, step: Step, request: Request, now: int) -> None:

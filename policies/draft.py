@@ -243,23 +243,36 @@ class Draft:
             self.plan.hold[request.id] = hold
         return None
 
-    def finish(self, *, steady: bool = False, ordered: bool = False) -> Plan:
+    def finish(self, *, steady: bool = False, ordered: bool = False, chunked: bool = False) -> Plan:
         """The plan. Single decodes that turn out to be everybody's are said in one word.
 
         `steady`: the scheduler says that, with everybody decoding and nobody else there, it only ever runs them all.
         `ordered`: that requests which wait change nothing about it as long as the first of them does not fit, and that
-        they keep their order.
+        they keep their order. `chunked`: that while as many decode, a running request whose chunk has taken the rest of
+        the token budget gets that again.
         """
         plan, view = self.plan, self.view
-        if steady and plan.decode_all and not (plan.chunks or view.paused or view.swapped or view.prefilling):
-            waiting = view.num_waiting
-            # Slots and blocks do not get more until somebody ends, while budgets may and admission might.
-            if not waiting or (ordered and len(plan.blocked) == 1 and plan.blocked[0][1] in (SLOTS, NO_BLOCKS)):
-                plan.repeats = FOREVER
+        if steady and plan.decode_all and not (view.paused or view.swapped):
+            # Slots and blocks do not get more until somebody ends, while budgets may and admission might; of the
+            # budget nothing is left in any step of a chunk that goes on.
+            reasons = (SLOTS, TOKEN_BUDGET) if plan.chunks else (SLOTS, NO_BLOCKS)
+            first = len(plan.blocked) == 1 and plan.blocked[0][1] in reasons
+            if not view.num_waiting or (ordered and first):
+                if plan.chunks:
+                    plan.repeats = self._chunks_in_a_row() if chunked else 1
+                elif not view.prefilling:
+                    plan.repeats = FOREVER
         if plan.decodes and not plan.resume and len(plan.decodes) == view.num_decoding - self._num_decodes_stopped():
             plan.decodes = []
             plan.decode_all = True
         return plan
+
+    def _chunks_in_a_row(self) -> int:
+        """How many steps can have the same one chunk and leave two tokens or more: one is computed like a decode."""
+        request, tokens = self.plan.chunks[0]
+        if self.tokens_left or len(self.plan.chunks) > 1 or request.state is not State.RUNNING:
+            return 1
+        return max(1, (request.num_pending_tokens - 2) // tokens)
 
     def _num_decodes_stopped(self) -> int:
         stopped = self.preempted.values()

@@ -8,6 +8,7 @@ decodes, chunks. An item that cannot be done is refused with a reason and leaves
 from __future__ import annotations
 
 import operator
+from typing import Final
 
 from policies.block_pool import num_idle
 from policies.contract import Hit
@@ -45,7 +46,7 @@ class Enactment:
         self._tokens_left = state.limits.max_num_batched_tokens
         self._seen: set[int] = set()
         self._hits: dict[int, Hit] = {}
-        self._returns = Returns(state)
+        self._returns = Returns(state) if plan.resume else _NOBODY_RETURNS
         self._contexts: list[int] = []
         self._hold: dict[int, int] = {}
 
@@ -151,11 +152,12 @@ class Enactment:
 
     def _whole(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
         """The chunks without those of fractions; NumPy's integers are whole numbers too."""
-        whole = []
+        whole, holds = [], self.plan.hold
         for request, num_tokens in chunks:
-            hold = self.plan.hold.get(request.id, 0)
+            hold = holds.get(request.id, 0)
             try:
-                self._hold[request.id] = operator.index(hold)
+                if hold != 0:
+                    self._hold[request.id] = operator.index(hold)
                 whole.append((request, operator.index(num_tokens)))
             except TypeError:
                 self._refuse(request, f"{num_tokens!r} tokens, {hold!r} to hold: not whole numbers")
@@ -226,6 +228,8 @@ class Enactment:
             if request.state is State.WAITING:
                 hit = state.probe(request)
                 self._hits[request.id] = hit
+        if not (state.limits.prefix_caching or self._returns.hits):  # then every hit is empty
+            return probed
         for request_id, hit in list(self._hits.items()):
             request = state.requests[request_id]
             if not self._returns.leaves_room(hit):
@@ -324,15 +328,18 @@ class Enactment:
             return self._refuse_chunk(request, TOKEN_BUDGET)
         if waiting and len(state.running) >= state.limits.max_num_seqs:
             return self._refuse_chunk(request, SLOTS)
-        target = max(start + num_tokens, self._hold.get(request.id, 0))
-        held = len(self._hits[request.id].blocks) if waiting else request.num_blocks
-        if -(-target // state.limits.block_size) - held > state.pool.num_free:
+        end = start + num_tokens
+        target = max(end, self._hold[request.id]) if request.id in self._hold else end
+        held = len(self._hits[request.id].blocks) if waiting else len(request._blocks)
+        missing = -(-target // state.block_size) - held
+        if missing > state.pool.num_free:
             return self._refuse_chunk(request, NO_BLOCKS)
         if waiting:
             self._admit(request)
-        self._grow(request, target)
-        samples = start + num_tokens == request.num_tokens
-        request._computed = start + num_tokens
+        if missing > 0:
+            self._grow(request, target)
+        samples = end == request.num_tokens
+        request._computed = end
         request._busy_until = self.step.index
         if samples:
             request._tokens += 1
@@ -376,3 +383,7 @@ class Enactment:
         """Prompt blocks are named as soon as the step that computes them is on its way: steps run in order."""
         for request in [*self._returns.requests, *(chunk.request for chunk in self.step.chunks)]:
             self.state.register_full_blocks(request, self.now)
+
+
+_NOBODY_RETURNS: Final = Returns(None)  # type: ignore[arg-type]
+"""Of the many plans that resume nobody."""

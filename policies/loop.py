@@ -18,7 +18,8 @@ from policies.plan import Report, Step
 class Deliver:
     """Hand the control plane what has arrived (`submit`, `cancel`), then answer with the time; None ends the loop.
 
-    Or answer with the steps in flight, eldest first, where the panel has taken steps by itself (`ControlPlane.repeat`).
+    Or answer with the steps in flight, eldest first, where the panel has taken steps by itself (`ControlPlane.repeat`),
+    or with one that it has planned by itself and that runs nothing.
     """
 
 
@@ -43,10 +44,11 @@ class Idle:
     wake_at: int | None
 
 
+_DELIVER = Deliver()
 Action = Deliver | Launch | Collect | Idle
 
 
-Answer = int | list[Step] | Report | None
+Answer = int | list[Step] | Step | Report | None
 
 
 def send(loop: Generator[Action, Answer, None], answer: Answer) -> Action | None:
@@ -65,12 +67,14 @@ def step_loop(plane: ControlPlane, lag: int) -> Generator[Action, Answer, None]:
     """
     in_flight: deque[Step] = deque()
     while True:
-        now = yield Deliver()
+        now = yield _DELIVER
         if now is None:
             break
         runs = True
         if isinstance(now, list):
             in_flight = deque(now)
+        elif isinstance(now, Step):
+            step, runs = now, False
         else:
             assert isinstance(now, int)
             step = plane.plan(now)

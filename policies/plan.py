@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
-from policies.request import Request, State
+from policies.request import Request, State, found_directly
 from policies.shapes import StepShape
 
 FOREVER = (1 << 63) - 1
@@ -21,7 +21,10 @@ class Mode(Enum):
     KEEP = "keep"  # it stops running and keeps its blocks
 
 
-@dataclass(slots=True)
+found_directly(Mode)
+
+
+@dataclass(slots=True, init=False)
 class Plan:
     """A scheduler's answer for one step. Refer to requests by the objects themselves.
 
@@ -29,34 +32,64 @@ class Plan:
     request is given to `Scheduler.add` again and the refusal stands in the step that the next report carries.
     """
 
-    decode_all: bool = False
+    decode_all: bool
     """Every running request that has exactly one token to compute gets it: the whole decode batch in one word."""
-    decodes: list[Request] = field(default_factory=list)
+    decodes: list[Request]
     """Single decodes, where not all of them run. Not together with `decode_all`."""
-    chunks: list[tuple[Request, int]] = field(default_factory=list)
+    chunks: list[tuple[Request, int]]
     """(request, tokens): prefill chunks, first ones of waiting requests included, in order."""
-    hold: dict[int, int] = field(default_factory=dict)
+    hold: dict[int, int]
     """Request id -> tokens to have blocks for after this step, where that is more than the chunk needs."""
-    preempt: list[tuple[Request, Mode]] = field(default_factory=list)
+    preempt: list[tuple[Request, Mode]]
     """Running requests; a paused one too, to take back the memory it keeps, and a swapped one, that of the host."""
-    resume: list[Request] = field(default_factory=list)
+    resume: list[Request]
     """Paused and swapped requests that run again from this step on."""
-    drop: list[tuple[Request, str]] = field(default_factory=list)
+    drop: list[tuple[Request, str]]
     """(request, reason): requests that end here without (further) service."""
-    pin: list[tuple[Request, int]] = field(default_factory=list)
+    pin: list[tuple[Request, int]]
     """(request, until_ns): keep its blocks after it ends; a time that has passed lifts the pin."""
-    fetch: list[tuple[Request, str]] = field(default_factory=list)
+    fetch: list[tuple[Request, str]]
     """(request, tier): bring cached blocks of a waiting request nearer."""
-    bundles: list[frozenset[int]] = field(default_factory=list)
+    bundles: list[frozenset[int]]
     """Groups of request ids inside `chunks` of which all run or none."""
-    wake_at: int | None = None
+    wake_at: int | None
     """Ask again at this time even if nothing happens; without effect once no request is alive."""
-    repeats: int = 1
+    repeats: int
     """Steps in which this would be the plan, this one included, as long as nothing comes in from outside and blocks
-    suffice, and where somebody waits, nobody ends: the simulator takes the others without asking. Only of a plan that
-    runs every decode and does nothing else."""
-    blocked: list[tuple[Request, str]] = field(default_factory=list)
+    suffice, and where somebody waits or a chunk is computed, nobody ends: the simulator takes the others without
+    asking. Only of a plan that runs every decode and does nothing else but, at most, one chunk of a running request,
+    which goes on with as many tokens in each of these steps and ends in none of them."""
+    blocked: list[tuple[Request, str]]
     """(request, reason): waiting requests that were looked at and passed over. For the record only."""
+
+    def __init__(
+        self,
+        decode_all: bool = False,
+        decodes: list[Request] | None = None,
+        chunks: list[tuple[Request, int]] | None = None,
+        hold: dict[int, int] | None = None,
+        preempt: list[tuple[Request, Mode]] | None = None,
+        resume: list[Request] | None = None,
+        drop: list[tuple[Request, str]] | None = None,
+        pin: list[tuple[Request, int]] | None = None,
+        fetch: list[tuple[Request, str]] | None = None,
+        bundles: list[frozenset[int]] | None = None,
+        wake_at: int | None = None,
+        repeats: int = 1,
+        blocked: list[tuple[Request, str]] | None = None,
+    ) -> None:
+        # By hand, as most of it is empty in most steps.
+        self.decode_all, self.wake_at, self.repeats = decode_all, wake_at, repeats
+        self.decodes = [] if decodes is None else decodes
+        self.chunks = [] if chunks is None else chunks
+        self.hold = {} if hold is None else hold
+        self.preempt = [] if preempt is None else preempt
+        self.resume = [] if resume is None else resume
+        self.drop = [] if drop is None else drop
+        self.pin = [] if pin is None else pin
+        self.fetch = [] if fetch is None else fetch
+        self.bundles = [] if bundles is None else bundles
+        self.blocked = [] if blocked is None else blocked
 
     def copy(self) -> Plan:
         """A plan that can be changed without changing this one."""

@@ -6,7 +6,7 @@ from policies import registry
 from policies.contract import Queue, View
 from policies.draft import Draft
 from policies.key_queue import KeyQueue
-from policies.plan import Report
+from policies.plan import Plan, Report
 from policies.request import Request
 
 
@@ -46,6 +46,14 @@ class QueuedScheduler:
         """For `Draft.finish`: whether the queue's order depends on nothing but its requests."""
         queue = type(self.queue)
         return (queue.begin, queue.peek, queue.on_report) == (KeyQueue.begin, KeyQueue.peek, KeyQueue.on_report)
+
+    def finish(self, draft: Draft, own: type, *, chunked: bool = False) -> Plan:
+        """The plan of a scheduler that is steady and ordered in as far as its queue is, and no subclass of `own`;
+        `chunked` as in `Draft.finish`."""
+        if not draft.plan.decode_all or draft.admitted or draft.preempted:
+            return draft.finish()
+        steady = self.is_steady(own)
+        return draft.finish(steady=steady, ordered=self.is_ordered, chunked=chunked and steady)
 
     def start(self, view: View, now: int) -> Draft:
         """An empty plan, with the queue in order for this step."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from policies.contract import Recorder
 from policies.plan import Plan, Report, Step
+from policies.records import DecodeSteps, Times
 from policies.replica_state import ReplicaState
 from policies.request import Request, Slo, State
 from policies.shapes import StepShape
@@ -25,7 +26,8 @@ class Recording:
         self._before_step: dict[int, int] = {}  # live request -> the plan before which it came
         self._blocked: dict[int, str] = {}
         self._empty_rows: list[tuple[object, ...]] = []
-        self._plan_rows: dict[int, tuple[tuple[object, ...], tuple[object, ...], tuple[object, ...]]] = {}
+        self._decode_steps = getattr(recorder, "decode_steps", self._decode_steps_by_rows)
+        self._plan_rows: dict[int, tuple[object, ...]] = {}
 
     def submitted(self, request: Request, next_step: int) -> None:
         """It came before the plan with this index."""
@@ -120,16 +122,16 @@ class Recording:
             self._passed_over({request.id: reason for request, reason in plan.blocked}, index)
         state = self._state
         self._plan_rows[index] = (
-            (len(step.admitted), len(step.preempted)),
-            (
-                state.pool.num_unused,
-                state.pool.num_idle,
-                len(state.running),
-                state.num_waiting,
-                len(state.paused),
-                step.wake_at,
-            ),
-            (len(state.swapped), state.host.num_free),
+            len(step.admitted),
+            len(step.preempted),
+            state.pool.num_unused,
+            state.pool.num_idle,
+            len(state.running),
+            state.num_waiting,
+            len(state.paused),
+            step.wake_at,
+            len(state.swapped),
+            state.host.num_free,
         )
         if not step.runs:
             row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0)
@@ -138,28 +140,31 @@ class Recording:
             else:
                 self._empty_rows.append(row)  # behind the row of the step in flight
 
-    def coasting(self) -> Callable[[int, tuple[int, int, int, int], StepShape, int, int], None]:
-        """What records steps that change nothing but counts (`policies.coasting`): told each one's index, times, shape,
-        decode clock and unused blocks."""
-        replica, state = self._replica, self._state
-        decision, step = self._recorder.decision, self._recorder.step
-        after = (
-            state.pool.num_idle,
-            len(state.running),
-            state.num_waiting,
-            len(state.paused),
-            None,
-            0,
-            0,
-            len(state.swapped),
-            state.host.num_free,
+    def coasted(
+        self,
+        index: int,
+        times: Sequence[Times],
+        first: StepShape,
+        clock: int,
+        unused: Sequence[int],
+        longest: Sequence[int],
+        chunk: tuple[Request, int] | None,
+    ) -> None:
+        """Steps that change nothing but counts (`policies.coasting`), from the one with this index, shape and decode
+        clock on: each one's times, the unused blocks after it and its longest context, and the chunk that goes on."""
+        state = self._state
+        after = (len(state.running), state.num_waiting, len(state.paused), None, 0, 0, len(state.swapped))
+        row = (
+            *(self._replica, index, *times[0], *first[:11], clock, 0, 0, 0, unused[0], state.pool.num_idle),
+            *(*after, state.host.num_free),
         )
+        self._decode_steps(DecodeSteps(row, times, unused, longest, -1 if chunk is None else chunk[0].id))
 
-        def record(index: int, times: tuple[int, int, int, int], shape: StepShape, clock: int, unused: int) -> None:
-            decision((replica, index, -1, "decode", shape[0], ""))
-            step((replica, index, *times, *shape[:11], clock, 0, 0, 0, unused, *after))
-
-        return record
+    def _decode_steps_by_rows(self, steps: DecodeSteps) -> None:
+        for decisions, step in zip(steps.decision_rows(), steps.step_rows(), strict=True):
+            for decision in decisions:
+                self._recorder.decision(decision)
+            self._recorder.step(step)
 
     def _passed_over(self, blocked: dict[int, str], index: int) -> None:
         for request_id, reason in blocked.items():
@@ -185,7 +190,7 @@ class Recording:
     def _step_row(
         self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int
     ) -> tuple[object, ...]:
-        changes, after, host = self._plan_rows.pop(step.index)
+        admitted, preempted, *after, swapped, free_host = self._plan_rows.pop(step.index)
         shape = step.shape
         return (
             self._replica,
@@ -196,10 +201,12 @@ class Recording:
             device_ns,
             *shape[:11],  # the columns from num_decodes to graph
             step.decode_clock,
-            *changes,
+            admitted,
+            preempted,
             num_finished,
             *after,
             shape.swapped_out,
             shape.swapped_in,
-            *host,
+            swapped,
+            free_host,
         )

@@ -5,6 +5,12 @@ Times are integer nanoseconds since the run began.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+Times = tuple[int, int, int, int]
+"""Of a step: planned, launched, ended, and for so long on the device."""
+
 REQUESTS: dict[str, str] = {
     "request_id": "int64",
     "replica": "int32",
@@ -115,3 +121,52 @@ for a request before a step, with tokens, or for `reserve`, `lend` and `borrow` 
 What an operator did before a step stands first among its decisions, with request -1: `swap` (reason: roles and their
 new policies), `hold` (plans run nothing from here on), `release`, and `flush` (tokens: cached blocks forgotten).
 """
+
+
+class DecodeSteps(NamedTuple):
+    """The rows of steps in a row in which the same requests decode and nothing else happens, as one; but for a chunk of
+    one prefill, as long in each of them.
+
+    They are like `first`, the whole row of the first one, but each has one token more of every decode, the chunk goes
+    on, and times, unused blocks and the longest context are each one's own. A recorder that has a method `decode_steps`
+    is given them like this.
+    """
+
+    first: tuple[object, ...]
+    times: Sequence[Times]
+    unused: Sequence[int]
+    longest: Sequence[int]
+    request_id: int  # of the chunk; -1 without
+
+    def growth(self) -> list[tuple[int, int]]:
+        """(column of steps.parquet, by how much it grows from step to step)."""
+        decodes, tokens = self.first[_AT["num_decodes"]], self.first[_AT["chunk_tokens"]]
+        assert isinstance(decodes, int)
+        assert isinstance(tokens, int)
+        grown = {"step": 1, "decode_clock": 1, "decode_context": decodes}
+        if tokens:
+            grown |= {"chunk_context": tokens, "chunk_pairs": tokens * tokens}
+        return [(_AT[name], more) for name, more in grown.items()]
+
+    def step_rows(self) -> Iterator[tuple[object, ...]]:
+        """The rows of steps.parquet, one by one."""
+        row: list[Any] = list(self.first)
+        own = zip(self.times, self.unused, self.longest, strict=True)
+        for row[_TIMES], row[_AT["free_blocks"]], row[_AT["max_context"]] in own:
+            yield tuple(row)
+            for column, more in self.growth():
+                row[column] += more
+
+    def decision_rows(self) -> Iterator[list[tuple[object, ...]]]:
+        """The rows of decisions.parquet, by step."""
+        replica, step, *_ = self.first
+        decodes, tokens = self.first[_AT["num_decodes"]], self.first[_AT["chunk_tokens"]]
+        for index in range(step, step + len(self.times)):  # type: ignore[operator]
+            rows: list[tuple[object, ...]] = [(replica, index, -1, "decode", decodes, "")]
+            if tokens:
+                rows.append((replica, index, self.request_id, "chunk", tokens, ""))
+            yield rows
+
+
+_AT = {name: i for i, name in enumerate(STEPS)}
+_TIMES = slice(_AT["plan_ns"], _AT["device_ns"] + 1)

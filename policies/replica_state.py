@@ -64,6 +64,9 @@ class Limits:
                 raise ValueError(f"{name} must ascend, not {getattr(self, name)}")
 
 
+_NO_HIT = Hit()
+
+
 class ReplicaState:
     """Implements `policies.contract.View`; its other methods are the control plane's alone."""
 
@@ -92,36 +95,23 @@ class ReplicaState:
         self.waiting_tokens = 0  # summed over the waiting requests
         self.last_launched = -1
         self.last_reported = -1
+        # The view's fixed sizes, at hand
+        self.block_size, self.num_blocks, self.num_host_blocks = (
+            limits.block_size,
+            limits.num_blocks,
+            limits.num_host_blocks,
+        )
+        self.max_num_seqs, self.max_num_batched_tokens = limits.max_num_seqs, limits.max_num_batched_tokens
 
     # The view
-
-    @property
-    def block_size(self) -> int:
-        return self.limits.block_size
-
-    @property
-    def num_blocks(self) -> int:
-        return self.limits.num_blocks
 
     @property
     def num_free_blocks(self) -> int:
         return self.pool.num_free
 
     @property
-    def num_host_blocks(self) -> int:
-        return self.limits.num_host_blocks
-
-    @property
     def num_free_host_blocks(self) -> int:
         return self.host.num_free
-
-    @property
-    def max_num_seqs(self) -> int:
-        return self.limits.max_num_seqs
-
-    @property
-    def max_num_batched_tokens(self) -> int:
-        return self.limits.max_num_batched_tokens
 
     @property
     def num_decoding(self) -> int:
@@ -150,7 +140,7 @@ class ReplicaState:
         return (r for r in self.running.values() if r._group is not None or r.id in loose)
 
     def decodes_that_need_a_block(self) -> list[Request]:
-        size, clock = self.limits.block_size, self.group.clock
+        size, clock = self.block_size, self.group.clock
         needy = [r for r in self.group.at_block_boundary() if r._computed + clock >= len(r._blocks) * size]
         if self.loose:
             needy += [r for r in self.loose.values() if r._computed >= len(r._blocks) * size]
@@ -162,7 +152,7 @@ class ReplicaState:
             full = request._computed // size
             return Hit(request._computed, tuple(self.pool.lookup(request._keys[:full])) if caches else ())
         if not caches:
-            return Hit()
+            return _NO_HIT
         # The last token is always computed, since its logits are what the step is for.
         blocks = self.pool.lookup(request._keys[: (request.num_tokens - 1) // size])
         return Hit(len(blocks) * size, tuple(blocks))
@@ -196,10 +186,13 @@ class ReplicaState:
 
     def stop(self, request: Request) -> None:
         """Take a request out of the running ones; it keeps its blocks."""
+        request_id = request.id
+        self.running.pop(request_id, None)
         if request._group is not None:
             self.leave_group(request)
-        for place in (self.running, self.prefilling, self.loose, self.drained, self.paused, self.swapped):
-            place.pop(request.id, None)
+        else:
+            for place in (self.prefilling, self.loose, self.drained, self.paused, self.swapped):
+                place.pop(request_id, None)
         request._busy_until = self.last_launched
 
     def free(self, request: Request, now: int) -> None:

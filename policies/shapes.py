@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -31,6 +31,27 @@ class StepShape(NamedTuple):
     @property
     def num_tokens(self) -> int:
         return self.num_decodes + self.chunk_tokens
+
+
+def growing(
+    num_decodes: int, context: int, longest: int, start: int, tokens: int, padded: int, graph: bool
+) -> Iterator[StepShape]:
+    """Shapes of steps in a row: the decodes' contexts grow by a token each, and a chunk of so many `tokens` (0: none)
+    goes on where the one before it ended. `context`, `longest` and `start` are those of the first."""
+    fill, chunks, pairs, squares = tuple.__new__, int(tokens > 0), (tokens * tokens + tokens) // 2, tokens * tokens
+    while True:
+        end = start + tokens
+        # Not by the constructor, which takes three times as long.
+        yield fill(
+            StepShape,
+            (
+                *(num_decodes, context, longest if longest > end else end, chunks, tokens, tokens * start + pairs),
+                *(end, squares, num_decodes, padded, graph, 0, 0),
+            ),
+        )
+        context += num_decodes
+        longest += 1
+        start = end
 
 
 def default_capture_sizes(largest: int) -> tuple[int, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from policies.coasting import Times
 from policies.plan import Step
+from policies.records import Times
 from policies.shapes import StepShape
 from simulator.costs.base import CostModel
 from simulator.costs.history import HasHistory, History
@@ -79,25 +79,29 @@ class ComputedPace:
     def reported(self, step: Step, now: int) -> None:
         self._host_free = now + self._timings.pop(step.index)[3]
 
-    def coast(self, shape: StepShape, now: int, horizon: float, watched: bool) -> Times | None:
-        """With no step in flight: plan, launch and report the next one, as soon as that can be; None, with nothing
-        changed, where it is planned, or if `watched` ends, at `horizon` or later."""
-        plan = max(now, self._host_free, self._plan_from)
-        if plan >= horizon:
-            return None
-        prepare, device, finish = self._costs.cost(shape)
-        launch = plan + prepare
-        history, usual = self._history, device
-        start = max(launch, self._device_free) if history is None else self._start(launch, history)
-        if history is not None:
-            device = history.device_ns(shape, usual, start)
-        end = start + device
-        if watched and end >= horizon:
-            return None
-        if history is not None:
-            history.ran(shape, usual, start, device)
-        self._device_free, self._host_free, self._plan_from = end, end + finish, 0
-        return plan, launch, end, device
+    def coast(self, shapes: Iterator[StepShape], most: int, now: int, horizon: float, watched: bool) -> list[Times]:
+        """With no step in flight: plan, launch and report up to `most` steps of these shapes, one after another as soon
+        as that can be. None that is planned, or if `watched` ends, at `horizon` or later."""
+        cost, history, taken = self._costs.cost, self._history, []
+        plan, free = max(now, self._host_free, self._plan_from), self._device_free
+        while plan < horizon and len(taken) < most:
+            shape = next(shapes)
+            prepare, device, finish = cost(shape)
+            launch, usual = plan + prepare, device
+            start = launch if launch > free else free
+            if history is not None:
+                start += history.delay_ns(free - launch)
+                device = history.device_ns(shape, usual, start)
+            end = start + device
+            if watched and end >= horizon:
+                break
+            if history is not None:
+                history.ran(shape, usual, start, device)
+            taken.append((plan, launch, end, device))
+            plan, free = end + finish, end
+        if taken:
+            self._device_free, self._host_free, self._plan_from = free, plan, 0
+        return taken
 
     def waits_when_idle(self) -> bool:
         return True

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import simpy
 
-from policies.coasting import Times
 from policies.control_plane import ControlPlane, RequestRefused
 from policies.loop import Action, Answer, Collect, Deliver, Idle, Launch, send, step_loop
 from policies.plan import Report, Step
+from policies.records import Times
 from policies.request import Request, State
 from policies.shapes import StepShape
 from simulator.arrivals import Arrival
@@ -149,14 +149,19 @@ class SimulatedReplica:
 
     def _deliver(self, now: int) -> None:
         """Submissions in the order of their stamps, then cancellations by id: the engine's order too."""
-        arrivals, self._arrivals = self._arrivals, []  # who is refused may have others come: before the next plan
-        for arrival in sorted(arrivals, key=lambda arrival: arrival.request.key):
-            with suppress(RequestRefused):  # which the control plane has recorded
-                self.plane.submit(arrival.request, now, arrival.keys, hands_off=arrival.hands_off)
-                self._endings.expect(arrival)
-        cancelled, self._cancellations = self._cancellations, []  # so may who is cancelled, whom a failed one refuses
-        for request_id in sorted(cancelled):
-            self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
+        if self._arrivals:
+            arrivals, self._arrivals = self._arrivals, []  # who is refused may have others come: before the next plan
+            for arrival in sorted(arrivals, key=lambda arrival: arrival.request.key):
+                with suppress(RequestRefused):  # which the control plane has recorded
+                    self.plane.submit(arrival.request, now, arrival.keys, hands_off=arrival.hands_off)
+                    self._endings.expect(arrival)
+        if self._cancellations:
+            cancelled, self._cancellations = (
+                self._cancellations,
+                [],
+            )  # so may who is cancelled, whom a failed one refuses
+            for request_id in sorted(cancelled):
+                self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
         if self.movements is not None:
             self.plane.transfers.let_run(now)
             self.movements.look()
@@ -267,23 +272,33 @@ class SimulatedReplica:
         self._deliver(self.now)
         return self.now
 
-    def _take_together(self) -> list[Step] | None:
-        """Take the steps that the policy would plan like the last one, as far as they are planned before anything else
-        happens in the simulation. Each is enacted, timed and recorded as if it had been asked for. Returns those in
-        flight, where these are others than before."""
-        plane, pace = self.plane, self._pace
-        if self._arrivals or self._cancellations:
-            return None
-        lag, taken = plane.limits.lag, False
+    def _take_together(self) -> list[Step] | Step | None:
+        """Take the steps that are planned before anything else happens in the simulation, without its events. Those
+        that the policy would plan like the last one are not asked for. Each is enacted, timed and recorded as if it had
+        been. Returns those in flight, where these are others than before; or a step that runs nothing."""
+        plane, pace, lag, taken = self.plane, self._pace, self.plane.limits.lag, False
         while True:
             horizon = self._env.peek()  # looked up each time: who ends here may have others come
-            if not (lag or self._in_flight) and isinstance(pace, ComputedPace):
+            step = None
+            repeats = plane.may_repeat and not (self._arrivals or self._cancellations)
+            if repeats and not (lag or self._in_flight) and isinstance(pace, ComputedPace):
                 self._coast(pace, horizon)
             plan_at = pace.plan_at(plane.next_step, self.now)
-            if plan_at is None or plan_at >= horizon or (step := plane.repeat(plan_at)) is None:
+            if plan_at is None or plan_at >= horizon:
                 break
+            if repeats:
+                step = plane.repeat(plan_at)
+            if step is None:
+                if lag or self._in_flight or self.unknown_end is not None:
+                    break
+                self.now = plan_at
+                self._deliver(plan_at)
+                step = plane.plan(plan_at)
+                horizon = self._env.peek()
             self.now, taken = plan_at, True
             self._launch(step, plan_at)
+            if not step.runs:
+                return step
             if len(self._in_flight) > lag:
                 due = self._in_flight[0]
                 timing = pace.end_of(due)
@@ -296,10 +311,10 @@ class SimulatedReplica:
     def _coast(self, pace: ComputedPace, horizon: float) -> None:
         """The same for steps that change nothing but counts."""
 
-        def time(shape: StepShape) -> Times | None:
-            times = pace.coast(shape, self.now, horizon, self.watched)
-            if times is not None:
-                self.now = times[2]
+        def time(shapes: Iterator[StepShape], most: int) -> list[Times]:
+            times = pace.coast(shapes, most, self.now, horizon, self.watched)
+            if times:
+                self.now = times[-1][2]
             return times
 
         self.plane.coast(self._endings.next_due(), time)

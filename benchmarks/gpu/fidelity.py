@@ -5,8 +5,9 @@ runs as much of the matrix of workloads, loads and policies as the time allows, 
 replays and simulates every record, and prints the four levels of docs/fidelity.md. Results go into
 DIPTYCH_BENCH_OUT/fidelity/MODEL (else benchmarks/results/fidelity/MODEL); what is there is kept, so the next call goes
 on. Beside that folder, fidelity.tar has all of it in one file, renewed after every run, and fidelity-MODEL.md the
-tables. `--resume FILE` goes on from such a file. `--from-records`: only the simulated half, without a card; with
-`--refit`, after fitting the cost models anew to the steps that were profiled.
+tables. `--resume FILE` goes on from such a file. `--only-real`: no simulated half, all of the time is for runs.
+`--from-records`: only the simulated half, without a card; with `--refit`, after fitting the cost models anew to the
+steps that were profiled.
 
 `--trace chat=FILE` takes a workload's lengths from a trace (chat, code: Azure's CSV files; sharegpt: a file of lengths)
 instead of the generator fitted to it. `--small`: a tiny model on the CPU, to see that all of it works.
@@ -56,7 +57,10 @@ def validate(model: str, results: Path, seconds: float, options: argparse.Namesp
         base, works, cells = full(model, options.device, trace_files(options.trace))
         sizes = Sizes(options.profile_seconds, options.cell_seconds, guess=GUESSES.get(model, 20.0))
     if not options.from_records:
-        measure(base, works, cells, folder, sizes, limit_s=seconds - EVALUATION_S, say=say, kept=keep)
+        kept_back = 0.0 if options.only_real else EVALUATION_S
+        measure(base, works, cells, folder, sizes, limit_s=seconds - kept_back, say=say, kept=keep)
+    if options.only_real:
+        return
     if options.refit:
         for path in sorted((folder / "calibrations").glob("*.json")):
             refit(path).save(path)
@@ -80,7 +84,9 @@ def main() -> None:
     parser.add_argument("--trace", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="for the simulated half")
-    parser.add_argument("--from-records", action="store_true")
+    half = parser.add_mutually_exclusive_group()
+    half.add_argument("--only-real", action="store_true", help="measure, and evaluate elsewhere")
+    half.add_argument("--from-records", action="store_true")
     parser.add_argument("--refit", action="store_true", help="fit cost models anew to the profiled steps")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()

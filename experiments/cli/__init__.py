@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 from experiments.cli.app import app, complain
 from experiments.cli.failures import INTERRUPTED, one_line, terse_logging
@@ -28,8 +29,19 @@ def main() -> None:
         sys.exit(2)
 
 
-def _run(args: list[str]) -> None:
-    # Importing a module adds its commands. Here, as it takes its time, in which Ctrl-C may come.
-    from experiments.cli import bench, demo, look, profiling, published, running, serving, tracing, validating  # noqa: F401
+COMMANDS = (
+    *("bench", "capacity", "demo", "look", "plotting", "profiling", "published", "running", "serving", "sweeping"),
+    *("tracing", "validating"),
+)
+"""Modules that add commands."""
 
+
+def load_commands() -> None:
+    """Import the modules that add their commands to `app`. Not on import of this one: it takes its time."""
+    for name in COMMANDS:
+        import_module(f"experiments.cli.{name}")
+
+
+def _run(args: list[str]) -> None:
+    load_commands()  # here, where Ctrl-C may come
     app(args=args)

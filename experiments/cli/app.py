@@ -42,8 +42,23 @@ def complain(text: str) -> None:
     errors.print(f"diptych: {text}", style="red")
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from experiments.records.environment import version_line  # PyArrow, which --help has no use for
+
+        console.print(version_line())
+        raise typer.Exit
+
+
 @app.callback()
 def common(
+    version: bool = typer.Option(
+        False,
+        "--version",
+        callback=_show_version,
+        is_eager=True,
+        help="Say version, revision, Python, PyTorch and device, and exit.",
+    ),
     traceback: bool = typer.Option(
         False, "--traceback", help="Show Python's traceback of an error; may also follow the command."
     ),

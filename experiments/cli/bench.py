@@ -88,10 +88,10 @@ def bench(
         make_parent(save_result)
     from experiments.bench.spec import check_bench  # what it imports takes its time
 
-    models = _models(base_url, api_key, wait) if model is None or wait else []
+    served = models(base_url, api_key, wait) if model is None or wait else []
     specification = check_bench(
         base_url=base_url,
-        model=model or models[0],
+        model=model or served[0],
         workload=_sped_up(given, speed_up),
         seed=given.seed,
         api=api,
@@ -184,7 +184,7 @@ def _sped_up(spec: RunSpec, speed_up: float | None) -> dict[str, Any]:
     return fields
 
 
-def _models(base_url: str, api_key: str | None, wait_s: float) -> list[str]:
+def models(base_url: str, api_key: str | None, wait_s: float) -> list[str]:
     """The models that are served; asked until there is an answer, or until the time is up."""
     from runtime.client import APIConnectionError, APIError, Client, OverloadedError
 
@@ -192,16 +192,16 @@ def _models(base_url: str, api_key: str | None, wait_s: float) -> list[str]:
     with Client(base_url, api_key=api_key, retries=0) as client, console.status("asking the server for its models"):
         while True:
             try:
-                models = client.models()
+                found = client.models()
                 break
             except APIError as error:
                 starting = isinstance(error, APIConnectionError | OverloadedError)
                 if not starting or time.monotonic() > until:
                     raise SpecError(f"the server was asked for its models: {error}") from error
                 time.sleep(0.5)
-    if not models:
+    if not found:
         raise SpecError(f"{base_url} serves no model; start it with one")
-    return models
+    return found
 
 
 def _json_object(text: str | None) -> dict[str, Any]:

@@ -41,4 +41,4 @@ def saturated(run: Run) -> float:
 def card(hardware: Mapping[str, Any]) -> str:
     """A short name of the device that a run's record describes: figures of two cards are not mixed."""
     gpus = hardware.get("gpus") or []
-    return str(gpus[0].get("uuid") or gpus[0]["name"]).replace(" ", "-")[:12] if gpus else "cpu"
+    return str(gpus[0].get("card") or gpus[0]["name"]).replace(" ", "-")[:12] if gpus else "cpu"

@@ -17,9 +17,14 @@ SLOS = [
 TENANTS = {"a": 8.0, "b": 4.0, "c": 2.0, "d": 1.0}
 CAPACITY = "capacity"
 """In place of a load: all requests at once, for the sustained capacity (see `experiments.fidelity.capacity`)."""
-LOADS = (0.5, 0.7, 0.85, 0.95, 1.1)
-"""Shares of that. Above 1 requests pile up: that is where objectives are missed, and so where an SLO's capacity is."""
 USUAL, BUSY = 0.85, 0.95
+LOADS = (0.5, 0.7, USUAL, BUSY, 1.1, 1.25, 1.5)
+"""Shares of that. Above 1 requests pile up, for as long as they come: that is where objectives are missed, and so where
+the capacity under them is."""
+LAST = "bursts"
+"""A workload of arrivals that differ, not of requests that do: the others come first."""
+LADDER = (USUAL, 1.5, 1.25, 1.1, BUSY, 0.7, 0.5)
+"""The order in which loads are added: around the point where objectives are missed first."""
 
 POLICIES: dict[str, dict[str, str]] = {
     "mixed": {},
@@ -45,6 +50,7 @@ class Work:
             turns lie minutes apart.
         at_once: its requests can all come at once; else they come 10 times faster than expected.
         pace: its capacity beside that of chat, roughly: how many requests there are.
+        at_most: so many of it run at once, roughly, where that is fewer than may.
         policies: names of policies beside the usual ones, for this one alone.
     """
 
@@ -53,6 +59,7 @@ class Work:
     drawn_at: float = 10.0
     at_once: bool = True
     pace: float = 1.0
+    at_most: int | None = None
     policies: Mapping[str, dict[str, str]] = field(default_factory=dict)
 
 
@@ -61,7 +68,8 @@ class Sizes:
     """How long things take.
 
     A workload has the same requests at every load, so many as take `cell_seconds` at a capacity of `guess` req/s (for
-    chat), and `fewest_requests`; the run that measures capacity has these and as many more as run at once.
+    chat), and `fewest_requests`, but for its pace; the run that measures capacity has these and as many more as run at
+    once.
     """
 
     profile_seconds: float = 100.0
@@ -112,7 +120,7 @@ def works(max_model_len: int, starved_blocks: int, traces: Mapping[str, str] | N
     swap = {"swap": {"preemption": "last_admitted,mode=swap"}, "cheapest": {"preemption": "cheapest"}}
     found = {
         "chat": Work({"name": "chat", **common, "arrivals": "poisson"}),
-        "code": Work({"name": "code", **common, "arrivals": "poisson"}),
+        "code": Work({"name": "code", **common, "arrivals": "poisson"}, at_most=64),
         # Blocks of 512 tokens become 64; turns are 134 s apart in the middle, and become 5 at 30 req/s.
         "prefix": Work(
             {"name": "prefix-chat", **common, "length_scale": 0.125},
@@ -125,6 +133,7 @@ def works(max_model_len: int, starved_blocks: int, traces: Mapping[str, str] | N
             {"name": "chat", **common, "seed": 1, "arrivals": "poisson"},
             {"num_blocks": starved_blocks},
             pace=0.45,
+            at_most=40,
             policies=swap,
         ),
         "sharegpt": Work({"name": "sharegpt", **common, "arrivals": "poisson"}, pace=0.45),
@@ -145,18 +154,20 @@ def arrivals_at(rate: float, fields: Mapping[str, Any], work: Work) -> dict[str,
 
 
 def ordered(works: Mapping[str, Work], repeats: int = 3) -> Iterator[Cell]:
-    """All cells, each workload's capacity before its loads, so that wherever time ends the most is known."""
+    """All cells, each workload's capacity before its loads, so that wherever time ends the most is known: how far one
+    workload is off and where it misses its objectives; the others; the noise; policies; then what is left."""
     usual, first = next(iter(POLICIES)), next(iter(works))
-    begun = [[Cell(work, None, usual), Cell(work, USUAL, usual)] for work in works]
-    wanted = [*begun[0], Cell(first, USUAL, usual, 1)]  # with a noise floor
+    wanted = [Cell(first, load, usual) for load in (None, *LADDER[:4])]
+    for work in works:
+        if work != LAST:
+            wanted += [Cell(work, load, usual) for load in (None, USUAL)]
+    wanted += [Cell(first, BUSY, usual), *(Cell(first, load, usual, 1) for load in (BUSY, USUAL))]
     wanted += [Cell(first, BUSY, policy) for policy in POLICIES]
-    wanted += [cell for pair in begun[1:] for cell in pair]
-    wanted += [Cell(first, BUSY, usual, 1)]
     wanted += [Cell(work, USUAL, policy) for work in works for policy in works[work].policies]
-    wanted += [Cell(first, load, usual) for load in LOADS]
-    wanted += [Cell(first, LOADS[-1], policy) for policy in POLICIES]
+    wanted += [Cell(first, load, usual) for load in LADDER]
+    wanted += [Cell(work, load, usual) for load in (None, *LADDER) for work in works]
     wanted += [Cell(work, USUAL, usual, 1) for work in works]
-    wanted += [Cell(work, load, usual) for work in works for load in LOADS]
+    wanted += [Cell(first, LOADS[-1], policy) for policy in POLICIES]
     wanted += [Cell(work, BUSY, policy) for work in works for policy in POLICIES]
     wanted += [Cell(first, load, policy) for load in LOADS for policy in POLICIES]
     for repeat in range(repeats):

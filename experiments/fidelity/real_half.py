@@ -85,6 +85,7 @@ class RealHalf:
     def __exit__(self, *_: object) -> None:
         gc.unfreeze()
         self._runner.close()
+        self._loaded.close()
 
     def calibrate(self) -> FittedCost:
         """The cost model of this card, measured now if it has not been."""
@@ -151,7 +152,7 @@ class RealHalf:
         fields: dict[str, Any] = dict(work.workload)
         fields["n"] = sizes.num_requests(work)
         if rate is None:
-            fields["n"] += self._prepared.limits.max_num_seqs
+            fields["n"] += self._at_once(work)
             if work.at_once:
                 fields["arrivals"] = "at-once"
                 fields.pop("cv", None)
@@ -171,12 +172,16 @@ class RealHalf:
             }
         )
 
+    def _at_once(self, work: Work) -> int:
+        most = self._prepared.limits.max_num_seqs
+        return most if work.at_most is None else min(most, work.at_most)
+
     def _expected_seconds(self, cell: Cell, capacity: float | None) -> float:
         """All arrive, and the last ones take a while."""
         work = self._works[cell.work]
         count = self._sizes.num_requests(work)
         if cell.load is None or capacity is None:
-            return (count + self._prepared.limits.max_num_seqs) / (self._sizes.guess * work.pace) + 5
+            return (count + self._at_once(work)) / (self._sizes.guess * work.pace) + 5
         return count / (min(1.0, cell.load) * capacity) + 8
 
     def _run(self, cell: Cell, capacity: float | None, clock: Clock) -> Run:

@@ -21,29 +21,37 @@ QUICK_CELLS = (
 """One of everything."""
 
 
-def base_spec(model: str, device: str, **limits: Any) -> RunSpec:
+def base_spec(model: str, device: str, tensor_parallel: int = 1, **limits: Any) -> RunSpec:
     """Random weights of a model's shape, bfloat16 on a card; requests end after the lengths that they came with."""
     dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return check_spec(
         {
             "workload": {"name": "fixed", "n": 1},
-            "model": {"source": model, "load_format": "dummy", "dtype": dtype, "device": device},
+            "model": {
+                "source": model,
+                "load_format": "dummy",
+                "dtype": dtype,
+                "device": device,
+                "tensor_parallel": tensor_parallel,
+            },
             "limits": {"prefix_caching": False, **limits},
         }
     )
 
 
-def quick() -> tuple[RunSpec, dict[str, Work], tuple[Cell, ...]]:
+def quick(*, tensor_parallel: int = 1) -> tuple[RunSpec, dict[str, Work], tuple[Cell, ...]]:
     """A matrix for a CPU: a tiny model, and a tenth of the lengths."""
     base = base_spec(
-        "tiny", "cpu", max_num_seqs=8, max_num_batched_tokens=128, max_model_len=256, num_blocks=160, num_host_blocks=80
-    )
+        "tiny", "cpu", tensor_parallel, max_num_seqs=8, max_num_batched_tokens=128, max_model_len=256, num_blocks=160,
+        num_host_blocks=80,
+    )  # fmt: skip
     small = {
         name: Work(
             {**work.workload, "length_scale": 0.1 * work.workload.get("length_scale", 1.0)},
             work.limits,
             work.drawn_at,
             work.at_once,
+            at_most=work.at_most,
             policies=work.policies,
         )
         for name, work in works(max_model_len=256, starved_blocks=40).items()
@@ -51,10 +59,12 @@ def quick() -> tuple[RunSpec, dict[str, Work], tuple[Cell, ...]]:
     return base, small, QUICK_CELLS
 
 
-def full(model: str, device: str, traces: Mapping[str, str]) -> tuple[RunSpec, dict[str, Work], tuple[Cell, ...]]:
-    """The whole matrix, for a card. At 128 requests at once, not the usual 256, a replica that is full turns them over
-    in seconds, so that runs of half a minute get past the start."""
-    base = base_spec(model, device, max_num_seqs=128, max_model_len=4096, num_host_blocks=1000)
+def full(
+    model: str, device: str, traces: Mapping[str, str], *, tensor_parallel: int = 1
+) -> tuple[RunSpec, dict[str, Work], tuple[Cell, ...]]:
+    """The whole matrix, for a card, or for several with one model. At 128 requests at once, not the usual 256, a
+    replica that is full turns them over in seconds, so that runs of half a minute get past the start."""
+    base = base_spec(model, device, tensor_parallel, max_num_seqs=128, max_model_len=4096, num_host_blocks=1000)
     found = works(max_model_len=4096, starved_blocks=1600, traces=traces)
     return base, found, tuple(ordered(found))
 

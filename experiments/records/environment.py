@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -85,6 +86,16 @@ def git_revision() -> str | None:
         return None
 
 
+def version_line() -> str:
+    """What a report of an error begins with: version, revision, Python, PyTorch, and the device there is to run on."""
+    gpus = ", ".join(gpu["name"] for gpu in _gpus()["gpus"])
+    return (
+        f"diptych {_version('diptych') or 'not installed'}, revision {git_revision() or 'unknown'}, "
+        f"Python {platform.python_version()}, torch {_version('torch') or 'not installed'}, "
+        f"device {gpus or 'cpu: ' + _cpu_model()}"
+    )
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -107,9 +118,14 @@ def _gpus() -> dict[str, Any]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             gpu = {"name": properties.name, "memory_bytes": properties.total_memory}
-            hardware["gpus"].append(gpu | {"uuid": str(getattr(properties, "uuid", ""))})
+            hardware["gpus"].append(gpu | {"card": card_of(str(getattr(properties, "uuid", "")))})
         hardware["cuda"] = torch.version.cuda
     return hardware
+
+
+def card_of(uuid: str) -> str:
+    """Tells the record of one card from that of another of its kind, without saying which card it was."""
+    return hashlib.sha256(uuid.encode()).hexdigest()[:8]
 
 
 def _cpu_model() -> str:

@@ -21,14 +21,19 @@ import pyarrow.parquet as pq
 
 from experiments.records.environment import KINDS
 from experiments.records.schema import SCHEMAS, RunError, tables_of, to_table
+from experiments.records.unfolding import decisions_table, steps_table
+from policies.records import DecodeSteps
 
 Row = Sequence[object]
 
 ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072, "client": 4096}
 """Rows of a row group in the final files. Requests carry their block keys: tens of kilobytes each for long prompts."""
 
-PART_ROWS = {"requests": 1024, "steps": 16_384, "decisions": 32_768}
+PART_ROWS = {"requests": 1024, "steps": 65_536, "decisions": 131_072}
 """Rows at which a table is flushed, whatever its age."""
+
+PACKED_AT = 2048
+"""Rows that wait as Python's objects, before they become Arrow's: as many as a processor's cache has room for."""
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -73,6 +78,8 @@ class RunWriter:
         self._steps: list[Row] = []
         self._decisions: list[Row] | None = [] if "decisions" in self.tables else None
         self._client: list[Row] = []
+        self._packed: dict[str, list[pa.Table]] = {"steps": [], "decisions": []}
+        self._pack_steps_at, self._pack_decisions_at = (min(PACKED_AT, PART_ROWS[table]) for table in self._packed)
         self._num_requests = 0  # rows so far
         self._settled = 0  # leading request rows whose last step's row is here too
         self._written = 0  # request rows on disk
@@ -107,16 +114,34 @@ class RunWriter:
         rows = self._steps
         rows.append(row)
         self._settled = self._num_requests
-        if len(rows) >= PART_ROWS["steps"]:
-            self.flush()
+        if len(rows) >= self._pack_steps_at:
+            self._pack("steps", rows)
 
     def decision(self, row: Row) -> None:
         """A decision of a plan."""
         rows = self._decisions
         if rows is not None:
             rows.append(row)
-            if len(rows) >= PART_ROWS["decisions"]:
-                self.flush()
+            if len(rows) >= self._pack_decisions_at:
+                self._pack("decisions", rows)
+
+    def decode_steps(self, steps: DecodeSteps) -> None:
+        """The decisions of steps that change nothing but counts, and that they were reported."""
+        self.decision(steps)
+        self.step(steps)
+
+    def _pack(self, table: str, rows: list[Row]) -> None:
+        with self._lock:
+            self._pack_rows(table, rows)
+        if sum(map(len, self._packed[table])) >= PART_ROWS[table]:
+            self.flush()
+
+    def _pack_rows(self, table: str, rows: list[Row]) -> None:
+        """With the lock held: the rows so far become Arrow's."""
+        if count := len(rows):
+            packed = steps_table(rows[:count]) if table == "steps" else decisions_table(rows[:count])
+            self._packed[table].append(packed)
+            del rows[:count]  # not a new list: rows may be appended to this one meanwhile
 
     def request_seen(self, row: Row, client_row: Row) -> None:
         """A request of a client's run has ended, or the run has: its rows of requests and client.
@@ -143,23 +168,26 @@ class RunWriter:
             raise self._failure
         # Requests last: whoever reads the parts finds the steps that a request refers to. How many was read before the
         # steps are counted, so a step that comes in meanwhile makes no difference.
-        if self._decisions is not None:
-            self._write_part("decisions", self._decisions, len(self._decisions))
-        self._write_part("steps", self._steps, len(self._steps))
-        self._write_part("client", self._client, len(self._client))
-        self._write_part("requests", self._requests, num_requests - self._written)
+        for table, rows in (("decisions", self._decisions or []), ("steps", self._steps)):
+            self._pack_rows(table, rows)
+            if self._packed[table]:
+                self._write_part(table, pa.concat_tables(self._packed[table]).combine_chunks())
+                self._packed[table].clear()
+        for table, rows, count in (
+            ("client", self._client, len(self._client)),
+            ("requests", self._requests, num_requests - self._written),
+        ):
+            if count:
+                self._write_part(table, to_table(table, rows[:count]))
+                del rows[:count]
         self._written = num_requests
 
-    def _write_part(self, table: str, rows: list[Row], count: int) -> None:
-        if not count:
-            return
+    def _write_part(self, table: str, rows: pa.Table) -> None:
         path = self._parts / f"{table}-{self._part_numbers[table]:06d}.parquet"
-        taken = rows[:count]
         try:
-            _write(path, table, iter([to_table(table, taken)]), compression="lz4")
+            _write(path, table, iter([rows]), compression="lz4")
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-        del rows[:count]  # not a new list: rows may be appended to this one meanwhile
         self._part_numbers[table] += 1
 
     def _flush_by_age(self, seconds: float) -> None:

@@ -38,4 +38,4 @@ class Mixed(QueuedScheduler):
                     draft.run_or_preempt(request, tokens, now)
         if not draft.preempted:
             self.admit_from_queue(draft, now, max_chunk=self._max_chunk)
-        return draft.finish(steady=self.is_steady(Mixed), ordered=self.is_ordered)
+        return self.finish(draft, Mixed)

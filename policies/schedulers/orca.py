@@ -38,7 +38,7 @@ class Orca(QueuedScheduler):
                 draft.run_or_preempt(request, tokens, now)  # blocks it has, unless another scheduler has admitted it
         if not draft.preempted:
             self._admit(draft, now, first_may_be_cut=not partial)
-        return draft.finish(steady=self.is_steady(Orca), ordered=self.is_ordered)
+        return self.finish(draft, Orca)
 
     def _admit(self, draft: Draft, now: int, *, first_may_be_cut: bool) -> None:
         head = self.queue.peek(now)

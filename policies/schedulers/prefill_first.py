@@ -33,7 +33,7 @@ class PrefillFirst(QueuedScheduler):
             self._admit_whole_prompts(view, draft, now)
         if draft.num_tokens == 0:
             draft.run_decodes(now)
-        return draft.finish(steady=self.is_steady(PrefillFirst), ordered=self.is_ordered)
+        return self.finish(draft, PrefillFirst)
 
     def _admit_whole_prompts(self, view: View, draft: Draft, now: int) -> None:
         head = self.queue.peek(now)

@@ -41,4 +41,4 @@ class Sarathi(QueuedScheduler):
                 draft.run_or_preempt(request, tokens, now)
         if not draft.preempted:
             self.admit_from_queue(draft, now, hold_all=True)
-        return draft.finish(steady=self.is_steady(Sarathi), ordered=self.is_ordered)
+        return self.finish(draft, Sarathi, chunked=True)

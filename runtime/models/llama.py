@@ -99,15 +99,13 @@ class LlamaLayer(nn.Module):
         self.mlp: GatedMlp | MoeMlp = (MoeMlp if config.num_experts else GatedMlp)(config, dtype, device)
 
     def forward(self, x: Tensor, residual: Tensor | None, step: StepContext) -> tuple[Tensor, Tensor]:
-        """x [T, hidden_size], still to be added to the residual stream -> the same, and the stream.
+        """x [T, hidden_size], still to be summed over the ranks and added to the residual stream -> the same, and the
+        stream.
 
         Without a stream, as in the first layer, x becomes it. Writes this step's K and V to the cache on the way.
         """
-        ops = step.ops
-        if residual is None:
-            residual, x = x, ops.rms_norm(x, self.attention_norm, self.eps)
-        else:
-            x = ops.add_rms_norm_(x, residual, self.attention_norm, self.eps)
+        ops, ranks = step.ops, step.ranks
+        x, residual = ranks.add_norm_(x, residual, self.attention_norm, self.eps, ops)
         key_slots, value_slots = step.kv_cache.slots(self.index)
         how = Rotary(
             step.inputs.positions, step.inputs.slot_mapping, step.cos, step.sin, key_slots, value_slots,
@@ -115,9 +113,8 @@ class LlamaLayer(nn.Module):
         )  # fmt: skip
         query = ops.rotary(self.qkv(x, ops), how)
         attended = step.attention.attend(query, self.index, step.kv_cache, step.plan)
-        x = step.ranks.all_reduce(self.output(attended.flatten(1), ops))
-        x = ops.add_rms_norm_(x, residual, self.mlp_norm, self.eps)
-        return step.ranks.all_reduce(self.mlp(x, ops)), residual
+        x, residual = ranks.add_norm_(self.output(attended.flatten(1), ops), residual, self.mlp_norm, self.eps, ops)
+        return self.mlp(x, ops), residual
 
 
 class LlamaModel(nn.Module):
@@ -188,16 +185,14 @@ class LlamaModel(nn.Module):
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, step)
-        assert residual is not None
-        return ops.add_rms_norm_(x, residual, self.final_norm, self.config.rms_norm_eps)
+        return self.ranks.add_norm_(x, residual, self.final_norm, self.config.rms_norm_eps, ops)[0]
 
     def _embed(self, input_ids: Tensor) -> Tensor:
+        """The rank's part of the sum that the embeddings are, [T, hidden_size]."""
         if self.ranks.size == 1:
             return F.embedding(input_ids, self.embedding)
-        own = input_ids - self.layout.vocab.start  # what is not the rank's adds nothing
-        others = (own < 0) | (own >= len(self.layout.vocab))
-        x = F.embedding(own.masked_fill_(others, 0), self.embedding)
-        return self.ranks.all_reduce(x.masked_fill_(others[:, None], 0))
+        vocab = self.layout.vocab
+        return self._ops.embed_part(input_ids, self.embedding, vocab.start, len(vocab))
 
     @torch.inference_mode()
     def logits(self, hidden_rows: Tensor) -> Tensor:

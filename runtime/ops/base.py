@@ -56,3 +56,7 @@ class Ops(Protocol):
     def rotary(self, qkv: Tensor, how: Rotary) -> Tensor:
         """qkv [T, (heads + 2 kv_heads) head_dim] -> rotated queries [T, heads, head_dim]; K and V go to the cache."""
         ...
+
+    def embed_part(self, ids: Tensor, table: Tensor, start: int, count: int) -> Tensor:
+        """Row `id - start` of the table where that is among the first `count`, else zeros: ids [T] -> [T, H]."""
+        ...

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.kernels.activation import silu_mul
+from runtime.kernels.embedding import embed_part
 from runtime.kernels.norm import add_rms_norm_, rms_norm
 from runtime.kernels.rotary import rotary_and_cache
 from runtime.kernels.skinny import serves, skinny_gated, skinny_linear
@@ -39,6 +40,9 @@ class FusedOps:
             qkv, how.positions, how.cos, how.sin, how.slot_mapping, how.key_slots, how.value_slots,
             how.num_heads, how.key_slots.shape[1], how.head_dim, how.q_norm, how.k_norm, how.eps,
         )  # fmt: skip
+
+    def embed_part(self, ids: Tensor, table: Tensor, start: int, count: int) -> Tensor:
+        return embed_part(ids, table, start, count)
 
 
 def _scaled_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -48,6 +48,11 @@ class ReferenceOps:
         how.value_slots[how.slot_mapping] = _as(how.value_slots.dtype, value)
         return query
 
+    def embed_part(self, ids: Tensor, table: Tensor, start: int, count: int) -> Tensor:
+        own = ids - start
+        others = (own < 0) | (own >= count)
+        return F.embedding(own.masked_fill_(others, 0), table).masked_fill_(others[:, None], 0)
+
 
 def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
     if dtype == torch.float8_e4m3fn:

@@ -221,7 +221,7 @@ class Leader(Ranks):
             follower.process.kill()
         if self.device.type == "cuda":
             threading.Thread(target=self._end_if_stuck, daemon=True).start()
-        ranks.abort()
+        self.abort()
         self.on_failure()
 
     def _end_if_stuck(self) -> None:

@@ -6,13 +6,17 @@ import datetime
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.parallel.exchange import Exchange, connect
 from runtime.parallel.shard import Shard
+
+if TYPE_CHECKING:
+    from runtime.ops import Ops
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,7 @@ class Ranks:
 
     def __init__(self, shard: Shard = Shard()) -> None:  # noqa: B008 (frozen)
         self.shard = shard
+        self._exchange: Exchange | None = None
 
     @property
     def size(self) -> int:
@@ -51,6 +56,35 @@ class Ranks:
         if self.shard.size > 1:
             dist.all_reduce(x)
         return x
+
+    def add_norm_(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, ops: Ops
+    ) -> tuple[Tensor, Tensor]:
+        """The RMS norm of the residual [T, H] with the sum of all ranks' x [T, H] added in place, and that residual.
+
+        Without a residual the sum becomes one. x may be overwritten.
+        """
+        if self._exchange is not None and self._exchange.serves(x):
+            return self._exchange.add_norm_(x, residual, weight, eps)
+        x = self.all_reduce(x)
+        if residual is None:
+            return ops.rms_norm(x, weight, eps), x
+        return ops.add_rms_norm_(x, residual, weight, eps), residual
+
+    def merge_draws(self, scores: Tensor, tokens: Tensor, start: int, vocab_size: int, out: Tensor) -> bool:
+        """Fill `out` as `runtime.kernels.exchange.merge_draws` does, if that can be done here."""
+        return self._exchange is not None and self._exchange.merge_draws(scores, tokens, start, vocab_size, out)
+
+    def prepare(self, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make ready for a model of this width and type: called by all ranks before the first step."""
+        if self._exchange is None or self._exchange.of != (hidden, dtype):
+            self._exchange = connect(self.shard, hidden, dtype, device) if self.shard.size > 1 else None
+
+    def abort(self) -> None:
+        """Have what waits for another rank on this one's card come back, whatever is in its memory. From any thread."""
+        if self._exchange is not None:
+            self._exchange.abort()
+        abort()
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[N, ...] of each rank -> [size, N, ...], the same on all."""
@@ -82,6 +116,7 @@ def join(rank: int, size: int, device: torch.device, meeting_place: Path) -> Non
         # NVLink SHARP's multicast objects belong to a whole host: a process that dies with them may leave its cards,
         # and other people's, unusable. Decodes' sums are small, and gain little by them.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         torch.cuda.set_device(device)
         options["device_id"] = device
     elif os.path.exists("/sys/class/net/lo"):
@@ -103,7 +138,7 @@ def leave() -> None:
 
 
 def abort() -> None:
-    """Have what waits for another rank on this one's card come back, whatever is in its memory. From any thread."""
+    """Break off what NCCL waits for."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
         try:
             dist.distributed_c10d._abort_process_group()

@@ -44,6 +44,8 @@ class PlainSampler:
         # As many chunks on every rank, though the last may have fewer tokens.
         scores, tokens = score_chunks(own, temperature, keys, draws, self._hashed, width=self._rows)
         if self._ranks.size > 1:
+            if self._ranks.merge_draws(scores, tokens, self._vocab.start, self._vocab_size, out):
+                return
             pairs = torch.stack((scores.view(torch.int32), tokens + self._vocab.start))
             gathered = self._ranks.all_gather(pairs).permute(1, 2, 0, 3).flatten(2).contiguous()
             scores, tokens = gathered[0].view(torch.float32), gathered[1]  # [R, chunks of all ranks]

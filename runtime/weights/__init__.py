@@ -108,6 +108,10 @@ def load_model(
         how = {"load_format": load_format, "dtype": dtype, "seed": seed}
         ordered = ranks.order("load", path, **how, max_model_len=max_model_len, quantization=quantization)
     loaded = _load(source, load_format, wanted, seed)
+    try:
+        ranks.prepare(loaded.config.hidden_size, dtype, wanted.device)
+    except Exception as error:
+        raise ranks.explain(error) from error
     if isinstance(ranks, Leader) and ordered is not None:
         ranks.wait(ordered)
     if quantization != "none":

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
 
@@ -69,17 +69,28 @@ class GGUFTensor:
         self.shape = tuple(int(size) for size in reversed(stored.shape))
 
     def read(self, dim: int, kept: range) -> Tensor:
-        """Float32; see `runtime.weights.fill.StoredTensor`. Rows of q and k are whole heads."""
-        stored, rows = self._stored, slice(kept.start, kept.stop)
+        """Float32; see `runtime.weights.fill.StoredTensor`. Rows of q and k are whole heads.
+
+        Of columns the blocks that have them are read, of 32 or 256 numbers of a row.
+        """
+        stored, data, columns = self._stored, self._stored.data, slice(None)
+        if dim == 0:
+            data = data[kept.start : kept.stop]
+        else:
+            block, size = GGML_QUANT_SIZES[stored.tensor_type]
+            first, last = kept.start // block, -(-kept.stop // block)
+            width = size // data.itemsize  # entries of the array in a block: bytes, or whole numbers
+            data = data[:, first * width : last * width]
+            columns = slice(kept.start - first * block, kept.stop - first * block)
         try:
-            array = dequantize(stored.data[rows] if dim == 0 else stored.data, stored.tensor_type)
+            array = dequantize(data, stored.tensor_type)
         except NotImplementedError as error:
             kept_as = stored.tensor_type.name
             raise ModelError(
                 f"{self._path}: cannot dequantise {stored.name} ({kept_as}); use another quantisation"
             ) from error
         array = np.asarray(array, dtype=np.float32)
-        tensor = torch.from_numpy(np.array(array[:, rows] if dim else array))  # a copy: the file is mapped read-only
+        tensor = torch.from_numpy(np.array(array[..., columns]))  # a copy: the file is mapped read-only
         return tensor if self._head_dim is None else _unpermute(tensor, self._head_dim)
 
 

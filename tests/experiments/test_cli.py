@@ -564,3 +564,13 @@ def test_a_policy_of_the_users_own_is_shown_like_a_built_in_one(
     assert status == 0
     assert "scheduler broken_policies:Keyless" in out
     assert "long_prefill_threshold = 0" in out
+
+
+def test_the_version_says_revision_python_torch_and_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = diptych(monkeypatch, capsys, "--version")
+    assert (status, err) == (0, "")
+    device = r"NVIDIA .*" if torch.cuda.is_available() else "cpu: .+"
+    versions = rf"Python 3\.\d+\.\d+, torch {re.escape(torch.__version__)}"
+    assert re.fullmatch(rf"diptych \d+\.\d+\.\d+, revision \S+, {versions}, device {device}\n", out)

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from runtime.model_config import ModelError
 from runtime.models.llama import LlamaModel
+from runtime.parallel.ranks import Ranks
+from runtime.parallel.shard import Shard
+from runtime.weights import gguf as gguf_weights
 from runtime.weights import load_model
 
 SHAPE = {
@@ -129,6 +132,37 @@ def test_weights_are_converted_to_the_dtype_asked_for(hf_folder: Path) -> None:
     stored = load_file(hf_folder / "model.safetensors")
     for name, weight in weights(loaded.model).items():
         assert torch.equal(weight, stored[name].bfloat16())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_together_read_what_is_split_of_a_gguf_file_once(
+    gguf_file: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of matrices that are split by columns, too: of each row the blocks that a rank has. In four, a rank has 16 columns
+    of attention output, half a block, so that two ranks read each block of it."""
+    read: list[int] = []
+    original = gguf_weights.dequantize
+
+    def counted(data: Any, kind: Any) -> Any:
+        read.append(data.nbytes)
+        return original(data, kind)
+
+    monkeypatch.setattr(gguf_weights, "dequantize", counted)
+    whole = load_model(str(gguf_file))
+    alone, matrices = sum(read), weights(whole.model)
+    read.clear()
+    for rank in range(size):
+        part = load_model(str(gguf_file), ranks=Ranks(Shard(rank, size))).model
+        for name, slot in part.weight_slots():
+            kept = part.layout.slice_of(name)
+            wanted = (
+                matrices[name] if kept is None else matrices[name].narrow(kept.dim, kept.kept.start, len(kept.kept))
+            )
+            assert torch.equal(slot, wanted), name
+    blocks = 64 * 64 // 32 * 34  # of one attention output in Q8_0: 34 bytes for 32 numbers
+    kv_heads = 2 * 32 * 64 // 32 * 34  # both K and V of a layer, which two of four ranks have each
+    norms = sum(4 * weight.numel() for name, weight in matrices.items() if name.endswith("norm.weight"))
+    assert sum(read) == alone + (size - 1) * norms + (0 if size == 2 else 2 * (blocks + kv_heads))
 
 
 def test_a_gguf_file_gives_back_every_weight_within_its_quantisation(hf_folder: Path, gguf_file: Path) -> None:

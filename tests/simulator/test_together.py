@@ -158,6 +158,34 @@ def test_steps_are_taken_together_while_the_first_in_line_waits_for_room(
         assert repeated > 0.3 * waiting + 0.5 * idle
 
 
+def long_prompts(seed: int, n: int = 14) -> list[Arrival]:
+    """Prompts of many chunks, of every length, beside decodes; many share their beginnings."""
+    draw, made, at = np.random.default_rng(seed), [], 0
+    for i in range(n):
+        at += int(draw.choice([0, 2_000, 30_000], p=[0.3, 0.4, 0.3]))
+        prompt, output = int(draw.integers(1, 120)), int(draw.integers(1, 60))
+        keys = (
+            chain(int(draw.integers(0, 3)), (prompt + output) // 4) if i % 2 else chain(10 + i, (prompt + output) // 4)
+        )
+        made.append(Arrival(Request(i, at, prompt, output + int(draw.integers(0, 9))), output, keys))
+    return made
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("blocks", [45, 400])
+@pytest.mark.parametrize("cached", [False, True])
+def test_chunks_that_go_on_are_taken_together_with_the_decodes_beside_them(lag: int, blocks: int, cached: bool) -> None:
+    limits = Limits(**{**_fields(LIMITS), "num_blocks": blocks, "lag": lag, "prefix_caching": cached})
+    for seed, size in enumerate((9, 12, 16)):
+        stack = StackSpec(f"sarathi,chunk_size={size}", admission="watermark")
+        together, repeated = run(stack, limits, long_prompts(seed), together=True)
+        one_by_one, _ = run(stack, limits, long_prompts(seed), together=False)
+        assert together == one_by_one
+        steps = [row for row in together if len(row) > 30]
+        alone = sum(row[STEP["num_chunks"]] == 0 for row in steps)
+        assert blocks < 400 or repeated > 0.95 * alone
+
+
 def test_a_queue_whose_order_changes_as_requests_run_is_asked_while_somebody_waits() -> None:
     limits = Limits(**{**_fields(LIMITS), "max_num_seqs": 4, "num_blocks": 400})
     (_, ordered), (_, changing) = (

@@ -1,0 +1,124 @@
+"""`diptych sweep`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import TaskID
+from rich.table import Table
+
+from experiments.cli.app import app, complain, console
+from experiments.cli.failures import INTERRUPTED
+from experiments.cli.options import progress
+from experiments.compare import format_figure
+from experiments.spec import SpecError
+from experiments.sweeps import Cell, Sweep, read_sweep, run_sweep, state_of
+from experiments.sweeps.summary import known_metrics
+from experiments.sweeps.table import value_text
+
+SHOWN = 40
+"""Rows of a table on the screen; all of them are in the files."""
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A YAML file: base, variables, and how runs are measured.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the results (sweeps/FILE).")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Simulations at once (one a core). Real runs go one by one.", min=1)
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run the cells on a Ray cluster: auto, or its head's HOST:PORT."),
+    ] = None,
+    keep_outdated: Annotated[
+        bool, typer.Option("--keep-outdated", help="Keep finished cells that were run by other code than this.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, and which are to be run.")] = False,
+) -> None:
+    """Vary any field of a run over grids, zips and seeds, and put the results into one table.
+
+    Cells that the folder holds are kept, so what was stopped goes on with the same command. A cell that fails is said
+    and listed, and the others go on; the exit status is then 1.
+
+    Example: diptych sweep examples/sweep.yaml -o sweeps/schedulers
+    """
+    asked = read_sweep(file)
+    folder = out or Path("sweeps") / file.stem
+    if dry_run:
+        _list(asked, folder, keep_outdated)
+        return
+    if ray is not None and processes is not None:
+        raise SpecError("--ray runs as many cells at once as the cluster has room for; leave --processes out")
+    failed: list[str] = []
+    done = 0
+    with progress("sweeping", len(asked.cells)) as bar:
+
+        def say(cell: Cell, note: dict[str, Any]) -> None:
+            nonlocal done
+            done += 1
+            if note["status"] != "ok":
+                failed.append(cell.name)
+                complain(f"{cell.name} failed: {note['error']}")
+            bar.update(TaskID(0), completed=done)
+
+        try:
+            table = run_sweep(
+                asked,
+                folder,
+                runner=None if ray is None else _on(ray),
+                processes=processes or _cores(),
+                keep_outdated=keep_outdated,
+                say=say,
+            )
+        except KeyboardInterrupt:
+            kept = f"{done - len(failed)} of {len(asked.cells)} cells are in {folder}"
+            complain(f"interrupted; {kept}, and the same command goes on from there")
+            raise typer.Exit(INTERRUPTED) from None
+    _show(asked, table)
+    console.print(f"Table: {folder / 'results.parquet'} (and .csv). Summary: {folder / 'summary.md'}")
+    if failed:
+        complain(f"{len(failed)} of {len(asked.cells)} cells failed; the same command tries them again")
+        raise typer.Exit(1)
+
+
+def _on(ray: str) -> Any:
+    from experiments.sweeps.ray_cluster import connected
+
+    return connected(ray)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _list(asked: Sweep, folder: Path, keep_outdated: bool) -> None:
+    """The cells, and what would be done with them."""
+    state = state_of(asked.cells, folder, keep_outdated)
+    for cell in asked.cells:
+        what = "finished" if cell.name in state.finished else "outdated" if cell.name in state.outdated else "to run"
+        values = {**cell.values, **({} if cell.seed is None else {"seed": cell.seed}), "panel": cell.panel}
+        console.print(f"{what:9} {cell.name}  {' '.join(f'{field}={value_text(of)}' for field, of in values.items())}")
+    counts = Counter(cell.panel for cell in state.missing(asked.cells))
+    told = ", ".join(f"{count} {panel}" for panel, count in sorted(counts.items())) or "none"
+    console.print(f"{len(asked.cells)} cells, to run: {told}")
+
+
+def _show(asked: Sweep, table: Any) -> None:
+    metrics = known_metrics(asked, table)
+    fields = [*asked.spec.variables.fields, *(name for name in ("seed", "panel") if name in table)]
+    shown = Table()
+    for field in fields:
+        shown.add_column(field.rsplit(".", 1)[-1], overflow="fold")
+    for metric in metrics:
+        shown.add_column(metric.replace("_", " "), justify="right")
+    for row in table.head(SHOWN).to_dict("records"):
+        figures = [format_figure(None if row[name] != row[name] else row[name]) for name in metrics]
+        shown.add_row(*(str(row[field]) for field in fields), *(figures if row["status"] == "ok" else ["failed"]))
+    console.print(shown)
+    if len(table) > SHOWN:
+        console.print(f"{len(table) - SHOWN} more rows")

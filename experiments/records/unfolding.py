@@ -1,0 +1,90 @@
+"""Rows of which some stand for many (`policies.records.DecodeSteps`), as Arrow tables with all of them.
+
+A run of steps that differ in counts is unfolded here by columns, so that a step of it never is a Python object.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from experiments.records.schema import to_table
+from policies.records import STEPS, DecodeSteps
+
+Row = Sequence[object]
+_NAMES = list(STEPS)
+_TIMES = ("plan_ns", "launch_ns", "end_ns", "device_ns")
+
+
+def steps_table(rows: Sequence[Row]) -> pa.Table:
+    """Rows of steps.parquet, and such as stand for many. Raises RunError for one that does not fit."""
+    firsts = to_table("steps", [row.first if type(row) is DecodeSteps else row for row in rows])
+    runs = [(i, row) for i, row in enumerate(rows) if type(row) is DecodeSteps]
+    if not runs:
+        return firsts
+    of, later = _unfolded([len(row.times) if type(row) is DecodeSteps else 1 for row in rows])
+    table = firsts.take(pa.array(of))
+    growth: dict[int, npt.NDArray[np.int64]] = {}
+    for i, run in runs:
+        for column, more in run.growth():
+            growth.setdefault(column, np.zeros(len(rows), np.int64))[i] = more
+    for column, more_of in growth.items():
+        table = _set(table, _NAMES[column], _values(table, _NAMES[column]) + later * more_of[of])
+    # What each step of a run has of its own.
+    mine = np.isin(of, [i for i, _ in runs])
+    times = _flat(chain.from_iterable(run.times) for _, run in runs).reshape(-1, len(_TIMES))
+    own = dict(zip(_TIMES, times.T, strict=True))
+    own |= {
+        "free_blocks": _flat(run.unused for _, run in runs),
+        "max_context": _flat(run.longest for _, run in runs),
+    }
+    for name, found in own.items():
+        values = _values(table, name).copy()
+        values[mine] = found
+        table = _set(table, name, values)
+    return table
+
+
+def decisions_table(rows: Sequence[Row]) -> pa.Table:
+    """Rows of decisions.parquet, and such as stand for many."""
+    firsts: list[Row] = []
+    lengths, periods = [], []  # how many steps a group of rows stands for, and how many rows each of them has
+    for row in rows:
+        group = next(row.decision_rows()) if type(row) is DecodeSteps else [row]
+        firsts += group
+        lengths.append(len(row.times) if type(row) is DecodeSteps else 1)
+        periods.append(len(group))
+    table = to_table("decisions", firsts)
+    if len(firsts) == sum(lengths):
+        return table
+    steps, rows_of = np.array(lengths), np.array(periods)
+    group_of, later = _unfolded((steps * rows_of).tolist())
+    began = np.cumsum(rows_of) - rows_of
+    table = table.take(pa.array(began[group_of] + later % rows_of[group_of]))
+    return _set(table, "step", _values(table, "step") + later // rows_of[group_of])
+
+
+def _unfolded(lengths: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of each row of the table, what it comes from, where each stands for so many, and how many of that it follows."""
+    counts = np.array(lengths, np.int64)
+    of = np.repeat(np.arange(len(counts)), counts)
+    return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _values(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
+    return table.column(name).to_numpy()
+
+
+def _set(table: pa.Table, name: str, values: npt.NDArray[np.int64]) -> pa.Table:
+    at = table.schema.get_field_index(name)
+    field = table.schema.field(at)
+    return table.set_column(at, field, pa.array(values).cast(field.type))
+
+
+def _flat(parts: object) -> npt.NDArray[np.int64]:
+    return np.frombuffer(array("q", chain.from_iterable(parts)), np.int64)  # type: ignore[arg-type]

@@ -1,0 +1,70 @@
+"""What makes two cells the same: what they run, the content of the files it names, and the code that runs it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.spec import RunSpec
+from policies.registry import PolicySpec
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = {"sim": ("policies", "simulator", "experiments"), "real": ("policies", "runtime", "experiments")}
+"""Panel -> the code that its results come from."""
+ELSEWHERE = tuple(
+    ROOT / "experiments" / name for name in ("bench", "capacity", "cli", "fidelity", "live", "published", "tuning")
+)
+"""Folders of experiments/ that no cell runs."""
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of JSON values, the same whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def cell_key(spec: RunSpec, panel: str, like: str | None) -> str:
+    """Of what a cell runs. `like`: the key of the real run that a simulation takes its limits from."""
+    described = spec.model_dump(mode="json", exclude={"target"})
+    return digest({"spec": described, "panel": panel, "files": dict(sorted(_files(spec))), "like": like})
+
+
+def _files(spec: RunSpec) -> Iterator[tuple[str, str]]:
+    """The files that a specification names, with their contents' digests; of a model its name alone."""
+    names = [spec.workload.name]
+    if spec.cost is not None:
+        names += [name for name in (spec.cost.calibration, spec.cost.device) if name]
+    for name in names:
+        path = Path(name)
+        if path.is_file():
+            yield name, _content(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _content(path: Path, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_key(panel: str, spec: RunSpec) -> str:
+    """Of this project's code for a panel, and of the files of a user's own policies."""
+    own = []
+    for role in type(spec.policies).model_fields:
+        module, colon, _ = PolicySpec.parse(getattr(spec.policies, role)).name.partition(":")
+        found = importlib.util.find_spec(module) if colon else None
+        if found is not None and found.origin is not None and Path(found.origin).is_file():
+            own.append(_content(Path(found.origin), Path(found.origin).stat().st_mtime_ns))
+    return digest([_project(panel), own])
+
+
+@functools.cache
+def _project(panel: str) -> str:
+    files = [path for room in ROOMS[panel] for path in (ROOT / room).rglob("*.py")]
+    contents = hashlib.sha256()
+    for path in sorted(path for path in files if path.parent.name not in ELSEWHERE):
+        contents.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return contents.hexdigest()

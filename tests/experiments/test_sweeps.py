@@ -1,0 +1,255 @@
+"""A sweep in its folder: kept, gone on with, measured, and the same however it was run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments.intervals import interval, paired
+from experiments.metrics import summarize
+from experiments.records import read_run
+from experiments.simulated import run_simulated
+from experiments.spec import SpecError
+from experiments.sweeps import Measure, Window, read_sweep, run_cells, run_sweep, state_of
+from experiments.sweeps.cell_run import Job, perform_in
+from experiments.sweeps.measuring import measured
+from experiments.sweeps.table import differences
+from tests.experiments.command import diptych
+
+BASE: dict[str, Any] = {
+    "workload": {"name": "fixed", "n": 12, "rate": 40, "prompt_tokens": 20, "output_tokens": 5},
+    "decisions": False,
+    "cost": {"kind": "constant", "step_ms": 10},
+    "limits": {"num_blocks": 500, "max_num_seqs": 2},
+}
+VARIABLES = {"grid": {"policies.queue": ["fcfs", "sjf"]}, "seeds": 2}
+PLUG_IN = """
+from policies.queues.fcfs import Fcfs
+import os, signal
+
+class Mine(Fcfs):
+    def __init__(self, break_off: int = 0) -> None:
+        if break_off == 1:
+            raise RuntimeError("not today")
+        if break_off == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().__init__()
+"""
+
+
+class Here:
+    """Runs cells in this process; how many, and which."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.ran: list[str] = []
+        self.stop_after = stop_after
+
+    def __call__(self, jobs: Sequence[Job], cells: Path) -> Iterator[tuple[Job, dict[str, Any]]]:
+        for job in jobs:
+            if len(self.ran) == self.stop_after:
+                raise KeyboardInterrupt
+            self.ran.append(job.name)
+            yield job, perform_in(job, cells)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("results.parquet", "results.csv", "summary.md")}
+
+
+def test_what_is_finished_is_kept_and_the_table_is_the_same_as_without_a_stop(tmp_path: Path) -> None:
+    sweep = read_sweep({"base": BASE, "variables": VARIABLES})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    table = run_sweep(sweep, whole, runner=Here())
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(sweep, parts, runner=Here(stop_after=2))
+    assert not (parts / "results.parquet").exists()
+    rest = Here()
+    run_sweep(sweep, parts, runner=rest)
+    assert rest.ran == [cell.name for cell in sweep.cells[2:]]
+    assert contents(parts) == contents(whole)
+    again = Here()
+    assert run_sweep(sweep, parts, runner=again).equals(table)
+    assert again.ran == []
+    note = json.loads((parts / "cells" / sweep.cells[0].name / "cell.json").read_text())
+    assert note["spec"] == sweep.cells[0].spec.model_dump(mode="json")
+    assert note["key"] == sweep.cells[0].key
+    assert {"diptych", "git", "software"} <= set(note["versions"])
+
+
+def test_more_cells_run_only_what_is_new_and_other_code_runs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = read_sweep({"base": BASE, "variables": {"seeds": 1}})
+    more = read_sweep({"base": BASE, "variables": {"seeds": 2}})
+    run_sweep(few, tmp_path, runner=Here())
+    new = Here()
+    run_sweep(more, tmp_path, runner=new)
+    assert new.ran == [more.cells[1].name]
+    path = tmp_path / "cells" / more.cells[1].name / "cell.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "code": "older"}))
+    state = state_of(more.cells, tmp_path)
+    assert (list(state.finished), state.outdated) == ([more.cells[0].name], [more.cells[1].name])
+    assert len(state_of(more.cells, tmp_path, keep_outdated=True).finished) == 2
+
+
+def test_another_window_measures_anew_and_runs_nothing(tmp_path: Path) -> None:
+    run_sweep(read_sweep({"base": BASE}), tmp_path, runner=Here())
+    none = Here()
+    table = run_sweep(read_sweep({"base": BASE, "window": {"skip_first": 0.5}}), tmp_path, runner=none)
+    assert none.ran == []
+    assert table["num_prompts"].tolist() == [6]
+
+
+def test_a_cell_that_fails_is_said_and_listed_and_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With processes: one cell raises, the process of another is killed, and the others' results are there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("plug_in.py").write_text(PLUG_IN)
+    queues = ["fcfs", "plug_in:Mine,break_off=1", "plug_in:Mine,break_off=2", "plug_in:Mine"]
+    content = {"base": BASE, "variables": {"grid": {"policies.queue": queues}}}
+    Path("sweep.yaml").write_text(json.dumps(content))
+    status, out, err = diptych(monkeypatch, capsys, "sweep", "sweep.yaml", "--processes", "1")
+    assert status == 1
+    lines = [line for line in err.splitlines() if line]
+    assert "failed: RuntimeError: not today" in lines[0]
+    assert "failed: its process died (signal SIGKILL)" in lines[1]
+    assert "2 of 4 cells failed" in lines[2]
+    table = pd.read_parquet("sweeps/sweep/results.parquet")
+    assert table["status"].tolist() == ["ok", "failed", "failed", "ok"]
+    assert table["error"].tolist()[1] == "RuntimeError: not today"
+    assert table["mean_ttft_ms"].notna().tolist() == [True, False, False, True]
+    assert table["mean_ttft_ms"][0] == table["mean_ttft_ms"][3]
+    assert "RuntimeError: not today" in Path("sweeps/sweep/summary.md").read_text()
+    status, out, err = diptych(monkeypatch, capsys, "sweep", "sweep.yaml", "--dry-run")
+    assert [line.split()[0] for line in out.splitlines()] == ["finished", "to", "to", "finished", "4"]
+
+
+def test_workers_end_with_an_interrupted_sweep_and_leave_whole_cells_alone(tmp_path: Path) -> None:
+    """Ctrl-C goes to the sweep: its workers are gone when it has ended, and what they were at leaves nothing."""
+    long = {**BASE, "workload": {**BASE["workload"], "n": 200_000}}
+    sweep = read_sweep({"base": long})
+
+    def interrupt() -> None:
+        places = tmp_path / "cells"
+        while not any(places.glob(".*")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(sweep, tmp_path)
+    assert not [path for path in (tmp_path / "cells").iterdir() if not path.name.startswith(".")]
+    short = read_sweep({"base": BASE})
+    run_sweep(short, tmp_path, runner=Here())
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == [short.cells[0].name]
+
+
+def test_a_folder_with_other_things_and_one_that_is_in_use_are_left_alone(tmp_path: Path) -> None:
+    sweep = read_sweep({"base": BASE})
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("")
+    with pytest.raises(SpecError, match="holds other things than a sweep"):
+        run_sweep(sweep, other)
+
+    def inside(jobs: Sequence[Job], cells: Path) -> Iterator[tuple[Job, dict[str, Any]]]:
+        run_sweep(sweep, tmp_path / "sweep", runner=Here())
+        yield from ()
+
+    with pytest.raises(SpecError, match="another sweep is running"):
+        run_sweep(sweep, tmp_path / "sweep", runner=inside)
+
+
+def test_without_a_window_the_figures_are_those_of_the_summary(tmp_path: Path) -> None:
+    (cell,) = read_sweep({"base": BASE}).cells
+    run_simulated(cell.spec, tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    figures, summary = measured(run, Measure(slo={"ttft": 20})), summarize(run, {"ttft": 20})
+    same = {name: value for name, value in summary.items() if isinstance(value, int | float)}
+    assert {name: figures[name] for name in same} == same
+    assert figures["num_length"] == 12
+
+
+def test_a_window_takes_latencies_by_arrival_and_rates_by_time(tmp_path: Path) -> None:
+    """One slot, ten requests at once, each of two steps of 10 ms: they end at 20, 40, ... 200 ms."""
+    base = {
+        "workload": {"name": "fixed", "n": 10, "arrivals": "at-once", "prompt_tokens": 5, "output_tokens": 2},
+        "cost": {"kind": "constant", "step_ms": 10},
+        "limits": {"num_blocks": 100, "max_num_seqs": 1, "lag": 0},
+    }
+    (cell,) = read_sweep({"base": base}).cells
+    run_simulated(cell.spec, tmp_path / "run")
+    found = measured(read_run(tmp_path / "run"), Measure(window=Window(skip_first=0.2), slo={"ttft": 100}))
+    assert found["num_prompts"] == found["completed"] == 8
+    assert found["mean_ttft_ms"] == pytest.approx(np.mean([20 * i + 10 for i in range(2, 10)]))
+    assert found["duration"] == pytest.approx(0.2)  # to the end of the run, as nothing is skipped there
+    assert found["request_throughput"] == pytest.approx(10 / 0.2)
+    assert found["output_throughput"] == pytest.approx(20 / 0.2)
+    assert found["request_goodput"] == pytest.approx(3 / 0.2)  # TTFT 50, 70, 90 ms
+
+
+def test_a_window_of_a_steady_stream_has_its_rate_without_ramp_and_drain(tmp_path: Path) -> None:
+    """A request every 100 ms that takes 200: the rate is 10 a second, which the drain would lower."""
+    times = "".join(f"{i / 10},5,20\n" for i in range(50))
+    (tmp_path / "trace.csv").write_text("Timestamp,Request tokens,Response tokens\n" + times)
+    base = {"workload": {"name": str(tmp_path / "trace.csv")}, "cost": BASE["cost"], "limits": {"num_blocks": 500}}
+    (cell,) = read_sweep({"base": base}).cells
+    run_simulated(cell.spec, tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    steady = measured(run, Measure(window=Window(skip_first=0.2, skip_last=0.2)))
+    assert steady["request_throughput"] == pytest.approx(10)
+    assert steady["output_throughput"] == pytest.approx(200)
+    assert measured(run, Measure())["request_throughput"] < 9.9
+
+
+def test_intervals_are_students() -> None:
+    found = interval([1.0, 2.0, 3.0, 4.0])
+    assert found.mean == 2.5
+    assert found.half == pytest.approx(3.182446 * 1.2909944 / 2, rel=1e-6)  # t(0.975, 3) s / sqrt(n)
+    assert interval([3.0]).half is None
+    difference = paired([1.0, 5.0, 9.0], [2.0, 6.0, 10.5])
+    assert difference.mean == pytest.approx(7 / 6)
+    assert difference.half == pytest.approx(4.302653 * 0.2886751 / 3**0.5, rel=1e-6)
+    assert difference.apart_from_zero
+    with pytest.raises(ValueError, match="as many of each"):
+        paired([1.0], [1.0, 2.0])
+
+
+def test_policies_are_compared_on_the_same_arrivals(tmp_path: Path) -> None:
+    """By seeds where there are some; where there is one, by a bootstrap over its requests."""
+    grid = {"limits.max_num_seqs": [2, 4], "workload.rate": [80]}
+    content = {"base": BASE, "variables": {"grid": grid, "seeds": 3}, "compare": "limits.max_num_seqs"}
+    sweep = read_sweep(content)
+    table = run_sweep(sweep, tmp_path / "seeds", runner=Here())
+    found = differences(table, sweep, ("mean_ttft_ms",), tmp_path / "seeds" / "cells")
+    rows = table.set_index(["limits.max_num_seqs", "seed"])["mean_ttft_ms"]
+    by = paired([rows[2, k] for k in range(3)], [rows[4, k] for k in range(3)])
+    assert [(one.first, one.value, one.among, one.by) for one in found] == [
+        (2, 4, {"workload.rate": 80, "panel": "sim"}, by)
+    ]
+    once = read_sweep({**content, "variables": {"grid": grid}})
+    table = run_sweep(once, tmp_path / "once", runner=Here())
+    found = differences(table, once, ("mean_ttft_ms", "output_throughput"), tmp_path / "once" / "cells")
+    assert [one.by.half is None for one in found] == [False, True]
+
+
+def test_cells_can_be_run_without_a_sweep(tmp_path: Path) -> None:
+    cells = read_sweep({"base": BASE, "variables": VARIABLES}).cells
+    said: list[str] = []
+    notes = run_cells(cells, tmp_path, Measure(), runner=Here(), say=lambda cell, note: said.append(cell.name))
+    assert list(notes) == said == [cell.name for cell in cells]
+    shutil.rmtree(tmp_path / "cells" / said[1])
+    assert list(state_of(cells, tmp_path).finished) == [said[0], *said[2:]]
