@@ -14,6 +14,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from experiments.plots import STYLE, latency_axis, line_style, say_if_empty
 from experiments.series import LATENCY_COLUMNS, cdf, samples
@@ -44,7 +45,10 @@ def save(figure: Figure, path: Path, width: float | None = None) -> None:
     kind = check_format(path)
     if width is not None:
         was, height = figure.get_size_inches()
-        figure.set_size_inches(width, height * max(width / was, 0.55))
+        figure.set_size_inches(width, height * max(width / was, 0.7))
+        if width < PAGE:
+            for text in figure.findobj(Text):
+                text.set_fontsize(min(text.get_fontsize(), _STYLE["font.size"]))  # type: ignore[attr-defined]
     with mpl.rc_context(_STYLE):
         figure.savefig(path, dpi=300, metadata=_METADATA[kind])
 
