@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from experiments.workloads.client_statistics import describe_clients
+from experiments.workloads.describing_others import describe_other
+from experiments.workloads.lines import open_text
 from experiments.workloads.loaders import OWN_FORMAT, detect, ragpulse, read_rows
 from experiments.workloads.loaders.rows import TraceRows
 from experiments.workloads.prefix_sharing import CAPACITIES, PrefixSharing
@@ -24,7 +28,12 @@ Int64 = NDArray[np.int64]
 def describe_file(
     path: str | Path, format: str = "auto", *, capacities: Sequence[int] = CAPACITIES, tell: Tell | None = None
 ) -> dict[str, Any]:
-    """`describe` of a file of any known format. `tell`: called with the number of requests looked at for prefixes."""
+    """`describe` of a file of any known format; of an archive of clients' statistics, `describe_clients`.
+
+    `tell`: called with the number of requests looked at for prefixes.
+    """
+    if format == "auto" and (found := _no_trace(path)) is not None:
+        return found
     name = detect(path) if format == "auto" else format
     if name == OWN_FORMAT:
         return describe(rows_of(Workload.from_jsonl(path)), capacities=capacities, tell=tell)
@@ -32,6 +41,20 @@ def describe_file(
     if name == ragpulse.NAME:
         found["chunks"] = ragpulse.chunk_sharing(path)
     return found
+
+
+def _no_trace(path: str | Path) -> dict[str, Any] | None:
+    """Of files that hold no requests one by one; None for a trace."""
+    if not Path(path).is_file():
+        return None  # reading it as a trace says what is wrong
+    if tarfile.is_tarfile(path):
+        return describe_clients(path)
+    with open_text(path) as file:
+        try:
+            start = file.read(1)
+        except (OSError, EOFError, UnicodeDecodeError):
+            return None
+    return describe_other(path) if start == "{" else None
 
 
 def describe(rows: TraceRows, *, capacities: Sequence[int] = CAPACITIES, tell: Tell | None = None) -> dict[str, Any]:

@@ -10,6 +10,10 @@ from rich.text import Text
 
 def trace_text(name: str, found: dict[str, Any]) -> Text:
     """A trace's figures (`workloads.describing`) as lines: what it does not have is left out."""
+    if "clients" in found:
+        return _clients_text(name, found)
+    if "counts" in found:
+        return _counts_text(name, found)
     return Text("\n").join(
         [
             Text(f"{name}: {_count(found['requests'])} requests ({found['format']})", "bold"),
@@ -17,6 +21,26 @@ def trace_text(name: str, found: dict[str, Any]) -> Text:
             Text(""),
         ]
     )
+
+
+def _clients_text(name: str, found: dict[str, Any]) -> Text:
+    """Of `client_statistics`: fields in the order of the file."""
+    rate = found["rate"]
+    lines = [
+        ("rate", f"{rate['mean']:.1f} requests/s, {rate['min']:.1f} to {rate['max']:.1f}"),
+        ("CV of clients", f"{found['cv']:.2f}" if found["cv"] is not None else "-"),
+        ("top clients", ", ".join(f"{top}: {100 * share:.0f} %" for top, share in found["top_shares"].items())),
+    ]
+    for field, stats in found["fields"].items():
+        digits = 2 if stats["max"] <= 1 else 1 if stats["mean"] < 10 else 0
+        lines.append((field, " / ".join(f"{stats[each]:.{digits}f}" for each in LENGTHS)))
+    head = Text(f"{name}: {_count(found['clients'])} clients ({found['format']})", "bold")
+    return Text("\n").join([head, *(Text(f"  {label:<22}{text}") for label, text in lines), Text("")])
+
+
+def _counts_text(name: str, found: dict[str, Any]) -> Text:
+    counts = ", ".join(f"{_count(number)} {what}" for what, number in found["counts"].items())
+    return Text(f"{name}: {counts} ({found['format']})\n", "bold")
 
 
 LENGTHS = ("mean", "p50", "p90", "p99", "max")
