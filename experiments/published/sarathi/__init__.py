@@ -40,7 +40,7 @@ def experiment(study: Study) -> None:
     tbt = {name: float(np.percentile(latencies_ms(run)["itl"], 99)) for name, run in runs.items()}
     study.find(
         "It pays with a somewhat later first token, and gains far more in the time between tokens",
-        "figure 14, table 4", "TTFT a little worse, TBT far better",
+        "section 5.4, table 4", "TTFT a little worse, TBT far better",
         f"median TTFT {ttft['sarathi']:.0f} against {ttft['vllm']:.0f} ms, "
         f"p99 TBT {tbt['sarathi']:.0f} against {tbt['vllm']:.0f} ms",
         "TTFT later than vLLM's, p99 TBT under half",
