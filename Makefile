@@ -41,7 +41,8 @@ gpu-test:        ## the tests that need a CUDA card, and those of the kernels, o
 	$(GPU_PYTHON) -m benchmarks.gpu.run_tests
 
 gpu-bench:       ## serving on a CUDA card beside vLLM's figures; the tables go into docs/performance.md
-	$(GPU_PYTHON) -m benchmarks.gpu.serving; status=$$?; $(GPU_PYTHON) -m benchmarks.gpu.report && exit $$status
+	$(GPU_PYTHON) -m benchmarks.gpu.serving; status=$$?; $(GPU_PYTHON) -m benchmarks.gpu.report || status=1; \
+	$(GPU_PYTHON) -m benchmarks.tensor_parallel --cards-only && exit $$status
 
 bench: $(VENV)/.base           ## the benchmarks that need no GPU
 	$(BIN)/python -m benchmarks.plan_time

@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2, help="how many ranks")
     parser.add_argument("--limit-s", type=float, default=540.0, help="seconds for all of it")
     parser.add_argument("--small", action="store_true", help="a trial of the script, on a CPU")
+    parser.add_argument("--cards-only", action="store_true", help="nothing where there are fewer cards")
     parser.add_argument("--trace", metavar="FILE", help="Azure's conversations, for the cell of the matrix")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--source", default="tiny", help=argparse.SUPPRESS)
@@ -303,8 +304,13 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> None:
     until, size = time.monotonic() + options.limit_s, str(options.size)
-    path = out_folder() / f"tensor-parallel{'-small' if options.small else ''}.json"
     cards = torch.cuda.device_count()
+    if cards < options.size:
+        print(f"not run on cards: {options.size} CUDA devices are needed, and there are {cards}", flush=True)
+        if options.cards_only:
+            return
+    kind = "-small" if options.small else "" if cards >= options.size else "-told"  # what cards gave is kept
+    path = out_folder() / f"tensor-parallel{kind}.json"
     result: dict[str, Any] = {
         "benchmark": "tensor_parallel",
         "device": f"{cards} x {torch.cuda.get_device_name()}" if cards else "cpu",
@@ -326,9 +332,6 @@ def measure(options: argparse.Namespace) -> None:
     if options.small:
         result["steps"] = {"tiny": {n: part("steps", ["--size", n, "--small"], until) for n in ("1", size)}}
         enter("fidelity", "fidelity", "--small")
-    if cards < options.size:
-        result["gpu"] = f"not run: {options.size} CUDA devices are needed, and there are {cards}"
-        print(result["gpu"], flush=True)
     save(result, path)
 
 

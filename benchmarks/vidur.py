@@ -34,7 +34,7 @@ from policies.request import Request
 from policies.shapes import StepShape
 from policies.stack import StackSpec
 from simulator.arrivals import Arrival
-from simulator.costs.base import StepCost, whole_ns
+from simulator.costs.base import StepCost
 from simulator.simulation import Simulation
 
 LIMITS = Limits(
@@ -69,19 +69,19 @@ class VidurCost:
             self._layers = int(table["layers"])
 
     def step_ns(self, shape: StepShape) -> int:
-        tokens = shape.num_tokens
-        ms = self._tokens[-(-tokens // 8) * 8]
-        if shape.num_decodes:
-            before = shape.decode_context // shape.num_decodes - 1  # without the token that the step computes
-            ms += self._decode[shape.num_decodes][-(-before // 64)]
-        if shape.num_chunks:
+        decodes, context, chunks = shape.num_decodes, shape.decode_context, shape.num_chunks
+        ms = self._tokens[-(-(decodes + shape.chunk_tokens) // 8) * 8]
+        if decodes:
+            before = context // decodes - 1  # without the token that the step computes
+            ms += self._decode[decodes][-(-before // 64)]
+        if chunks:
             # At most one chunk does not start at 0: the partial prefill goes first, and nothing is cached.
             start = shape.chunk_context - shape.chunk_tokens
             ms += self._prefill[-(-start // 64)][round(math.sqrt(shape.chunk_squares))]
-        return whole_ns(self._layers * ms * 1e6)
+        return int(self._layers * ms * 1e6 + 0.5)
 
     def cost(self, shape: StepShape) -> StepCost:
-        return StepCost(0, self.step_ns(shape), 0)
+        return tuple.__new__(StepCost, (0, self.step_ns(shape), 0))  # as its constructor would, in a third of the time
 
     def inside(self, shape: StepShape) -> bool:
         return True

@@ -117,7 +117,8 @@ def _serve(pool: BlockPool, chain: Chain, owner: Request) -> tuple[int, int]:
     held += pool.allocate(min(len(chain) - len(hit), pool.num_free), now)
     new = 0
     for depth in range(len(hit), len(held)):
-        new += pool.register(held[depth], chain[depth], depth, now, chain[depth - 1] if depth else None, owner)
+        parent = chain[depth - 1] if depth else None
+        new += pool.register(held[depth], chain[depth], depth, now, parent, owner) is not None
     pool.release(held, now)
     return len(hit), new
 

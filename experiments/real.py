@@ -16,6 +16,7 @@ from experiments.sending import send
 from experiments.simulated import (
     GIB,
     LIMITS,
+    check_offload,
     check_swaps,
     clients_entry,
     make_costs,
@@ -228,6 +229,7 @@ def prepare(spec: RunSpec, loaded: LoadedModel, cost: CostModel | None = None) -
     with timed(seconds, "memory_profile"):
         limits = real_limits(spec, loaded)
     check_swaps(limits, cost)
+    check_offload(spec, limits)
     with timed(seconds, "warm_up"):
         warm_up(loaded, limits, spec, cost)
     return Prepared(spec, limits, cost, seconds)

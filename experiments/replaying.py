@@ -15,6 +15,7 @@ from experiments.records import Run, RunError, RunWriter, run_info
 from experiments.simulated import costs_as_described
 from experiments.token_times import COMPLETED
 from policies.control_plane import ControlPlane, PolicyStalled
+from policies.plan import CopyTimes
 from policies.records import ALIVE
 from policies.replica_state import Limits
 from policies.request import Request, Slo, State
@@ -25,6 +26,8 @@ from simulator.pace import Timing
 from simulator.simulation import Intervention, Simulation, replay
 
 NEVER = 1 << 60
+
+_COPY_COLUMNS = ("copy_out_ns", "copy_in_ns", "copy_wait_ns")
 
 
 def replay_run(run: Run, folder: Path, *, overwrite: bool = False, check: bool = False) -> None:
@@ -138,8 +141,11 @@ def _timings(steps: pd.DataFrame) -> list[tuple[int, Timing]]:
     indices = steps["step"].tolist()
     if indices != list(range(len(indices))):
         raise RunError("the record's steps have gaps; it cannot be replayed")
-    columns = (steps[name].tolist() for name in ("plan_ns", "launch_ns", "end_ns", "device_ns"))
-    return [(plan, Timing(launch, end, device)) for plan, launch, end, device in zip(*columns, strict=True)]
+    columns = (steps[name].tolist() for name in ("plan_ns", "launch_ns", "end_ns", "device_ns", *_COPY_COLUMNS))
+    return [
+        (plan, Timing(launch, end, device, CopyTimes(*copies)))
+        for plan, launch, end, device, *copies in zip(*columns, strict=True)
+    ]
 
 
 def _scheduled(run: Run) -> list[Scheduled]:

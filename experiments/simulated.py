@@ -186,7 +186,8 @@ def make_costs(spec: CostSpec) -> CostModel:
     if spec.kind == "constant":
         assert spec.step_ms is not None
         return ConstantCost(round(spec.step_ms * 1e6), spec.swap_ns_per_token or 0)
-    return RooflineCost(ModelShape.preset(spec.model).in_dtype(spec.dtype), load_device(spec.device))
+    shape = ModelShape.preset(spec.model).in_dtype(spec.dtype)
+    return RooflineCost(shape, load_device(spec.device), tensor_parallel=spec.tensor_parallel)
 
 
 def costs_as_described(description: dict[str, Any]) -> CostModel:
@@ -200,7 +201,8 @@ def costs_as_described(description: dict[str, Any]) -> CostModel:
                 return ConstantCost(**fields)
             case "roofline":
                 model, device = ModelShape.from_dict(fields.pop("model")), Device.from_dict(fields.pop("device"))
-                return RooflineCost(model, device, dtype=fields.pop("dtype"), host=HostTimes(**fields))
+                shared, dtype = fields.pop("tensor_parallel", 1), fields.pop("dtype")
+                return RooflineCost(model, device, HostTimes(**fields), dtype, shared)
     except (KeyError, TypeError, ValueError) as error:
         raise SpecError(f"the recorded cost model cannot be used: {error}") from error
     raise SpecError(f"the recorded cost model cannot be used: there is no kind {description.get('kind')!r}")
@@ -229,7 +231,15 @@ def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
             fields[name] = getattr(measured, name) if measured is not None else otherwise
     limits = Limits(**fields)
     check_swaps(limits, costs)
+    check_offload(spec, limits)
     return limits
+
+
+def check_offload(spec: RunSpec, limits: Limits) -> None:
+    """Raises SpecError where prefixes are to be kept in host memory and there is none."""
+    offload = spec.policies.offload
+    if offload != "never" and not limits.num_host_blocks:
+        raise SpecError(f"policies.offload: {offload} keeps prefixes in host memory; give some with --host-memory GIB")
 
 
 def check_swaps(limits: Limits, costs: CostModel | None) -> None:
@@ -267,7 +277,9 @@ def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
     if not isinstance(costs, RooflineCost):
         raise SpecError("limits.num_blocks: say how many KV blocks a replica has; only a roofline can work it out")
     model, device = costs.model, costs.device
-    memory = (spec.limits.memory_share or MEMORY_SHARE) * device.memory_bytes - model.weight_bytes
+    memory = (
+        spec.limits.memory_share or MEMORY_SHARE
+    ) * device.memory_bytes * costs.tensor_parallel - model.weight_bytes
     if spec.limits.kv_cache_gib is not None:
         memory = spec.limits.kv_cache_gib * GIB
     blocks = int(memory // (model.kv_bytes_per_token * spec.limits.block_size))

@@ -129,7 +129,7 @@ class ModelSpec(_Part):
 
 _FIELDS_OF_COST = {
     "fitted": ("calibration",),
-    "roofline": ("model", "device", "dtype"),
+    "roofline": ("model", "device", "dtype", "tensor_parallel"),
     "constant": ("step_ms", "swap_ns_per_token"),
 }
 
@@ -144,6 +144,7 @@ class CostSpec(_Part):
         model, device: for `roofline`; a model shape by name (`SmolLM2-135M-Instruct` is `smollm2-135m`); a device by
             name, `cpu` for this one's, or a file of one.
         dtype: of weights and KV cache, for `roofline`.
+        tensor_parallel: how many such devices share each layer, for `roofline`; `fitted` has what was measured.
         step_ms: for `constant`.
         swap_ns_per_token: for `constant`: what each token of KV adds that is copied to or from host memory; 0.
     """
@@ -153,6 +154,7 @@ class CostSpec(_Part):
     model: str = "llama-3.1-8b"
     device: str = "h100-sxm"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    tensor_parallel: Annotated[int, Field(strict=True, ge=1, le=64)] = 1
     step_ms: Positive | None = None
     swap_ns_per_token: Annotated[int, Field(strict=True, ge=0, le=10**9)] | None = None
 
@@ -226,6 +228,7 @@ class PoliciesSpec(_Part):
     admission: str = _STACK.admission
     preemption: str = _STACK.preemption
     eviction: str = _STACK.eviction
+    offload: str = _STACK.offload
     router: str = "round_robin"
 
     @field_validator("*", mode="before")
@@ -241,7 +244,7 @@ class PoliciesSpec(_Part):
 
     @property
     def stack(self) -> StackSpec:
-        return StackSpec(self.scheduler, self.queue, self.admission, self.preemption, self.eviction)
+        return StackSpec(self.scheduler, self.queue, self.admission, self.preemption, self.eviction, self.offload)
 
 
 class RunSpec(_Part):

@@ -57,7 +57,7 @@ PANELS = {"real": "real", "sim": "simulated"}
 PARETO = (("output_throughput", "p99_ttft_ms"), ("output_throughput", "fairness"), ("output_throughput", "kv_share"))
 """Pairs of objectives (across, up) that are drawn against each other."""
 
-ROLES = ("scheduler", "queue", "admission", "preemption", "eviction", "router")
+ROLES = ("scheduler", "queue", "admission", "preemption", "eviction", "offload", "router")
 
 
 def study_row(run: Run) -> dict[str, Any]:

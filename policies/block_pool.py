@@ -9,7 +9,7 @@ is not found until somebody computes the gap again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -49,6 +49,7 @@ class BlockPool:
         self.block_size = block_size
         self.eviction = eviction
         self.num_idle = 0
+        self.on_evict: Callable[[CachedBlock, int], None] | None = None  # told of what is to be given out anew
         self._free = list(range(num_blocks - 1, -1, -1))
         self._index: dict[bytes, CachedBlock] = {}
         self._registered: dict[int, CachedBlock] = {}
@@ -81,12 +82,22 @@ class BlockPool:
         return self._free.pop() if self._free else self._evict(now)
 
     def _evict(self, now: int) -> int:
+        victim = self._forget_one(now)
+        if self.on_evict is not None:
+            self.on_evict(victim, now)
+        return victim.id
+
+    def _forget_one(self, now: int) -> CachedBlock:
         assert self.eviction is not None  # without a cache there is no idle block to need
         victim = self.eviction.pop_victim(now)
         del self._index[victim.key]
         del self._registered[victim.id]
         self.num_idle -= 1
-        return victim.id
+        return victim
+
+    def holds(self, block: CachedBlock) -> bool:
+        """Whether this registered block is on the device still."""
+        return self._registered.get(block.id) is block
 
     def lookup(self, keys: Sequence[bytes]) -> list[CachedBlock]:
         """The longest run of registered blocks at the head of the chain `keys`. Changes nothing."""
@@ -119,14 +130,14 @@ class BlockPool:
         now: int,
         parent: bytes | None = None,
         owner: Request | None = None,
-    ) -> bool:
-        """Enter a held, full block in the prefix index. False where the key has a block already."""
+    ) -> CachedBlock | None:
+        """Enter a held, full block in the prefix index. None where the key has a block already."""
         if key in self._index:
-            return False
+            return None
         block = CachedBlock(block_id, key, depth, parent, owner, last_used_ns=now)
         self._index[key] = block
         self._registered[block_id] = block
-        return True
+        return block
 
     def release(self, block_ids: Sequence[int], now: int) -> None:
         """Give up one reference to each block, tail first, so that a chain's end is evicted before its head."""
@@ -169,7 +180,7 @@ class BlockPool:
         """Forget all idle content (a prefix-cache reset). Returns how many blocks that frees."""
         count = self.num_idle
         for _ in range(count):
-            self._free.append(self._evict(0))
+            self._free.append(self._forget_one(0).id)
         return count
 
     def check(self, held: Sequence[Sequence[int]]) -> None:

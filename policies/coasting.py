@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 from policies.decoding import go_on
 from policies.recording import Recording
-from policies.records import Times
+from policies.records import Row, Times
 from policies.replica_state import ReplicaState
 from policies.request import Request
 from policies.shapes import StepShape, growing, padded_batch
 
-Timed = Callable[[Iterator[StepShape], int], Sequence[Times]]
-"""Given the shapes of steps in a row: the times of as many as can be taken now, at most so many."""
+Timed = Callable[[Iterator[StepShape], int, bool], tuple[Sequence[Times], bool]]
+"""Given the shapes of steps in a row: the times of as many as can be taken now, at most so many, and whether the last
+one is open: its end is still to come. That may be only where the third argument says so."""
 
 
 def coast(
@@ -26,14 +27,15 @@ def coast(
     most: int,
     time: Timed,
     chunk: tuple[Request, int] | None = None,
-) -> int:
+) -> tuple[int, Row | None]:
     """Take up to `most` steps from the one with this index on, as many as `time` has times for and as there are unused
-    blocks for. With a `chunk`, each computes so many tokens of this request, which has the blocks. Returns how many."""
+    blocks for. With a `chunk`, each computes so many tokens of this request, which has the blocks. Returns how many;
+    and of the last one, if it is open, the row that is to be recorded at its end (empty if nothing is recorded)."""
     group, pool, limits = state.group, state.pool, state.limits
     decodes, tokens = len(group.members), 0 if chunk is None else chunk[1]
     sizes = (limits.capture_sizes, limits.mixed_capture_sizes)
     padded, graph = padded_batch(decodes, int(tokens > 0), tokens, *sizes)
-    taken = 0
+    taken, last = 0, None
     while taken < most:
         # Nobody opens more than one block in so many steps.
         safe = pool.num_unused // decodes * limits.block_size
@@ -44,36 +46,48 @@ def coast(
             break
         context, longest = group.context + decodes, group.longest + 1
         start = 0 if chunk is None else chunk[0]._computed
-        times = time(growing(decodes, context, longest, start, tokens, padded, graph), asked)
+        # What a step leaves behind at its end are filled blocks that others may hit; where none are kept, nothing.
+        shapes = growing(decodes, context, longest, start, tokens, padded, graph)
+        times, is_open = time(shapes, asked, not limits.prefix_caching)
         if not times:
             break
         unused = _advance(state, times, index + taken, chunk)
         if recording is not None:
+            longest_of: Sequence[int] = range(longest, longest + len(times))
+            if chunk is not None:
+                longest_of = [max(own, start + (i + 1) * tokens) for i, own in enumerate(longest_of)]
             first = next(growing(decodes, context, longest, start, tokens, padded, graph))
-            longest_of = [max(longest + i, start + (i + 1) * tokens) for i in range(len(times))]
-            recording.coasted(index + taken, times, first, group.clock - len(times) + 1, unused, longest_of, chunk)
+            clock = group.clock - len(times) + 1
+            row = recording.coasted(index + taken, times, first, clock, unused, longest_of, chunk, is_open)
+            last = row if is_open else None
+        elif is_open:
+            last = ()
         taken += len(times)
-        if len(times) < asked:
+        if is_open or len(times) < asked:
             break
-    return taken
+    return taken, last
 
 
 def _advance(state: ReplicaState, times: Sequence[Times], index: int, chunk: tuple[Request, int] | None) -> list[int]:
     """The blocks and counts of these steps. Returns the unused blocks after each."""
     group, pool, size = state.group, state.pool, state.limits.block_size
-    caches, unused = state.limits.prefix_caching, []
+    plain = not state.limits.prefix_caching and chunk is None
+    unused = []
     for i, (planned, _, end, _) in enumerate(times):
+        clock = group.clock
         for request in group.at_block_boundary():
             blocks = request._blocks
-            if request._computed + group.clock >= len(blocks) * size:
+            if request._computed + clock >= len(blocks) * size:
                 blocks.append(pool.allocate_one(planned))
-        group.clock += 1
+        group.clock = clock + 1
+        unused.append(pool.num_unused)
+        if plain:
+            continue
         if chunk is not None:
             go_on(state, *chunk, index + i, planned)
-        if caches:
+        if state.limits.prefix_caching:
             for request in group.at_block_boundary():
                 depth = request.num_computed_tokens // size - 1
                 if depth < len(request._keys):
                     state.register(request, depth, end)
-        unused.append(pool.num_unused)
     return unused

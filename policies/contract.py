@@ -1,4 +1,4 @@
-"""The contract: the five roles of a policy stack, and what they see.
+"""The contract: the six roles of a policy stack, and what they see.
 
 Rules (they make one object serve both panels):
 
@@ -27,6 +27,7 @@ from policies.shapes import StepShape
 if TYPE_CHECKING:
     from policies.block_pool import CachedBlock
     from policies.draft import Draft
+    from policies.host_pool import HostBlock
 
 
 class CostModel(Protocol):
@@ -39,13 +40,15 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """The part of a waiting request's tokens whose KV blocks are on the device already.
+    """The part of a waiting request's tokens that need not be computed: their KV blocks are on the device (`blocks`),
+    or behind those in host memory and worth fetching (`host`), for which it takes new blocks.
 
     Of a swapped request, `num_tokens` is what it has computed, which comes back; `blocks` are those that need no copy.
     """
 
     num_tokens: int = 0
     blocks: tuple[CachedBlock, ...] = ()
+    host: tuple[HostBlock, ...] = ()
 
 
 class View(Protocol):
@@ -67,6 +70,11 @@ class View(Protocol):
 
     @property
     def num_free_host_blocks(self) -> int: ...
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether prefixes are kept in host memory, and the offload policy wants those of waiting requests fetched."""
+        ...
+
     @property
     def max_num_seqs(self) -> int: ...
     @property
@@ -256,6 +264,42 @@ class Eviction(Protocol):
 
     def pop_victim(self, now: int) -> CachedBlock:
         """Choose an idle block and forget it. Called only when there is one."""
+        ...
+
+
+@runtime_checkable
+class Offload(Protocol):
+    """Which cached prefix blocks get a copy in host memory, and whether such copies are fetched.
+
+    Asked only where there is host memory and prefixes are cached. One that never keeps a block says
+    `keeps_nothing = True`.
+    """
+
+    def on_fill(self, block: CachedBlock, now: int) -> bool:
+        """A block is full and in the prefix index: copy it with the next step?"""
+        ...
+
+    def on_hit(self, block: CachedBlock, now: int) -> bool:
+        """An admitted request has taken a block (`block.hits` counts it): copy it with the next step?"""
+        ...
+
+    def on_evict(self, block: CachedBlock, now: int) -> bool:
+        """The device evicts a block that has no copy: copy it before it is given out anew?"""
+        ...
+
+    def keeps_since(self, now: int) -> int | None:
+        """Copies that were used last before this time are forgotten; None: none for their age. Asked before each plan;
+        it never goes back."""
+        ...
+
+    def fetches_ahead(self) -> bool:
+        """Whether a draft asks for the fetch of what a request hits that it cannot admit for want of a slot or of
+        tokens (`Plan.fetch`), so that it is there when its turn comes."""
+        ...
+
+    def fetches(self, start: int, num_tokens: int, cost: CostModel | None) -> bool:
+        """Whether to fetch `num_tokens` tokens from position `start` on rather than compute them. Pure: asked whenever
+        somebody looks for a hit."""
         ...
 
 

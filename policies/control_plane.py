@@ -15,6 +15,7 @@ from policies.decoding import run_decodes
 from policies.enactment import Enactment
 from policies.plan import FOREVER, Plan, Report, Step
 from policies.recording import Recording
+from policies.records import Row
 from policies.replica_state import Limits, ReplicaState
 from policies.request import Request, State
 from policies.stack import PolicyStack
@@ -68,6 +69,7 @@ class ControlPlane:
         self._repeats = 0  # times the last plan may be taken again without asking
         self._last_plan = Plan()
         self._recurring: tuple[Request, int] | None = None  # its chunk
+        self._open_row: Row | None = None
         self._num_decodes = 0  # beside that
 
     # What a panel may look at
@@ -222,6 +224,8 @@ class ControlPlane:
         """
         self._advance(now)
         state = self._state
+        if state.tier is not None:
+            state.tier.begin(now)
         plan = self._ask(now)
         enactment = Enactment(state, plan, self._next_index, now)
         step = enactment.run()
@@ -243,6 +247,8 @@ class ControlPlane:
         self._repeats, self._last_plan = plan.repeats - 1 if _may_recur(plan, step) else 0, plan
         self._recurring = plan.chunks[0] if plan.chunks and self._repeats else None
         self._num_decodes = step.num_decodes
+        if state.tier is not None and not state.tier.keeps_nothing:
+            self._repeats = 0  # before each plan it is looked what is to be copied, and what is too old
         return step
 
     def repeat(self, now: int) -> Step | None:
@@ -273,29 +279,40 @@ class ControlPlane:
         """Whether `repeat` and `coast` can do anything."""
         return self._repeats > 0
 
-    def coast(self, until_clock: int, time: Timed) -> None:
+    def coast(self, until_clock: int, time: Timed) -> bool:
         """With `lag=0` and no step in flight: what `repeat`, launch and `report` come to, as long as steps change
         nothing but counts, the decode group's clock stays below `until_clock`, and `time` has times for their shapes.
+        Whether the last one's end is still to come; `end_coast` is to be called then.
         """
         state, group = self._state, self._state.group
         if state.loose or state.left_group or not group.members:
-            return
+            return False
         most = min(until_clock, group.next_cap()) - group.clock - 1
         if most < 1 or self._repeats < 1 or not self.stack.ignores_reports():
-            return
+            return False
         if self._recurring is not None:
             most = min(most, self._chunks_with_blocks()) if len(group) == self._num_decodes else 0
         if state.copies or len(group) > self.limits.max_num_batched_tokens:
-            return
+            return False
         if state.num_waiting and self.limits.prefix_caching:  # a block that is filled may be one of who waits
-            return
-        taken = coast(state, self._recording, self._next_index, min(most, self._repeats), time, self._recurring)
+            return False
+        most = min(most, self._repeats)
+        taken, self._open_row = coast(state, self._recording, self._next_index, most, time, self._recurring)
         if taken:
             self._next_index += taken
             self._num_repeated += taken
             self._repeats -= taken
-            state.last_launched = state.last_reported = self._next_index - 1
+            state.last_launched = self._next_index - 1
+            state.last_reported = state.last_launched - (self._open_row is not None)
         self._verify()
+        return self._open_row is not None
+
+    def end_coast(self) -> None:
+        """The last step of `coast` has come to its end."""
+        self._state.last_reported = self._state.last_launched
+        if self._recording is not None and self._open_row:
+            self._recording.ended_step(self._open_row)
+        self._open_row = None
 
     def _chunks_with_blocks(self) -> int:
         """For how many of its chunks the request that the last plan computes has the blocks."""
@@ -389,7 +406,7 @@ class ControlPlane:
     def flush(self, now: int) -> int:
         """Forget all idle cached blocks. Returns how many those were."""
         self._advance(now)
-        count = self._state.pool.flush()
+        count = self._state.pool.flush() + self._state.host.flush()
         self._record_event("flush", count, "")
         self._verify()
         return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from policies.host_tier import merged
 from policies.plan import Chunk, Step
 from policies.replica_state import ReplicaState
 from policies.request import Request
@@ -86,7 +87,7 @@ def finish(state: ReplicaState, step: Step, contexts: list[int]) -> None:
         state.last_launched = step.index
     out = back = 0
     if state.copies and step.runs:  # else they wait for the next one that does
-        step.copies, state.copies = state.copies, []
+        step.copies, state.copies = merged(state.copies), []
         size = state.limits.block_size
         out = size * sum(len(copy.device) for copy in step.copies if copy.out)
         back = size * sum(len(copy.device) for copy in step.copies if not copy.out)

@@ -194,6 +194,8 @@ class Draft:
         reason = self._admit(request, max_chunk, whole, hold)
         if reason is not None:
             self.plan.blocked.append((request, reason))
+            if reason in (SLOTS, TOKEN_BUDGET) and request.state is State.WAITING and self.view.fetches_ahead:
+                self.plan.fetch.append((request, "host"))
         return reason is None
 
     def _admit(self, request: Request, max_chunk: int | None, whole: bool, hold: int) -> str | None:

@@ -53,7 +53,7 @@ class Enactment:
     def run(self) -> Step:
         """Enact the whole plan."""
         state, plan = self.state, self.plan
-        if plan.pin or plan.fetch or state.pins:
+        if plan.pin or state.pins:
             self._pin()
         if plan.drop:
             self._drop()
@@ -67,6 +67,8 @@ class Enactment:
         self._decode()
         for request, num_tokens in chunks:
             self._chunk(request, num_tokens)
+        if plan.fetch:
+            self._fetch()
         if state.limits.prefix_caching:
             self._register()
         finish(state, self.step, self._contexts)
@@ -94,8 +96,6 @@ class Enactment:
             else:
                 self.step.refused.append((request, "holds no blocks any more"))
         state.lift_pins(self.now)
-        for request, _ in self.plan.fetch:
-            self.step.refused.append((request, "no tier to fetch from"))
 
     def _drop(self) -> None:
         state = self.state
@@ -236,8 +236,12 @@ class Enactment:
                 del self._hits[request_id]
                 probed = [(other, n) for other, n in probed if other is not request]
                 self._refuse(request, NO_BLOCKS)
-            elif hit.blocks:
+                continue
+            if hit.blocks:
                 state.pool.claim(hit.blocks, self.now, request)
+            if state.tier is not None:
+                state.host.claim(hit.host)
+                state.tier.hit(hit.blocks, self.now)
         return probed
 
     def _objection(self, request: Request) -> str | None:
@@ -353,18 +357,24 @@ class Enactment:
         hit = self._hits.pop(request.id, None)
         if hit is not None and hit.blocks:
             self.state.pool.release([block.id for block in hit.blocks], self.now)
+        if hit is not None and hit.host:
+            self.state.host.unclaim(hit.host)
         self._refuse(request, reason)
 
     def _admit(self, request: Request) -> None:
         state, hit = self.state, self._hits.pop(request.id)
         state.waiting_tokens -= request.num_pending_tokens
         request._blocks = [block.id for block in hit.blocks]
+        if hit.host:
+            assert state.tier is not None
+            request._blocks += state.tier.fetch(request, hit, self.now)
         request._computed = hit.num_tokens
         request._num_registered = len(hit.blocks)
         if request.first_scheduled_ns is None:
             request.first_scheduled_ns = self.now
             request.num_cached_tokens = hit.num_tokens
-        if hit.blocks:
+            request.num_fetched_tokens = len(hit.host) * state.limits.block_size
+        if hit.num_tokens:
             self.step.grown.append(request)
         self._start(request)
         self.step.admitted.append(request)
@@ -378,6 +388,17 @@ class Enactment:
         if state.grow(request, num_tokens, self.now) and (not self.step.grown or self.step.grown[-1] is not request):
             self.step.grown.append(request)
         return True
+
+    def _fetch(self) -> None:
+        """For requests that wait, into blocks that nobody holds. Nothing to fetch, or no room, is no matter."""
+        state = self.state
+        for request, where in self.plan.fetch:
+            if state.tier is None or where != "host":
+                self.step.refused.append((request, "no tier to fetch from"))
+            elif request.state is not State.WAITING or state.requests.get(request.id) is not request:
+                self.step.refused.append((request, "not waiting"))
+            else:
+                state.tier.fetch_ahead(request, self.now)
 
     def _register(self) -> None:
         """Prompt blocks are named as soon as the step that computes them is on its way: steps run in order."""

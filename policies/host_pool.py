@@ -1,12 +1,24 @@
-"""The books of the host memory tier: which of its blocks hold the KV of a swapped request, and which are free.
+"""The books of the host memory tier: which of its blocks hold the KV of a swapped request, which hold that of a cached
+prefix, by its key, and which are free.
 
-A block holds what one KV block on the device holds, of all layers. Nothing is shared or cached here: each held block is
-one swapped request's.
+A block holds what one KV block on the device holds, of all layers. Swapped requests have precedence: what they need is
+taken from the cached blocks, those first that were used longest ago.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, eq=False)
+class HostBlock:
+    """A cached block of host memory."""
+
+    id: int
+    key: bytes
+    last_used_ns: int
+    claims: int = 0  # of plans that are about to fetch it: it must not go until they have asked for the copy
 
 
 class HostPool:
@@ -18,15 +30,34 @@ class HostPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._cached: dict[bytes, HostBlock] = {}  # used longest ago first
+        self._num_claimed = 0
 
     @property
     def num_free(self) -> int:
+        """Blocks that a swapped request can have: the free ones, and the cached ones."""
+        return len(self._free) + len(self._cached) - self._num_claimed
+
+    @property
+    def num_unused(self) -> int:
+        """Free blocks without content."""
         return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that hold a cached prefix."""
+        return len(self._cached)
+
+    # Of swapped requests
 
     def allocate(self, count: int) -> list[int]:
         """`count` blocks; the caller has checked `num_free`. What was never torn apart comes in one run."""
         if not count:
             return []
+        while len(self._free) < count:
+            evicted = self._evict()
+            assert evicted is not None, "more host blocks asked for than there are"
+            self._free.append(evicted)
         taken = self._free[-count:]
         del self._free[-count:]
         taken.reverse()
@@ -36,7 +67,76 @@ class HostPool:
         """Give blocks back."""
         self._free.extend(reversed(block_ids))
 
+    # Of cached prefixes
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._cached
+
+    def keep(self, key: bytes, now: int) -> int | None:
+        """A block for the content with this key, which is not here yet; None where swapped requests hold them all."""
+        block_id = self._free.pop() if self._free else self._evict()
+        if block_id is not None:
+            self._cached[key] = HostBlock(block_id, key, now)
+        return block_id
+
+    def lookup(self, keys: Sequence[bytes], start: int) -> list[HostBlock]:
+        """The longest run of cached blocks of the chain `keys` from `start` on. Changes nothing."""
+        found = []
+        for depth in range(start, len(keys)):
+            block = self._cached.get(keys[depth])
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def claim(self, blocks: Sequence[HostBlock]) -> None:
+        """Keep these from being evicted until `unclaim`."""
+        for block in blocks:
+            self._num_claimed += block.claims == 0
+            block.claims += 1
+
+    def unclaim(self, blocks: Sequence[HostBlock]) -> None:
+        """The copies that were claimed for are asked for, or will not be made."""
+        for block in blocks:
+            block.claims -= 1
+            self._num_claimed -= block.claims == 0
+
+    def touch(self, keys: Sequence[bytes], now: int) -> None:
+        """These are used now: a chain's end is to go before its head."""
+        for key in reversed(keys):
+            block = self._cached.pop(key)
+            block.last_used_ns = now
+            self._cached[key] = block
+
+    def expire(self, since: int) -> None:
+        """Forget what was used last before this time."""
+        while self._cached:
+            block = next(iter(self._cached.values()))
+            if block.last_used_ns >= since or block.claims:
+                break
+            self._free.append(self._forget(block))
+
+    def flush(self) -> int:
+        """Forget all cached content. Returns how many blocks that frees."""
+        count = len(self._cached)
+        for block in list(self._cached.values()):
+            self._free.append(self._forget(block))
+        return count
+
+    def _evict(self) -> int | None:
+        block = next((block for block in self._cached.values() if not block.claims), None)
+        return None if block is None else self._forget(block)
+
+    def _forget(self, block: HostBlock) -> int:
+        del self._cached[block.key]
+        return block.id
+
     def check(self, held: Sequence[Sequence[int]]) -> None:
-        """Raise AssertionError unless every block is free or held, once. `held`: those of each swapped request."""
-        everywhere = [*self._free, *(block for blocks in held for block in blocks)]
+        """Raise AssertionError unless every block is free, cached or held, once. `held`: those of each swapped
+        request."""
+        cached = [block.id for block in self._cached.values()]
+        everywhere = [*self._free, *cached, *(block for blocks in held for block in blocks)]
         assert sorted(everywhere) == list(range(self.num_blocks)), "host blocks are not conserved"
+        assert not self._num_claimed, "a host block is claimed by nobody's plan"
+        used = [block.last_used_ns for block in self._cached.values()]
+        assert used == sorted(used), "host blocks are not in the order of their last use"

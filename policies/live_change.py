@@ -6,6 +6,7 @@ scheduler    `add` for every request that waits or is paused, by (arrival, id); 
 admission    `on_admit` for every request that holds memory, those that run first, in order of admission
 preemption   nothing: it only chooses
 eviction     `on_idle` for every idle block, in the order in which the old object would have let them go
+offload      nothing: what is in host memory stays there
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from policies.contract import Admission, Eviction, Scheduler
 from policies.replica_state import ReplicaState
 
-CHANGEABLE = ("scheduler", "admission", "preemption", "eviction")
+CHANGEABLE = ("scheduler", "admission", "preemption", "eviction", "offload")
 """The roles of one replica's stack. A queue sits inside its scheduler and is replaced with it."""
 
 

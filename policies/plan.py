@@ -49,7 +49,8 @@ class Plan:
     pin: list[tuple[Request, int]]
     """(request, until_ns): keep its blocks after it ends; a time that has passed lifts the pin."""
     fetch: list[tuple[Request, str]]
-    """(request, tier): bring cached blocks of a waiting request nearer."""
+    """(request, "host"): fetch now what a waiting request hits in host memory, as far as there are blocks beside
+    everything else in the plan; nobody holds them until it is admitted."""
     bundles: list[frozenset[int]]
     """Groups of request ids inside `chunks` of which all run or none."""
     wake_at: int | None
@@ -121,12 +122,14 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """KV blocks of a request on their way: out from the device's to the host's, or in from the host's, one to one."""
+    """KV blocks on their way: out from the device's to the host's, or in from the host's, one to one. They are those of
+    a request that is swapped; `cached`: of a prefix, kept on the host (for nobody yet) or fetched for who hits it."""
 
-    request: Request
+    request: Request | None
     out: bool
     device: tuple[int, ...]
     host: tuple[int, ...]
+    cached: bool = False
 
 
 _NO_WORK = StepShape()
@@ -182,6 +185,17 @@ class Step:
         return self.num_decodes > 0 or bool(self.chunks)
 
 
+class CopyTimes(NamedTuple):
+    """How long a step's copies took, of each direction for itself, and for how much of that its computation waited."""
+
+    out_ns: int = 0
+    in_ns: int = 0
+    wait_ns: int = 0
+
+
+NO_COPIES = CopyTimes()
+
+
 @dataclass(slots=True)
 class Report:
     """What became of a step. Times are nanoseconds since the run began; `end_ns` is when the host knew."""
@@ -192,3 +206,5 @@ class Report:
     device_ns: int
     finished: list[tuple[Request, State, int]] = field(default_factory=list)
     """(request, `State.STOPPED` or `State.LENGTH`, output tokens): known from what was sampled."""
+    copies: CopyTimes = NO_COPIES
+    """For the record."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from policies.contract import Recorder
-from policies.plan import Plan, Report, Step
-from policies.records import DecodeSteps, Times
+from policies.plan import NO_COPIES, CopyTimes, Plan, Report, Step
+from policies.records import DecodeSteps, Row, Times
 from policies.replica_state import ReplicaState
 from policies.request import Request, Slo, State
 from policies.shapes import StepShape
@@ -89,6 +89,7 @@ class Recording:
             runs,
             request._keys,
             moves,
+            request.num_fetched_tokens,
         ))  # fmt: skip
 
     def planned(self, plan: Plan, step: Step) -> None:
@@ -131,10 +132,12 @@ class Recording:
             len(state.paused),
             step.wake_at,
             len(state.swapped),
-            state.host.num_free,
+            state.host.num_unused,
+            *_of_prefixes(step, state),
+            state.host.num_cached,
         )
         if not step.runs:
-            row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0)
+            row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0, NO_COPIES)
             if state.last_launched == state.last_reported:
                 self._recorder.step(row)
             else:
@@ -149,16 +152,32 @@ class Recording:
         unused: Sequence[int],
         longest: Sequence[int],
         chunk: tuple[Request, int] | None,
-    ) -> None:
+        is_open: bool,
+    ) -> Row:
         """Steps that change nothing but counts (`policies.coasting`), from the one with this index, shape and decode
-        clock on: each one's times, the unused blocks after it and its longest context, and the chunk that goes on."""
+        clock on: each one's times, the unused blocks after it and its longest context, and the chunk that goes on.
+
+        `is_open`: the last one has not ended yet. Then its row is answered, for `ended_step`."""
         state = self._state
         after = (len(state.running), state.num_waiting, len(state.paused), None, 0, 0, len(state.swapped))
         row = (
             *(self._replica, index, *times[0], *first[:11], clock, 0, 0, 0, unused[0], state.pool.num_idle),
-            *(*after, state.host.num_free),
+            *(*after, state.host.num_unused, 0, 0, state.host.num_cached, *NO_COPIES),
         )
-        self._decode_steps(DecodeSteps(row, times, unused, longest, -1 if chunk is None else chunk[0].id))
+        steps = DecodeSteps(row, times, unused, longest, -1 if chunk is None else chunk[0].id)
+        if not is_open:
+            self._decode_steps(steps)
+            return row
+        if len(times) > 1:
+            self._decode_steps(steps._replace(times=times[:-1], unused=unused[:-1], longest=longest[:-1]))
+            steps = steps.without(len(times) - 1)
+        for decision in next(steps.decision_rows()):
+            self._recorder.decision(decision)
+        return steps.first
+
+    def ended_step(self, row: Row) -> None:
+        """The step with this row has come to its end."""
+        self._recorder.step(row)
 
     def _decode_steps_by_rows(self, steps: DecodeSteps) -> None:
         for decisions, step in zip(steps.decision_rows(), steps.step_rows(), strict=True):
@@ -174,7 +193,8 @@ class Recording:
 
     def reported(self, report: Report, num_finished: int) -> None:
         """The step's result is known. `num_finished`: of those that had not left before."""
-        row = self._step_row(report.step, report.launch_ns, report.end_ns, report.device_ns, num_finished)
+        times = (report.launch_ns, report.end_ns, report.device_ns)
+        row = self._step_row(report.step, *times, num_finished, report.copies)
         empty = self._empty_rows
         if empty and empty[0][1] < report.step.index:  # type: ignore[operator]
             self._flush_empty_rows()
@@ -188,9 +208,9 @@ class Recording:
         self._empty_rows.clear()
 
     def _step_row(
-        self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int
+        self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int, copies: CopyTimes
     ) -> tuple[object, ...]:
-        admitted, preempted, *after, swapped, free_host = self._plan_rows.pop(step.index)
+        admitted, preempted, *after, swapped, free_host, kept, fetched, cached = self._plan_rows.pop(step.index)
         shape = step.shape
         return (
             self._replica,
@@ -209,4 +229,19 @@ class Recording:
             shape.swapped_in,
             swapped,
             free_host,
+            kept,
+            fetched,
+            cached,
+            *copies,
         )
+
+
+def _of_prefixes(step: Step, state: ReplicaState) -> tuple[int, int]:
+    """Tokens of cached prefixes that the step's copies keep on the host, and fetch."""
+    kept = fetched = 0
+    for copy in step.copies:
+        if copy.cached and copy.out:
+            kept += len(copy.device)
+        elif copy.cached:
+            fetched += len(copy.device)
+    return kept * state.block_size, fetched * state.block_size

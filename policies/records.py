@@ -42,6 +42,7 @@ REQUESTS: dict[str, str] = {
     "decode_runs": "list<int64>",  # pairs (a, b): a token in each step with a < decode_clock <= b of the group
     "block_keys": "list<binary>",  # hash chain of its full blocks, with prefix caching
     "moves": "list<int64>",  # its stays on other replicas before the last one, five numbers each
+    "fetched_tokens": "int32",  # of `cached_tokens`, those that came from host memory
 }
 """requests.parquet, one row a request, when it ends: all that a policy was told of it, and what became of it.
 
@@ -82,7 +83,13 @@ STEPS: dict[str, str] = {
     "swapped_out": "int32",  # KV copied to host memory before the step, in tokens: whole blocks
     "swapped_in": "int32",  # the same, from host memory
     "num_swapped": "int32",  # preempted, with their blocks in host memory
-    "free_host_blocks": "int32",
+    "free_host_blocks": "int32",  # neither a swapped request's nor cached
+    "offloaded": "int32",  # of `swapped_out`, what is kept of cached prefixes
+    "fetched": "int32",  # of `swapped_in`, what was fetched of them
+    "idle_host_blocks": "int32",  # hold a cached prefix
+    "copy_out_ns": "int64",  # how long its copies took, of each direction for itself
+    "copy_in_ns": "int64",
+    "copy_wait_ns": "int64",  # for so much of that its computation waited; the rest is hidden
 }
 """steps.parquet, one row a call of plan(), steps counted from 0 on each replica.
 
@@ -93,8 +100,20 @@ ALIVE = ("num_running", "num_waiting", "num_paused", "num_swapped")
 """The columns of steps.parquet that together count the requests alive."""
 
 ADDED: dict[str, dict[str, object]] = {
-    "requests": {"moves": []},
-    "steps": {"chunk_squares": 0, "swapped_out": 0, "swapped_in": 0, "num_swapped": 0, "free_host_blocks": 0},
+    "requests": {"moves": [], "fetched_tokens": 0},
+    "steps": {
+        "chunk_squares": 0,
+        "swapped_out": 0,
+        "swapped_in": 0,
+        "num_swapped": 0,
+        "free_host_blocks": 0,
+        "offloaded": 0,
+        "fetched": 0,
+        "idle_host_blocks": 0,
+        "copy_out_ns": 0,
+        "copy_in_ns": 0,
+        "copy_wait_ns": 0,
+    },
 }
 """Table -> columns that runs of earlier versions lack, and what those would have had there; of `chunk_squares`, what a
 reader works out from the decisions."""
@@ -123,6 +142,9 @@ new policies), `hold` (plans run nothing from here on), `release`, and `flush` (
 """
 
 
+Row = tuple[object, ...]
+
+
 class DecodeSteps(NamedTuple):
     """The rows of steps in a row in which the same requests decode and nothing else happens, as one; but for a chunk of
     one prefill, as long in each of them.
@@ -132,7 +154,7 @@ class DecodeSteps(NamedTuple):
     is given them like this.
     """
 
-    first: tuple[object, ...]
+    first: Row
     times: Sequence[Times]
     unused: Sequence[int]
     longest: Sequence[int]
@@ -148,21 +170,26 @@ class DecodeSteps(NamedTuple):
             grown |= {"chunk_context": tokens, "chunk_pairs": tokens * tokens}
         return [(_AT[name], more) for name, more in grown.items()]
 
-    def step_rows(self) -> Iterator[tuple[object, ...]]:
-        """The rows of steps.parquet, one by one."""
+    def without(self, count: int) -> DecodeSteps:
+        """All but so many leading ones; one is left at least."""
         row: list[Any] = list(self.first)
-        own = zip(self.times, self.unused, self.longest, strict=True)
-        for row[_TIMES], row[_AT["free_blocks"]], row[_AT["max_context"]] in own:
-            yield tuple(row)
-            for column, more in self.growth():
-                row[column] += more
+        for column, more in self.growth():
+            row[column] += count * more
+        times, unused, longest = self.times[count:], self.unused[count:], self.longest[count:]
+        row[_TIMES], row[_AT["free_blocks"]], row[_AT["max_context"]] = times[0], unused[0], longest[0]
+        return DecodeSteps(tuple(row), times, unused, longest, self.request_id)
 
-    def decision_rows(self) -> Iterator[list[tuple[object, ...]]]:
+    def step_rows(self) -> Iterator[Row]:
+        """The rows of steps.parquet, one by one."""
+        for i in range(len(self.times)):
+            yield self.without(i).first
+
+    def decision_rows(self) -> Iterator[list[Row]]:
         """The rows of decisions.parquet, by step."""
         replica, step, *_ = self.first
         decodes, tokens = self.first[_AT["num_decodes"]], self.first[_AT["chunk_tokens"]]
         for index in range(step, step + len(self.times)):  # type: ignore[operator]
-            rows: list[tuple[object, ...]] = [(replica, index, -1, "decode", decodes, "")]
+            rows: list[Row] = [(replica, index, -1, "decode", decodes, "")]
             if tokens:
                 rows.append((replica, index, self.request_id, "chunk", tokens, ""))
             yield rows

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from policies.contract import Admission, Eviction, LengthPredictor, Preemption, Queue, Router, Scheduler
+from policies.contract import Admission, Eviction, LengthPredictor, Offload, Preemption, Queue, Router, Scheduler
 
 ENTRY_POINT_GROUP = "diptych.policies"
 ROLES: dict[str, type] = {
@@ -27,6 +27,7 @@ ROLES: dict[str, type] = {
     "admission": Admission,
     "preemption": Preemption,
     "eviction": Eviction,
+    "offload": Offload,
     "router": Router,
     "predictor": LengthPredictor,
 }
@@ -36,6 +37,7 @@ _PACKAGES = {
     "admission": "policies.admission",
     "preemption": "policies.preemption",
     "eviction": "policies.eviction",
+    "offload": "policies.offload",
     "router": "policies.routers",
     "predictor": "policies.predictors",
 }

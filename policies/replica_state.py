@@ -18,6 +18,7 @@ from policies.contract import CostModel, Hit
 from policies.decode_group import DecodeGroup
 from policies.draft import Draft
 from policies.host_pool import HostPool
+from policies.host_tier import HostTier
 from policies.plan import BlockCopy
 from policies.request import Request, State
 from policies.stack import PolicyStack
@@ -29,7 +30,8 @@ class Limits:
 
     `plan_lead_ns`: with `lag=1`, while a step with chunks runs, the next one is planned when that is expected to end
     within so long, so that what arrives meanwhile can be in it; None: at once, as while decodes alone run.
-    `num_host_blocks`: blocks of host memory for requests that are preempted with `Mode.SWAP`; 0: there is no such tier.
+    `num_host_blocks`: blocks of host memory, for requests that are preempted with `Mode.SWAP` and for cached prefixes
+    as the stack's offload policy says; 0: there is no such tier.
     """
 
     num_blocks: int
@@ -76,6 +78,10 @@ class ReplicaState:
         self.cost = cost
         self.pool = BlockPool(limits.num_blocks, limits.block_size, stack.eviction if limits.prefix_caching else None)
         self.host = HostPool(limits.num_host_blocks)
+        self.tier: HostTier | None = None  # of cached prefixes
+        if limits.num_host_blocks and limits.prefix_caching:
+            self.tier = HostTier(self)
+            self.pool.on_evict = self.tier.evicted
         self.copies: list[BlockCopy] = []  # asked for, and not in a step that runs yet
         self.requests: dict[int, Request] = {}  # alive: waiting, running, paused or swapped
         self.running: dict[int, Request] = {}
@@ -114,6 +120,10 @@ class ReplicaState:
         return self.host.num_free
 
     @property
+    def fetches_ahead(self) -> bool:
+        return self.tier is not None and self.tier.policy.fetches_ahead()
+
+    @property
     def num_decoding(self) -> int:
         return len(self.group.members) + len(self.loose)
 
@@ -141,7 +151,8 @@ class ReplicaState:
 
     def decodes_that_need_a_block(self) -> list[Request]:
         size, clock = self.block_size, self.group.clock
-        needy = [r for r in self.group.at_block_boundary() if r._computed + clock >= len(r._blocks) * size]
+        boundary = self.group.at_block_boundary()
+        needy = [r for r in boundary if r._computed + clock >= len(r._blocks) * size] if boundary else []
         if self.loose:
             needy += [r for r in self.loose.values() if r._computed >= len(r._blocks) * size]
         return needy
@@ -154,7 +165,10 @@ class ReplicaState:
         if not caches:
             return _NO_HIT
         # The last token is always computed, since its logits are what the step is for.
-        blocks = self.pool.lookup(request._keys[: (request.num_tokens - 1) // size])
+        keys = request._keys[: (request.num_tokens - 1) // size]
+        blocks = self.pool.lookup(keys)
+        if self.tier is not None and len(blocks) < len(keys) and (host := self.tier.lookup(keys, len(blocks))):
+            return Hit((len(blocks) + len(host)) * size, tuple(blocks), tuple(host))
         return Hit(len(blocks) * size, tuple(blocks))
 
     def prefix_keys(self, request: Request) -> Sequence[bytes]:
@@ -245,8 +259,10 @@ class ReplicaState:
         """Enter one full block of the request in the prefix index."""
         keys = request._keys
         parent = keys[depth - 1] if depth else None
-        self.pool.register(request._blocks[depth], keys[depth], depth, now, parent, request)
+        block = self.pool.register(request._blocks[depth], keys[depth], depth, now, parent, request)
         request._num_registered = max(request._num_registered, depth + 1)
+        if self.tier is not None and block is not None:
+            self.tier.filled(block, now)
 
     def lift_pins(self, now: int) -> None:
         """Free what ended requests held until now."""

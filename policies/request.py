@@ -77,6 +77,7 @@ class Request:
     state: State = State.WAITING
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # prefix hit at the first admission
+    num_fetched_tokens: int = 0  # those of them that came from host memory
     first_scheduled_ns: int | None = None
     first_token_ns: int | None = None
     finish_ns: int | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from policies import registry
-from policies.contract import Admission, Eviction, Preemption, Scheduler
+from policies.contract import Admission, Eviction, Offload, Preemption, Scheduler
+from policies.offload.never import Never
 from policies.queued import QueuedScheduler
 from policies.registry import PolicySpec
 
@@ -20,17 +21,20 @@ class PolicyStack:
     admission: Admission
     preemption: Preemption
     eviction: Eviction
+    offload: Offload = field(default_factory=Never)
 
     @property
     def clairvoyant(self) -> bool:
         """Whether any of them is told what a real system cannot know."""
-        roles = (self.scheduler, self.admission, self.preemption, self.eviction)
-        return any(registry.is_clairvoyant(role) for role in roles)
+        return any(registry.is_clairvoyant(role) for role in self._roles)
 
     def needs_cost(self) -> str | None:
         """The name of a policy that plans by a cost model (it says `needs_cost = True`), or None."""
-        roles = (self.scheduler, self.admission, self.preemption, self.eviction)
-        return next((type(role).__name__ for role in roles if getattr(role, "needs_cost", False)), None)
+        return next((type(role).__name__ for role in self._roles if getattr(role, "needs_cost", False)), None)
+
+    @property
+    def _roles(self) -> tuple[object, ...]:
+        return (self.scheduler, self.admission, self.preemption, self.eviction, self.offload)
 
     def ignores_reports(self) -> bool:
         """Whether `on_report` of none of them does anything."""
@@ -49,6 +53,7 @@ class StackSpec:
     admission: str = "full_prompt"
     preemption: str = "last_admitted"
     eviction: str = "lru"
+    offload: str = "never"
 
     def build(
         self,
@@ -70,6 +75,7 @@ class StackSpec:
             admission=registry.make("admission", self.admission, **context),
             preemption=registry.make("preemption", self.preemption, **context),
             eviction=registry.make("eviction", self.eviction, **context),
+            offload=registry.make("offload", self.offload, **context),
         )
 
     @property

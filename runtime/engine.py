@@ -419,7 +419,7 @@ class Engine:
         result = self._runner.collect(launched)
         self._clock.lap("wait")
         times = (launched.launched_at - self._start, result.known_at - self._start)
-        report = Report(launched.step, *times, result.device_ns)
+        report = Report(launched.step, *times, result.device_ns, copies=result.copies)
         self._stats.collected(report)
         for row, request in enumerate(result.requests):
             sequence = self._sequences.get(request.id)

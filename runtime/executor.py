@@ -15,7 +15,7 @@ from torch import Tensor
 from policies.replica_state import Limits
 from runtime.attention import AttentionShape, get_backend
 from runtime.device_state import DeviceState, StepRows
-from runtime.host_memory import HostMemory
+from runtime.host_memory import HostMemory, Made
 from runtime.kv_cache import PagedKVCache
 from runtime.model_config import ModelError
 from runtime.models.linear import check_float8
@@ -67,6 +67,7 @@ class Executor:
                 dtype=kv_dtype or loaded.model.dtype,
                 device=self.device,
             )
+        self.copies: Made | None = None  # those of the last step, if it made any
         self._host_memory: HostMemory | None = None
         if limits.num_host_blocks:
             with timed(self.startup_seconds, "host_memory"):
@@ -128,9 +129,10 @@ class Executor:
 
     def _execute(self, work: StepWork, sample: Sample | None) -> Tensor:
         rows, state, num = work.rows, self._state, len(work.rows.sampled_rows)
+        self.copies = None
         if work.copies:
             assert self._host_memory is not None, "a plan without host blocks swaps nobody"
-            self._host_memory.make(work.copies)
+            self.copies = self._host_memory.make(work.copies)
         captured = self.captured(rows, work.padded_tokens)
         padded = None if captured is None else (captured.num_seqs, captured.num_tokens)
         state.send(rows, work.arrived, work.temperature, work.keys, padded=padded)

@@ -1,28 +1,35 @@
-"""The host memory tier: where the KV blocks of swapped requests lie, and the copies to it and back.
+"""The host memory tier: where KV blocks of swapped requests and of cached prefixes lie, and the copies to it and back.
 
 A host block is one KV block of all layers, [num_layers, 2, block_size, num_kv_heads, head_dim], in one piece. In the
 device's cache the same block is 2 * num_layers pieces far apart. So a kernel packs some blocks into one buffer on the
 device, and a single copy takes them over the link, as fast as that goes; on the way back the other way round.
 
-Copies are queued where the steps are, between two of them, so that they come after all that was computed before and
-before all that is computed later; a block may then be given out again as soon as its copy is asked for. Captured graphs
-know nothing of them. On a CPU the runner's thread does the same.
+Blocks are packed and unpacked where the steps are, between two of them, so that this comes after all that was computed
+before and before all that is computed later; a block may then be given out again as soon as its copy is asked for. The
+link works beside the steps (`runtime.copy_streams`). Captured graphs know nothing of it. On a CPU the runner's thread
+makes the copies between steps.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from policies.plan import CopyTimes
+from runtime.copy_streams import CopyStreams
 from runtime.kv_cache import PagedKVCache
 from runtime.model_config import ModelError
 
 GIB = 1 << 30
 _BUFFER_BYTES = 64 << 20
 """How much is packed at once: copies of this size reach the link's full rate."""
+_BUFFERS = 8
+"""So many times as much may be on its way beside the steps of a card."""
 
 
 class Copy(Protocol):
@@ -36,6 +43,25 @@ class Copy(Protocol):
 
     @property
     def host(self) -> tuple[int, ...]: ...
+
+
+class Made(Protocol):
+    """A step's copies, made or on their way."""
+
+    def times(self) -> CopyTimes:
+        """After the step's end: how long they took."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AtOnce:
+    """Copies that steps have waited for."""
+
+    out_ns: int
+    in_ns: int
+
+    def times(self) -> CopyTimes:
+        return CopyTimes(self.out_ns, self.in_ns, self.out_ns + self.in_ns)
 
 
 class HostMemory:
@@ -71,45 +97,68 @@ class HostMemory:
             ids = torch.zeros(1, dtype=torch.int32, device=self._device)
             self._move(ids, self._packed[:1], gather=True)
             self._move(ids, self._packed[:1], gather=False)
+            self._streams = CopyStreams(self._packed, min(_BUFFERS, -(-num_blocks // self._most)))
 
     def close(self) -> None:
-        """Give the memory back. Nothing may be on its way."""
+        """Give the memory back. No step may be on its way."""
         if self._pinned:
+            self._streams.wait()
+            del self._streams
             torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr())
             self._pinned = False
         del self._host
 
-    def make(self, copies: Sequence[Copy]) -> None:
-        """Make these copies in their order: on a card, queue them on the current stream."""
+    def make(self, copies: Sequence[Copy]) -> Made:
+        """Make these copies in their order: on a card, queue them before what comes next on the current stream."""
+        return self._queue(copies) if self._pinned else self._make_at_once(copies)
+
+    def _parts(self, copy: Copy) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(device blocks, host blocks) of each buffer."""
+        for start in range(0, len(copy.device), self._most):
+            yield copy.device[start : start + self._most], copy.host[start : start + self._most]
+
+    def _make_at_once(self, copies: Sequence[Copy]) -> AtOnce:
+        pieces, took = self._pieces.transpose(0, 1), {True: 0, False: 0}
         for copy in copies:
-            for start in range(0, len(copy.device), self._most):
-                device, host = (blocks[start : start + self._most] for blocks in (copy.device, copy.host))
-                packed = self._packed[: len(device)]
-                ids = torch.tensor(device, dtype=torch.int32)
-                if self._device.type == "cuda":
-                    ids = ids.pin_memory().to(self._device, non_blocking=True)
+            begin = time.perf_counter_ns()
+            for device, host in self._parts(copy):
+                packed, ids = self._packed[: len(device)], torch.tensor(device)
                 if copy.out:
-                    self._pack(ids, packed)
-                for here, there in _runs(host):
-                    away = self._host[there]
+                    torch.index_select(pieces, 0, ids, out=packed)
+                    self._take_out(packed, host)
+                else:
+                    self._bring_in(packed, host)
+                    pieces.index_copy_(0, ids, packed)
+            took[copy.out] += time.perf_counter_ns() - begin
+        return AtOnce(took[True], took[False])
+
+    def _queue(self, copies: Sequence[Copy]) -> Made:
+        streams = self._streams
+        with streams.step() as copying:
+            for copy in copies:
+                for device, host in self._parts(copy):
+                    count = len(device)
+                    ids = torch.tensor(device, dtype=torch.int32).pin_memory().to(self._device, non_blocking=True)
+
+                    def move(buffer: Tensor, ids: Tensor = ids, count: int = count, out: bool = copy.out) -> None:
+                        self._move(ids, buffer[:count], gather=out)
+
+                    def over(buffer: Tensor, host: tuple[int, ...] = host, out: bool = copy.out) -> None:
+                        (self._take_out if out else self._bring_in)(buffer, host)
+
                     if copy.out:
-                        away.copy_(packed[here], non_blocking=True)
+                        streams.take_out(host, move, over)
                     else:
-                        packed[here].copy_(away, non_blocking=True)
-                if not copy.out:
-                    self._unpack(ids, packed)
+                        streams.bring_in(host, over, move, copying)
+        return copying
 
-    def _pack(self, ids: Tensor, packed: Tensor) -> None:
-        if self._device.type == "cuda":
-            self._move(ids, packed, gather=True)
-        else:
-            torch.index_select(self._pieces.transpose(0, 1), 0, ids, out=packed)
+    def _take_out(self, packed: Tensor, host: tuple[int, ...]) -> None:
+        for here, there in _runs(host):
+            self._host[there].copy_(packed[here], non_blocking=True)
 
-    def _unpack(self, ids: Tensor, packed: Tensor) -> None:
-        if self._device.type == "cuda":
-            self._move(ids, packed, gather=False)
-        else:
-            self._pieces.transpose(0, 1).index_copy_(0, ids.long(), packed)
+    def _bring_in(self, packed: Tensor, host: tuple[int, ...]) -> None:
+        for here, there in _runs(host):
+            packed[here].copy_(self._host[there], non_blocking=True)
 
     def _move(self, ids: Tensor, packed: Tensor, *, gather: bool) -> None:
         from runtime.kernels.swap import move_blocks  # Triton is not needed elsewhere

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from policies.control_plane import ControlPlane
-from policies.plan import BlockCopy, Mode, Step
+from policies.plan import NO_COPIES, BlockCopy, CopyTimes, Mode, Step
 from policies.replica_state import Limits
 from policies.request import Request
 from runtime.attention import AttentionShape, get_backend
 from runtime.device_state import Arrived, Ints, StepRows
 from runtime.executor import Executor
+from runtime.host_memory import Made
 from runtime.kv_cache import PagedKVCache
 from runtime.parallel.leader import Leader
+from runtime.parallel.ranks import thread_clock
 from runtime.parallel.wire import StepWork
 from runtime.sampling.batch import SamplingState
 from runtime.sampling.sampler import Logprobs, Sampler
@@ -61,6 +63,7 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs]
     device_ns: int
     known_at: int
+    copies: CopyTimes
 
     def logprobs_of(self, row: int, wanted: int | None) -> tuple[TokenLogprobs, ...]:
         """Of one row, with its `wanted` most probable tokens (-1: all): the table is as wide as the widest row's."""
@@ -98,22 +101,29 @@ class Pending(Protocol):
         """After `result`: when the step ended (`monotonic_ns`), if its turn on the device came at `began_at`."""
         ...
 
+    def copy_times(self) -> CopyTimes:
+        """After `result`: how long its copies to host memory and back took."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class OnThread:
     """A step on the runner's own thread, on a CPU."""
 
-    future: Future[tuple[Tensor, Logprobs | None, int]]
+    future: Future[tuple[Tensor, Logprobs | None, int, Made | None]]
 
     def done(self) -> bool:
         return self.future.done()
 
     def result(self) -> tuple[list[int], Logprobs | None]:
-        token_ids, logprobs, _ = self.future.result()
+        token_ids, logprobs, _, _ = self.future.result()
         return token_ids.tolist(), logprobs
 
     def ended_at(self, began_at: int) -> int:
         return self.future.result()[2]
+
+    def copy_times(self) -> CopyTimes:
+        return _times_of(self.future.result()[3])
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +134,7 @@ class OnStream:
     logprobs: Logprobs | None
     began: torch.cuda.Event
     ended: torch.cuda.Event
+    copies: Made | None
 
     def done(self) -> bool:
         return self.ended.query()
@@ -134,6 +145,13 @@ class OnStream:
 
     def ended_at(self, began_at: int) -> int:
         return began_at + round(1e6 * self.began.elapsed_time(self.ended))
+
+    def copy_times(self) -> CopyTimes:
+        return _times_of(self.copies)
+
+
+def _times_of(copies: Made | None) -> CopyTimes:
+    return NO_COPIES if copies is None else copies.times()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +216,13 @@ class ModelRunner:
         self._last_end = 0  # when the last collected step ended
         self._recent: dict[int, deque[int]] = {}  # how long the last steps with chunks took, by their padded tokens
         self._thread: ThreadPoolExecutor | None = None
+        self._computed_s: Callable[[], float] | None = None
         if device.type == "cuda":
             self._results = [torch.zeros(self._num_slots, dtype=torch.int64, pin_memory=True) for _ in range(_RESULTS)]
             self._next_result = 0
         else:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="model-runner")
+            self._computed_s = self._thread.submit(thread_clock).result()
 
     def _forget(self) -> None:
         """Nobody has a slot."""
@@ -387,9 +407,9 @@ class ModelRunner:
 
     # The step itself: on the runner's thread, or queued on the stream by the engine's
 
-    def _run(self, inputs: StepInputs) -> tuple[Tensor, Logprobs | None, int]:
+    def _run(self, inputs: StepInputs) -> tuple[Tensor, Logprobs | None, int, Made | None]:
         token_ids, logprobs = self._step(inputs)
-        return token_ids, logprobs, time.monotonic_ns()
+        return token_ids, logprobs, time.monotonic_ns(), self._executor.copies
 
     def _queue(self, inputs: StepInputs) -> OnStream:
         with torch.cuda.stream(self._executor.stream):
@@ -402,7 +422,7 @@ class ModelRunner:
             if logprobs is not None:
                 logprobs = logprobs.to_host()
             ended.record()
-        return OnStream(host, logprobs, began, ended)
+        return OnStream(host, logprobs, began, ended, self._executor.copies)
 
     @torch.inference_mode()
     def _step(self, inputs: StepInputs) -> tuple[Tensor, Logprobs | None]:
@@ -445,7 +465,8 @@ class ModelRunner:
         """Wait for a step's sampled tokens. Raises what went wrong on the device."""
         waiting = not launched.pending.done()
         try:
-            token_ids, logprobs = launched.pending.result()
+            with self._ranks.waiting(self._computed_s):
+                token_ids, logprobs = launched.pending.result()
         except Exception as error:
             raise self._ranks.explain(error) from error
         self._ranks.check()  # after a rank has failed, what comes back is nothing
@@ -459,4 +480,5 @@ class ModelRunner:
         device_ns = self._last_end - began_at
         if launched.step.chunks:
             self._recent.setdefault(launched.step.shape.padded_tokens, deque(maxlen=_RECENT)).append(device_ns)
-        return StepResult(launched.requests, token_ids, _by_row(logprobs), device_ns, known_at)
+        times = launched.pending.copy_times()
+        return StepResult(launched.requests, token_ids, _by_row(logprobs), device_ns, known_at, times)

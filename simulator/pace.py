@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from policies.plan import Step
+from policies.plan import NO_COPIES, CopyTimes, Step
 from policies.records import Times
 from policies.shapes import StepShape
+from simulator.copy_links import CopyLinks, without_copies
 from simulator.costs.base import CostModel
 from simulator.costs.history import HasHistory, History
 
@@ -18,6 +19,7 @@ class Timing(NamedTuple):
     launch_ns: int
     end_ns: int
     device_ns: int
+    copies: CopyTimes = NO_COPIES
 
 
 class Pace(Protocol):
@@ -49,59 +51,77 @@ class ComputedPace:
         self._host_free = 0
         self._device_free = 0
         self._plan_from = 0
-        self._timings: dict[int, tuple[int, int, int, int]] = {}  # launch, end, device and finish of steps in flight
+        self._links = CopyLinks(costs)
+        # Launch, end, device, finish and copies of steps in flight.
+        self._timings: dict[int, tuple[int, int, int, int, CopyTimes]] = {}
 
     def plan_at(self, index: int, now: int) -> int | None:
         return max(now, self._host_free, self._plan_from)
 
     def launch(self, step: Step, now: int) -> None:
-        prepare, device, finish = self._costs.cost(step.shape)
+        shape = step.shape
+        prepare, device, finish = self._costs.cost(shape)
         launch = self._host_free = now + prepare
-        if self._history is None:
-            self._device_free = max(launch, self._device_free) + device
-        else:
-            start, usual = self._start(launch, self._history), device
-            device = self._history.device_ns(step.shape, usual, start)
-            self._history.ran(step.shape, usual, start, device)
-            self._device_free = start + device
+        start = max(launch, self._device_free) if self._history is None else self._start(launch, self._history)
+        copies = NO_COPIES
+        if shape.swapped_out or shape.swapped_in:
+            shape = without_copies(shape)
+            device = self._costs.cost(shape).device_ns
+            copies = self._links.times(step, device, launch, start)
+        wait = copies.wait_ns
+        if self._history is not None:
+            usual = device
+            device = self._history.device_ns(shape, usual, start + wait)
+            self._history.ran(shape, usual, start + wait, device)
+        device += wait
+        self._device_free = start + device
         if self._lead is not None:
             self._plan_from = self._device_free - self._lead if step.shape.num_chunks else 0
-        self._timings[step.index] = (launch, self._device_free, device, finish)
+        self._timings[step.index] = (launch, self._device_free, device, finish, copies)
 
     def _start(self, launch: int, history: History) -> int:
         """When the device begins a step that is meant to be launched then."""
         return max(launch, self._device_free) + history.delay_ns(self._device_free - launch)
 
     def end_of(self, step: Step) -> Timing:
-        launch, end, device, _ = self._timings[step.index]
-        return Timing(launch, max(end, self._host_free), device)  # the host may still be preparing the next step
+        launch, end, device, _, copies = self._timings[step.index]
+        return Timing(launch, max(end, self._host_free), device, copies)  # the host may still prepare the next step
 
     def reported(self, step: Step, now: int) -> None:
         self._host_free = now + self._timings.pop(step.index)[3]
 
-    def coast(self, shapes: Iterator[StepShape], most: int, now: int, horizon: float, watched: bool) -> list[Times]:
+    def coast(
+        self, shapes: Iterator[StepShape], most: int, now: int, horizon: float, watched: bool, may_be_open: bool
+    ) -> tuple[list[Times], bool]:
         """With no step in flight: plan, launch and report up to `most` steps of these shapes, one after another as soon
-        as that can be. None that is planned, or if `watched` ends, at `horizon` or later."""
+        as that can be. None that is planned, or if `watched` ends, at `horizon` or later; but where the last one
+        `may_be_open`, that may end later. Whether it does."""
         cost, history, taken = self._costs.cost, self._history, []
-        plan, free = max(now, self._host_free, self._plan_from), self._device_free
-        while plan < horizon and len(taken) < most:
-            shape = next(shapes)
+        plan, free, last = max(now, self._host_free, self._plan_from), self._device_free, most - 1
+        is_open = False
+        for i, shape in enumerate(shapes):
+            if plan >= horizon:
+                break
             prepare, device, finish = cost(shape)
-            launch, usual = plan + prepare, device
+            launch = plan + prepare
             start = launch if launch > free else free
+            usual = device
             if history is not None:
                 start += history.delay_ns(free - launch)
                 device = history.device_ns(shape, usual, start)
             end = start + device
-            if watched and end >= horizon:
+            crosses = watched and end >= horizon
+            if crosses and not may_be_open:
                 break
             if history is not None:
                 history.ran(shape, usual, start, device)
             taken.append((plan, launch, end, device))
-            plan, free = end + finish, end
+            plan, free, is_open = end + finish, end, crosses
+            if crosses or i == last:
+                break
         if taken:
             self._device_free, self._host_free, self._plan_from = free, plan, 0
-        return taken
+        return taken, is_open
 
     def waits_when_idle(self) -> bool:
         return True

@@ -57,6 +57,8 @@ class SimulatedReplica:
         self._ends_of_step: dict[int, Ended] = {}
         self._in_flight: list[Step] = []
         self.now = 0  # ahead of the simulation's while nothing else happens in it
+        self._is_open = False  # whether a step that changes nothing but counts is running, until `_open_end`
+        self._open_end = 0
         self._asleep: simpy.Event | None = None
         self._expected: dict[int, Arrival] = {}  # those whose KV is being fetched
         self._cancelled: set[int] = set()  # of those
@@ -227,10 +229,16 @@ class SimulatedReplica:
             answer: Answer = None
             if isinstance(action, Deliver):
                 answer = self._take_together() if self.together else None
+                while self._is_open or (answer is None and self._has_to_wait(self._plan_at())):
+                    until = self._open_end if self._is_open else self._plan_at()
+                    yield env.timeout(until - env.now)
+                    self.now = max(self.now, until)
+                    if self._is_open:
+                        self._is_open = False
+                        self.plane.end_coast()
+                    answer = self._take_together() if self.together else None
                 plan_at = None if answer is not None else pace.plan_at(self.plane.next_step, self.now)
                 if plan_at is not None:
-                    if self._has_to_wait(plan_at):
-                        yield env.timeout(plan_at - env.now)
                     self.now = max(self.now, plan_at)
                     answer = self._repeat_or_deliver()
             elif isinstance(action, Launch):
@@ -249,6 +257,11 @@ class SimulatedReplica:
             action = send(loop, answer)
             if isinstance(answer, Report):
                 self._after_report(answer.step)
+
+    def _plan_at(self) -> int:
+        """When the next plan can be; now, where it never can."""
+        plan_at = self._pace.plan_at(self.plane.next_step, self.now)
+        return int(self._env.now) if plan_at is None else plan_at
 
     def _has_to_wait(self, time: int) -> bool:
         """Whether something else may happen in the simulation until then."""
@@ -275,14 +288,17 @@ class SimulatedReplica:
     def _take_together(self) -> list[Step] | Step | None:
         """Take the steps that are planned before anything else happens in the simulation, without its events. Those
         that the policy would plan like the last one are not asked for. Each is enacted, timed and recorded as if it had
-        been. Returns those in flight, where these are others than before; or a step that runs nothing."""
+        been. Returns those in flight, where these are others than before; or a step that runs nothing. Where the last
+        one changes nothing but counts it may be left open, until its end."""
         plane, pace, lag, taken = self.plane, self._pace, self.plane.limits.lag, False
         while True:
             horizon = self._env.peek()  # looked up each time: who ends here may have others come
             step = None
             repeats = plane.may_repeat and not (self._arrivals or self._cancellations)
             if repeats and not (lag or self._in_flight) and isinstance(pace, ComputedPace):
-                self._coast(pace, horizon)
+                self._is_open = self._coast(pace, horizon)
+                if self._is_open:
+                    return None
             plan_at = pace.plan_at(plane.next_step, self.now)
             if plan_at is None or plan_at >= horizon:
                 break
@@ -308,22 +324,25 @@ class SimulatedReplica:
                 plane.report(self._report(due, timing, self.now))
         return self._in_flight[:] if taken and self._in_flight else None
 
-    def _coast(self, pace: ComputedPace, horizon: float) -> None:
-        """The same for steps that change nothing but counts."""
+    def _coast(self, pace: ComputedPace, horizon: float) -> bool:
+        """The same for steps that change nothing but counts. Whether the last one is to be waited for."""
 
-        def time(shapes: Iterator[StepShape], most: int) -> list[Times]:
-            times = pace.coast(shapes, most, self.now, horizon, self.watched)
+        def time(shapes: Iterator[StepShape], most: int, may_be_open: bool) -> tuple[list[Times], bool]:
+            times, is_open = pace.coast(shapes, most, self.now, horizon, self.watched, may_be_open)
             if times:
-                self.now = times[-1][2]
-            return times
+                planned, _, end, _ = times[-1]
+                self.now = planned if is_open else end
+                self._open_end = end
+            return times, is_open
 
-        self.plane.coast(self._endings.next_due(), time)
+        return self.plane.coast(self._endings.next_due(), time)
 
     def _report(self, step: Step, timing: Timing, now: int) -> Report:
         """Its result is known to the host."""
         del self._in_flight[0]
         self._pace.reported(step, now)
-        return Report(step, timing.launch_ns, now, timing.device_ns, self._ends_of_step.pop(step.index))
+        ended = self._ends_of_step.pop(step.index)
+        return Report(step, timing.launch_ns, now, timing.device_ns, ended, timing.copies)
 
     def _sleep(self, wake_at: int | None) -> Generator[simpy.Event, Any, None]:
         if self._arrivals or self._cancellations:

@@ -29,14 +29,18 @@ def judged(
     tolerance: float,
 ) -> Probe:
     """A probe, of the runs of a rate and their figures. The queue is unstable where that is so of half of the runs."""
-    loads, named, unstable = [], [], 0
+    loads, named, bearable = [], [], []
     for run, figures in runs:
         each = [(objective.load(figures), str(objective)) for objective in objectives]
         load, worst = max(each, default=(0.0, ""))
         loads.append(load)
         named.append(worst)
-        unstable += not drift(run, measure.window).stable(tolerance / 2)
-    return Probe(rate, tuple(loads), 2 * unstable < len(runs), named[loads.index(max(loads))])
+        grown = drift(run, measure.window)
+        if not grown.stable(tolerance / 2):
+            bearable.append(rate * (1 - grown.share))  # by the rate that was asked for, not the one that was drawn
+    stable = 2 * len(bearable) < len(runs)
+    served = None if stable else sum(bearable) / len(bearable)
+    return Probe(rate, tuple(loads), stable, named[loads.index(max(loads))], served)
 
 
 def in_panel(

@@ -1,11 +1,16 @@
 """The search for the highest rate that will do, over anything that can be asked about a rate.
 
 First a bracket: from the first guess on in steps of a factor, of its square, of the fourth power, until one rate will
-do and one will not. Then the bracket is closed. Where both ends say by how much they meet or miss their limits, the
-next probe is where the line between them, in logarithms, crosses; a little to the side of the end that has not moved,
-so that if the line is right the bracket closes from both sides. Where two such probes have not cut the bracket to a
-quarter, it is halved: Dekker's idea, in the logarithm of the rate. The same arrivals at every rate, compressed, make
-what is asked a function and not a draw.
+do and one will not. Then the bracket is closed: the next probe is where the load would pass its limit, by the line
+between both ends; of limit / load over the rate, which is nearly straight where a delay goes with the inverse of the
+capacity that is left, and of both in logarithms, for a power of the rate; the lower one of the two, which is what an
+overload takes less time for. A little to the side of the end that has not moved, so that if the line is right the
+bracket closes from both sides; an end that has stayed counts for half each time (the Illinois method). Where two such
+probes have not halved the bracket, it is halved. The same seeds at every rate make what is asked a function of it.
+
+A queue that grows tells what the server can bear: what arrives less the growth. The capacity may be just below, so the
+next probe is; if that will do, one just above. An overload far beyond the capacity so costs two probes, not six. From a
+guess within a factor of 16 the answer is within 1% after at most 12.
 """
 
 from __future__ import annotations
@@ -32,12 +37,14 @@ class Probe:
         loads: of each repeat, the largest share of its limit that an objective took: 1 is just met.
         stable: whether the queue held, as far as can be told.
         worst: which objective that was, for tables.
+        served: where the queue grew, what the server could bear, requests a second.
     """
 
     rate: float
     loads: tuple[float, ...]
     stable: bool = True
     worst: str = ""
+    served: float | None = None
 
     @property
     def load(self) -> Interval:
@@ -118,32 +125,62 @@ def find(
     for _ in range(FURTHEST):
         if len(found.probes) == most or found.width < math.inf:
             break
-        rate = found.high / step if found.low is None and found.high is not None else (found.low or start) * step
+        if found.low is None and found.high is not None:
+            rate = _near_served(found, tolerance) or found.high / step
+        else:
+            rate = (found.low or start) * step
         found.add(ask(rounded(rate)))
         step *= step
     widths: list[float] = []
     while tolerance < found.width < math.inf and len(found.probes) < most:
         widths.append(math.log1p(found.width))
-        rate = rounded(_next(found, tolerance, slow=len(widths) > 2 and widths[-1] > widths[-3] / 4))
+        slow = len(widths) > 2 and widths[-1] > widths[-3] / 2
+        rate = rounded(_near_served(found, tolerance) or _next(found, tolerance, slow))
         if any(probe.rate == rate for probe in found.probes):
             break  # as close as rates are told apart
         found.add(ask(rate))
     return found
 
 
+def _near_served(found: Found, tolerance: float) -> float | None:
+    """A little below what an overloaded server could bear; where that is known to do, a little above, and more. None
+    where the bracket is about as close already."""
+    assert found.high is not None
+    served = found.at(found.high).served
+    if served is None:
+        return None
+    for aside in (-1, 1, 4, 16):
+        rate = served * (1 + aside * tolerance)
+        if (found.low or 0.0) * (1 + tolerance / 2) < rate < found.high / (1 + 4 * tolerance):
+            return rate
+    return None
+
+
 def _next(found: Found, tolerance: float, slow: bool) -> float:
     assert found.low is not None
     assert found.high is not None
-    low, high = math.log(found.low), math.log(found.high)
-    below, above = found.at(found.low), found.at(found.high)
-    y, to_y = _log(below.load.mean, below.stable), _log(above.load.mean, above.stable)
-    if slow or not (above.stable and y < to_y):
-        return math.exp((low + high) / 2)
-    crossing = low + (high - low) * (0 - y) / (to_y - y)
-    aside = 0.45 * math.log1p(tolerance)
-    crossing += aside if found.probes[-1].will_do else -aside
+    low, high = found.low, found.high
+    below, above = found.at(low), found.at(high)
+    middle = math.sqrt(low * high)
+    if slow or not above.stable:
+        return middle
+    last = [probe.will_do for probe in reversed(found.probes)]
+    again = next((i for i, will_do in enumerate(last) if will_do != last[0]), len(last)) - 1
+    share, other = (1.0, 2.0**-again) if last[0] else (2.0**-again, 1.0)  # an end that has stayed counts for half
+    room, lack = share * _room(below), -other * _room(above)
+    straight = low + (high - low) * room / (room + lack)
+    room, lack = -share * _log(below.load.mean, True), other * _log(above.load.mean, True)
+    power = low * (high / low) ** (room / (room + lack)) if room + lack else middle
+    crossing = min(straight, power)
+    aside = 0.45 * tolerance * crossing
+    crossing += aside if last[0] else -aside
     margin = min(aside, (high - low) / 4)
-    return math.exp(min(max(crossing, low + margin), high - margin))
+    return min(max(crossing, low + margin), high - margin)
+
+
+def _room(probe: Probe) -> float:
+    """Limit / load - 1; of a load that is far below its limit no more than a line can be drawn through."""
+    return 1 / max(probe.load.mean, 0.25) - 1
 
 
 def _log(load: float, stable: bool) -> float:

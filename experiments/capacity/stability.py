@@ -10,8 +10,10 @@ show it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from experiments.records import Run
@@ -24,10 +26,12 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How fast the number in the system grew: a share of the rate of arrivals, and its one-sided lower bound."""
+    """How fast the number in the system grew: a share of the rate of arrivals, and its one-sided lower bound; and what
+    is left of the rate, which the server could bear."""
 
     share: float
     least: float
+    served: float
 
     def stable(self, tolerance: float) -> bool:
         """Whether no growth of more than this share of the arrivals has been shown."""
@@ -37,12 +41,18 @@ class Drift:
 def drift(run: Run, window: Window) -> Drift:
     """Of a run's window; none where it has too few arrivals, or no time between them."""
     requests = run.requests
-    arrivals = np.sort(requests["arrival_ns"].to_numpy(np.int64))
-    ends = np.sort(requests["finish_ns"].dropna().to_numpy(np.int64))
+    return drift_of(
+        requests["arrival_ns"].to_numpy(np.int64), requests["finish_ns"].dropna().to_numpy(np.int64), window
+    )
+
+
+def drift_of(arrivals: NDArray[np.int64], ends: NDArray[np.int64], window: Window) -> Drift:
+    """Of arrivals and ends in nanoseconds, in any order."""
+    arrivals, ends = np.sort(arrivals), np.sort(ends)
     first, last = bounds(len(arrivals), window)
     kept = arrivals[first:last]
     if len(kept) < 2 * BATCHES or kept[-1] <= kept[0]:
-        return Drift(0.0, 0.0)
+        return Drift(0.0, 0.0, 0.0)
     present = np.arange(first, last) + 1 - np.searchsorted(ends, kept, side="right")
     seconds = (kept - kept[0]) / 1e9
     means = [(part.mean(), at.mean()) for part, at in zip(_cut(present), _cut(seconds), strict=True)]
@@ -52,8 +62,8 @@ def drift(run: Run, window: Window) -> Drift:
     rest = number - number.mean() - slope * away
     error = float(np.sqrt(rest @ rest / (BATCHES - 2) / (away @ away)))
     rate = (len(kept) - 1) / seconds[-1]
-    return Drift(slope / rate, (slope - float(stdtrit(BATCHES - 2, LEVEL)) * error) / rate)
+    return Drift(slope / rate, (slope - float(stdtrit(BATCHES - 2, LEVEL)) * error) / rate, rate - slope)
 
 
-def _cut(values: np.ndarray) -> list[np.ndarray]:
+def _cut(values: NDArray[Any]) -> list[NDArray[np.float64]]:
     return np.array_split(values.astype(np.float64), BATCHES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -31,7 +32,7 @@ def main() -> None:
 
 COMMANDS = (
     *("bench", "capacity", "demo", "look", "plotting", "profiling", "published", "running", "serving", "sweeping"),
-    *("tracing", "validating"),
+    *("tracing", "tuning", "validating"),
 )
 """Modules that add commands."""
 
@@ -43,5 +44,16 @@ def load_commands() -> None:
 
 
 def _run(args: list[str]) -> None:
+    if int(os.environ.get("RANK", "0")) and "TORCHELASTIC_RUN_ID" in os.environ:  # torch is slow to import
+        _follow()
     load_commands()  # here, where Ctrl-C may come
     app(args=args)
+
+
+def _follow() -> None:
+    """torchrun has started this process to follow the first one, which does what the command line says."""
+    from runtime.parallel import follower, torchrun
+
+    job = torchrun.job()
+    assert job is not None
+    follower.follow(job)

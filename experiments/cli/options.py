@@ -35,6 +35,7 @@ Queue = Annotated[str | None, typer.Option(help="Order of the waiting requests."
 Admission = Annotated[str | None, typer.Option(help="When memory may be promised.")]
 Preemption = Annotated[str | None, typer.Option(help="Whom to take memory from.")]
 Eviction = Annotated[str | None, typer.Option(help="Which idle cached block goes.")]
+Offload = Annotated[str | None, typer.Option(help="Which cached prefixes are kept in host memory.")]
 Router = Annotated[str | None, typer.Option(help="Which replica gets a request.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder, GGUF file, hub id or preset.")]
 TensorParallel = Annotated[
@@ -44,8 +45,8 @@ TensorParallel = Annotated[
 HostMemory = Annotated[
     float | None,
     typer.Option(
-        help="GiB of host memory for the KV of preempted requests, with --preemption NAME,mode=swap "
-        "(in blocks: --set limits.num_host_blocks=N)."
+        help="GiB of host memory for the KV of preempted requests, with --preemption NAME,mode=swap, and of "
+        "prefixes, with --offload (in blocks: --set limits.num_host_blocks=N)."
     ),
 ]
 Set = Annotated[

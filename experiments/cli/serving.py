@@ -45,6 +45,7 @@ def serve(
     admission: options.Admission = None,
     preemption: options.Preemption = None,
     eviction: options.Eviction = None,
+    offload: options.Offload = None,
     host_memory: options.HostMemory = None,
     replicas: Annotated[
         int | None, typer.Option(help="Engines, each in a process of its own, behind --router.")
@@ -160,6 +161,7 @@ def engine(
     admission: options.Admission = None,
     preemption: options.Preemption = None,
     eviction: options.Eviction = None,
+    offload: options.Offload = None,
     host_memory: options.HostMemory = None,
     seed: options.Seed = None,
     settings: options.Set = None,

@@ -70,8 +70,8 @@ def sweep(
             table = run_sweep(
                 asked,
                 folder,
-                runner=None if ray is None else _on(ray),
-                processes=processes or _cores(),
+                runner=None if ray is None else on_cluster(ray),
+                processes=processes or cores(),
                 keep_outdated=keep_outdated,
                 say=say,
             )
@@ -86,13 +86,15 @@ def sweep(
         raise typer.Exit(1)
 
 
-def _on(ray: str) -> Any:
+def on_cluster(ray: str) -> Any:
+    """What runs cells on a Ray cluster, which this process joins."""
     from experiments.sweeps.ray_cluster import connected
 
     return connected(ray)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -81,9 +81,12 @@ def read_study(name: str, reduced: bool) -> Study:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries, the second winning."""
+    """Nested dictionaries, the second winning; what is None there is left out."""
     result = dict(base)
     for key, value in over.items():
+        if value is None:
+            result.pop(key, None)
+            continue
         inner = result.get(key)
         result[key] = merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
     return result

@@ -23,12 +23,14 @@ _TIMES = ("plan_ns", "launch_ns", "end_ns", "device_ns")
 
 def steps_table(rows: Sequence[Row]) -> pa.Table:
     """Rows of steps.parquet, and such as stand for many. Raises RunError for one that does not fit."""
-    firsts = to_table("steps", [row.first if type(row) is DecodeSteps else row for row in rows])
     runs = [(i, row) for i, row in enumerate(rows) if type(row) is DecodeSteps]
     if not runs:
-        return firsts
-    of, later = _unfolded([len(row.times) if type(row) is DecodeSteps else 1 for row in rows])
-    table = firsts.take(pa.array(of))
+        return to_table("steps", rows)
+    firsts, lengths = list(rows), np.ones(len(rows), np.int64)
+    for i, run in runs:
+        firsts[i], lengths[i] = run.first, len(run.times)
+    of, later = _unfolded(lengths)
+    table = to_table("steps", firsts).take(pa.array(of))
     growth: dict[int, npt.NDArray[np.int64]] = {}
     for i, run in runs:
         for column, more in run.growth():
@@ -52,26 +54,27 @@ def steps_table(rows: Sequence[Row]) -> pa.Table:
 
 def decisions_table(rows: Sequence[Row]) -> pa.Table:
     """Rows of decisions.parquet, and such as stand for many."""
+    runs = [(i, row) for i, row in enumerate(rows) if type(row) is DecodeSteps]
+    if not runs:
+        return to_table("decisions", rows)
     firsts: list[Row] = []
-    lengths, periods = [], []  # how many steps a group of rows stands for, and how many rows each of them has
-    for row in rows:
-        group = next(row.decision_rows()) if type(row) is DecodeSteps else [row]
+    # How many steps a row stands for, and how many rows each of those has.
+    steps, rows_of = np.ones(len(rows), np.int64), np.ones(len(rows), np.int64)
+    done = 0
+    for i, run in runs:
+        group = next(run.decision_rows())
+        firsts += rows[done:i]
         firsts += group
-        lengths.append(len(row.times) if type(row) is DecodeSteps else 1)
-        periods.append(len(group))
-    table = to_table("decisions", firsts)
-    if len(firsts) == sum(lengths):
-        return table
-    steps, rows_of = np.array(lengths), np.array(periods)
-    group_of, later = _unfolded((steps * rows_of).tolist())
+        steps[i], rows_of[i], done = len(run.times), len(group), i + 1
+    table = to_table("decisions", [*firsts, *rows[done:]])
+    group_of, later = _unfolded(steps * rows_of)
     began = np.cumsum(rows_of) - rows_of
     table = table.take(pa.array(began[group_of] + later % rows_of[group_of]))
     return _set(table, "step", _values(table, "step") + later // rows_of[group_of])
 
 
-def _unfolded(lengths: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _unfolded(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Of each row of the table, what it comes from, where each stands for so many, and how many of that it follows."""
-    counts = np.array(lengths, np.int64)
     of = np.repeat(np.arange(len(counts)), counts)
     return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
 

@@ -64,18 +64,19 @@ def read_sweep(source: str | Path | Mapping[str, Any]) -> Sweep:
         content, lines = read_yaml(Path(source))
         folder = Path(source).parent
     spec = checked(SweepSpec, content, lines)
-    base, base_lines = content["base"], lines
-    prefix: tuple[str, ...] = ("base",)
-    if isinstance(base, str):
-        path = folder / base
-        if not path.is_file():
-            raise SpecError(
-                f"{lines.at(('base',))}: base: there is no file {path}; give a file of a run, or its fields"
-            )
-        base, base_lines = read_yaml(path)
-        prefix = ()
+    base, base_lines, prefix = read_base(content["base"], lines, folder)
     expansion = _Expansion(spec, base, lines, base_lines, prefix)
     return Sweep(spec, {**content, "base": base}, list(expansion.cells()))
+
+
+def read_base(base: dict[str, Any] | str, lines: Lines, folder: Path) -> tuple[dict[str, Any], Lines, tuple[str, ...]]:
+    """The run that is varied: its fields, and where they stand. A file's path is as seen from `folder`."""
+    if not isinstance(base, str):
+        return base, lines, ("base",)
+    path = folder / base
+    if not path.is_file():
+        raise SpecError(f"{lines.at(('base',))}: base: there is no file {path}; name one, or give a run's fields")
+    return *read_yaml(path), ()
 
 
 def checked(model: Any, content: Mapping[str, Any], lines: Lines) -> Any:

@@ -26,6 +26,10 @@ def _latencies(slo: dict[str, float]) -> dict[str, float]:
     return slo
 
 
+SloMs = Annotated[dict[str, Positive], AfterValidator(_latencies)]
+"""Latency -> milliseconds that no request of goodput passes."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,7 +73,7 @@ class Measure(_Part):
     """
 
     window: Window = Window()
-    slo: Annotated[dict[str, Positive], AfterValidator(_latencies)] = {}
+    slo: SloMs = {}
 
 
 class Variables(_Part):
@@ -147,7 +151,7 @@ class SweepSpec(_Part):
     panel: Literal["real", "sim", "both"] | None = None
     variables: Variables = Variables()
     window: Window = Window()
-    slo: Annotated[dict[str, Positive], AfterValidator(_latencies)] = {}
+    slo: SloMs = {}
     metrics: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     compare: str | None = None
 

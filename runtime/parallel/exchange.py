@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.parallel import torchrun
 from runtime.parallel.shard import Shard
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ LIMIT_KIB = 2048
 MAX_DRAWS = 1024
 """Rows that tokens are drawn for, at most."""
 _UNIT = 16  # bytes that loads want a row to be a multiple of
+_used = 0
+"""How often this process has connected. PyTorch pairs processes by that number, whatever group they are in."""
 
 
 def limit_bytes() -> int:
@@ -102,12 +105,20 @@ def connect(shard: Shard, hidden: int, dtype: torch.dtype, device: torch.device)
     max_rows = limit_bytes() // (row_bytes * (shard.size - 1)) if shard.size > 1 and row_bytes % _UNIT == 0 else 0
     if device.type != "cuda" or not max_rows:
         return None
+    job = torchrun.job()
+    if job is not None and not job.one_host:
+        return None
     others = [card for card in range(torch.cuda.device_count()) if card != device.index]
     able = shard.size <= 1 + len(others) and all(torch.cuda.can_device_access_peer(device, card) for card in others)
     if not _all_of_them(able, device):
         logger.info("the cards cannot write into each other's memory; NCCL makes all sums")
         return None
+    global _used
+    if _smallest(_used, device) != -_smallest(-_used, device):
+        logger.warning("a process has led other ranks before, and PyTorch pairs it with none; NCCL makes all sums")
+        return None
     inboxes: list[Tensor] = []
+    _used += 1
     try:
         inboxes = _symmetric((shard.size, 2, max_rows * row_bytes // 4 + 2 * MAX_DRAWS), shard, device)
     except Exception:
@@ -132,6 +143,10 @@ def _symmetric(shape: tuple[int, ...], shard: Shard, device: torch.device) -> li
 
 def _all_of_them(able: bool, device: torch.device) -> bool:
     """Whether all ranks are; waits until all have said so."""
-    held = torch.tensor([int(able)], device=device)
+    return bool(_smallest(int(able), device))
+
+
+def _smallest(value: int, device: torch.device) -> int:
+    held = torch.tensor([value], device=device)
     dist.all_reduce(held, dist.ReduceOp.MIN)
-    return bool(held)
+    return int(held)

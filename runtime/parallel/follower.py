@@ -1,7 +1,7 @@
 """A rank besides rank 0: does what it is told, and holds neither policies nor requests.
 
 `python -m runtime.parallel.follower ORDERS LIFE RANK SIZE DEVICE FILE`, as `runtime.parallel.leader` starts it: two
-sockets by their numbers, and the file where the ranks find each other.
+sockets by their numbers, and the file where the ranks find each other. What torchrun has started calls `follow`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 from policies.replica_state import Limits
 from runtime.executor import Executor
 from runtime.memory import profile_num_blocks
-from runtime.parallel import ranks
+from runtime.parallel import ranks, torchrun
 from runtime.parallel.ranks import Ranks
 from runtime.parallel.shard import Shard
 from runtime.parallel.wire import STEP, unpack
@@ -33,10 +34,14 @@ BEAT_S = 0.5
 
 
 class Life:
-    """The socket to rank 0 for signs of life and answers; when it closes there, this process is over."""
+    """The socket to rank 0 for signs of life and answers; when it closes there, this process is over.
+
+    A sign of life says how long the thread that makes this has computed.
+    """
 
     def __init__(self, socket: Connection) -> None:
         self._socket = socket
+        self._computed = ranks.thread_clock()
         self._lock = threading.Lock()
         threading.Thread(target=self._beat, name="life", daemon=True).start()
 
@@ -47,7 +52,7 @@ class Life:
     def _beat(self) -> None:
         try:
             while not self._socket.poll(BEAT_S):  # rank 0 never says anything here
-                self.say("beat")
+                self.say("beat", str(self._computed()))
         except OSError:
             pass
         os._exit(1)  # rank 0 is gone; the main thread may wait for it on the device
@@ -85,18 +90,36 @@ class Follower:
 
 
 def main(orders_fd: str, life_fd: str, rank: str, size: str, device_name: str, meeting_place: str) -> None:
+    _ignore_signals()
+    orders, life = Connection(int(orders_fd)), Life(Connection(int(life_fd)))
+    _serve(Shard(int(rank), int(size)), torch.device(device_name), Path(meeting_place), orders, life)
+
+
+def follow(job: torchrun.Job) -> None:
+    """Be a rank that torchrun has started, on the card that is its own by its number on this host."""
+    _ignore_signals()
+    store = job.store()
+    orders, life_socket = torchrun.find(job, store)
+    life, kind = Life(life_socket), orders.recv_bytes().decode()
+    device = torch.device(kind, job.local_rank) if kind == "cuda" else torch.device(kind)
+    _serve(Shard(job.rank, job.size), device, store, orders, life)
+
+
+def _ignore_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; rank 0 says what to do
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    orders, life = Connection(int(orders_fd)), Life(Connection(int(life_fd)))
+
+
+def _serve(shard: Shard, device: torch.device, place: Path | dist.Store, orders: Connection, life: Life) -> NoReturn:
+    """Until rank 0 closes the socket; the process ends."""
     try:
-        device = torch.device(device_name)
         life.say("done")
-        ranks.join(int(rank), int(size), device, Path(meeting_place))
-        follower = Follower(Shard(int(rank), int(size)), device)
+        ranks.join(shard.rank, shard.size, device, place)
+        follower = Follower(shard, device)
         _obey(follower, orders, life)
         follower.stop()  # a communicator does not go while there are graphs that use it
     except Exception as error:
-        logger.debug("rank %s fails", rank, exc_info=True)
+        logger.debug("rank %d fails", shard.rank, exc_info=True)
         life.say("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
         os._exit(1)  # without waiting for what will never come
     ranks.leave()

@@ -1,7 +1,8 @@
 """Rank 0's side: starts the other ranks on this host, tells them what to do, and notices when one is gone.
 
 To each of them there are two pairs of sockets. Orders go down one; the other brings signs of life up, and answers. A
-rank that dies closes both, and one that hangs falls silent. Then the others are killed, so that nobody waits for it
+rank that dies closes both, and one that is stopped falls silent. One that is stuck in the midst of a step is known by
+what it does not do: the step does not end, and nobody computes. Then the others are killed, so that nobody waits for it
 any longer, and whoever asks rank 0 for a result gets RankFailed.
 """
 
@@ -16,24 +17,30 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import connection
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from runtime.model_config import ModelError
-from runtime.parallel import ranks
+from runtime.parallel import ranks, torchrun
 from runtime.parallel.ranks import Ranks
 from runtime.parallel.shard import Shard
+from runtime.parallel.torchrun import Elsewhere
 from runtime.parallel.wire import StepWork, pack
 
 logger = logging.getLogger(__name__)
 
 SILENCE_S = 10.0
 """Without a sign of life for so long a rank counts as hanging; they come twice a second."""
+STEP_S = 0.01
+"""So much has to be computed, by anybody, for a step that does not end to be only a long one."""
 PATIENCE = 6
 """So many times as long while nothing is served yet: libraries that are being loaded may hold a process up."""
 STUCK_S = 20.0
@@ -51,22 +58,13 @@ class RankFailed(RuntimeError):
 class _Follower:
     """One of the other ranks, as rank 0 has it."""
 
-    def __init__(self, shard: Shard, device: str, meeting_place: Path, num_threads: int) -> None:
-        self.shard = shard
+    def __init__(
+        self, shard: Shard, orders: Connection, life: Connection, process: subprocess.Popen[bytes] | Elsewhere
+    ) -> None:
+        self.shard, self.orders, self.life, self.process = shard, orders, life, process
         self.heard = time.monotonic()
         self.answers = 0
-        (ours, theirs), (life, their_life) = socket.socketpair(), socket.socketpair()
-        with theirs, their_life:
-            handles = theirs.fileno(), their_life.fileno()
-            words = [*handles, shard.rank, shard.size, device, meeting_place]
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "runtime.parallel.follower", *map(str, words)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=handles,
-                env={**os.environ, "OMP_NUM_THREADS": str(num_threads), "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
-        self.orders = connection.Connection(ours.detach())
-        self.life = connection.Connection(life.detach())
+        self.computed = 0.0
 
     def fate(self) -> str:
         """How the process has ended, which it is about to have."""
@@ -77,19 +75,61 @@ class _Follower:
         return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
 
 
+def _start(shard: Shard, device: str, meeting_place: Path, num_threads: int) -> _Follower:
+    """On this host."""
+    (ours, theirs), (life, their_life) = socket.socketpair(), socket.socketpair()
+    with theirs, their_life:
+        handles = theirs.fileno(), their_life.fileno()
+        words = [*handles, shard.rank, shard.size, device, meeting_place]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "runtime.parallel.follower", *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=handles,
+            env={**os.environ, "OMP_NUM_THREADS": str(num_threads), "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+    return _Follower(shard, Connection(ours.detach()), Connection(life.detach()), process)
+
+
+def _meet(job: torchrun.Job, store: dist.Store) -> list[_Follower]:
+    """Those that torchrun has started."""
+    links = enumerate(torchrun.meet(job, store), start=1)
+    return [_Follower(Shard(rank, job.size), *both, Elsewhere(*both)) for rank, both in links]
+
+
+class _Step:
+    """A step whose result rank 0 waits for."""
+
+    def __init__(self, since: float, computed: Callable[[], float]) -> None:
+        self.since = since  # nobody has computed
+        self._computed = computed
+        self._total = 0.0
+
+    def moves(self, followers: list[_Follower]) -> bool:
+        """Whether anybody has computed since this was last so."""
+        total = self._computed() + sum(follower.computed for follower in followers)
+        if total - self._total < STEP_S:
+            return False
+        self._total = total
+        return True
+
+
 class Leader(Ranks):
     """Rank 0 of a model, and the processes of the others. Use as a context manager, or `close()` it.
 
     Args:
-        size: how many ranks there are; the others are started here, on this host.
+        size: how many ranks there are; the others are started here, on this host, unless torchrun has started them.
         device: rank 0's; rank r of a card's model has the card r places after it.
         silence_s: after which a rank without a sign of life counts as hanging.
     """
 
     def __init__(self, size: int, device: torch.device | str, *, silence_s: float = SILENCE_S) -> None:
         super().__init__(Shard(0, size))
-        device = torch.device(device)
-        if device.type == "cuda":
+        device, job = torch.device(device), torchrun.job()
+        if job is not None:
+            if (job.rank, job.size) != (0, size):
+                raise ModelError(f"torchrun has started {job.size} ranks; write --tensor-parallel {job.size}")
+            devices = [torch.device("cuda", job.local_rank) if device.type == "cuda" else device]
+        elif device.type == "cuda":
             first = device.index or 0
             if first + size > torch.cuda.device_count():
                 raise ModelError(
@@ -107,12 +147,20 @@ class Leader(Ranks):
         self._calls = 0
         self.serving = False
         """Whether steps may be on their way: then somebody looks for failures."""
+        self._step: _Step | None = None  # that is waited for
         self.on_failure: Callable[[], None] = lambda: None
         """Called when a rank has failed, on a thread of ours."""
         self._folder = tempfile.TemporaryDirectory(prefix="diptych-ranks-", ignore_cleanup_errors=True)
-        place = Path(self._folder.name) / "store"
-        threads = max(1, torch.get_num_threads() // size)
-        self.followers = [_Follower(Shard(rank, size), str(devices[rank]), place, threads) for rank in range(1, size)]
+        place: Path | dist.Store
+        if job is None:
+            place = Path(self._folder.name) / "store"
+            threads = max(1, torch.get_num_threads() // size)
+            self.followers = [_start(Shard(rank, size), str(devices[rank]), place, threads) for rank in range(1, size)]
+        else:
+            place = job.store()
+            self.followers = _meet(job, place)
+            for follower in self.followers:
+                follower.orders.send_bytes(device.type.encode())
         self._watching = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._watching.start()
         try:
@@ -156,6 +204,17 @@ class Leader(Ranks):
             self._changed.wait_for(lambda: self._failure is not None or all(f.answers > number for f in self.followers))
         self.check()
 
+    @contextmanager
+    def waiting(self, computed: Callable[[], float] | None) -> Iterator[None]:
+        """While rank 0 waits for the result of a step, from inside. `computed`: seconds that its own thread has
+        computed, on a CPU; on a card there is none.
+        """
+        self._step = _Step(time.monotonic(), computed or (lambda: 0.0))
+        try:
+            yield
+        finally:
+            self._step = None
+
     # Failures
 
     @property
@@ -187,6 +246,8 @@ class Leader(Ranks):
                     self._hear(follower, follower.life.recv())
                 except (EOFError, OSError):
                     del by_life[follower.life]
+                    if isinstance(follower.process, Elsewhere):
+                        follower.process.gone.set()
                     self.fail(f"rank {follower.shard.rank} {follower.fate()}")
             with self._changed:
                 if self._closed and not by_life:
@@ -198,11 +259,21 @@ class Leader(Ranks):
                     follower.heard = now  # it is this process that was held up
                 if now - follower.heard > limit and follower.answers:
                     self.fail(f"rank {follower.shard.rank} has given no sign of life for {limit:g} s and was killed")
+            step = self._step
+            if step is not None:
+                if now - before > self._silence_s / 2 or step.moves(self.followers):
+                    step.since = now
+                if now - step.since > self._silence_s:
+                    self.fail(
+                        f"ranks are stuck: a step has not ended, and nobody has computed for {self._silence_s:g} s"
+                    )
 
     def _hear(self, follower: _Follower, message: tuple[str, str]) -> None:
         follower.heard = time.monotonic()
         kind, text = message
-        if kind == "failed":
+        if kind == "beat":
+            follower.computed = float(text)
+        elif kind == "failed":
             self.fail(f"rank {follower.shard.rank}: {text}")
         elif kind == "done":
             with self._changed:

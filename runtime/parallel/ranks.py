@@ -5,6 +5,10 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.parallel import torchrun
 from runtime.parallel.exchange import Exchange, connect
 from runtime.parallel.shard import Shard
 
@@ -47,6 +52,10 @@ class Ranks:
     def explain(self, error: BaseException) -> BaseException:
         """What is to be raised for an error on this rank."""
         return error
+
+    def waiting(self, computed: Callable[[], float] | None) -> AbstractContextManager[None]:
+        """While the result of a step is waited for; see `runtime.parallel.leader`."""
+        return nullcontext()
 
     def close(self) -> None:
         """End the other ranks, where they are this one's."""
@@ -109,9 +118,18 @@ class Ranks:
         return int(held)
 
 
-def join(rank: int, size: int, device: torch.device, meeting_place: Path) -> None:
-    """Find the other ranks by a file on this host: NCCL between cards, gloo elsewhere."""
+def thread_clock() -> Callable[[], float]:
+    """Seconds that the calling thread has computed, to be asked for on any thread as long as it lives."""
+    if hasattr(time, "pthread_getcpuclockid"):
+        clock = time.pthread_getcpuclockid(threading.get_ident())
+        return lambda: time.clock_gettime(clock)
+    return time.process_time  # of all threads, where there is no clock of each
+
+
+def join(rank: int, size: int, device: torch.device, meeting_place: Path | dist.Store) -> None:
+    """Find the other ranks by a file on this host, or by a store for several: NCCL between cards, gloo elsewhere."""
     options: dict[str, Any] = {}
+    job = torchrun.job()
     if device.type == "cuda":
         # NVLink SHARP's multicast objects belong to a whole host: a process that dies with them may leave its cards,
         # and other people's, unusable. Decodes' sums are small, and gain little by them.
@@ -119,11 +137,11 @@ def join(rank: int, size: int, device: torch.device, meeting_place: Path) -> Non
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         torch.cuda.set_device(device)
         options["device_id"] = device
-    elif os.path.exists("/sys/class/net/lo"):
+    elif (job is None or job.one_host) and os.path.exists("/sys/class/net/lo"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(str(meeting_place), size),
+        store=dist.FileStore(str(meeting_place), size) if isinstance(meeting_place, Path) else meeting_place,
         rank=rank,
         world_size=size,
         timeout=datetime.timedelta(seconds=TIMEOUT_S),

@@ -356,6 +356,7 @@ class PoliciesBody(Body):
     admission: str | None = None
     preemption: str | None = None
     eviction: str | None = None
+    offload: str | None = None
     router: str | None = None
 
     @model_validator(mode="after")

@@ -121,13 +121,14 @@ class DelayFit(_Part):
 
 
 class SwapFit(_Part):
-    """What copying KV to host memory and back adds to a step: nanoseconds a step that copies in one direction, and a
-    token of KV in each."""
+    """What copying KV to host memory and back takes: nanoseconds a step that copies in one direction, and a token of KV
+    in each. `overlaps`: it was seen to go on beside the steps; else a step takes as much longer."""
 
     num_samples: int = Field(ge=1)
     copies: Coefficient
     swapped_out: Coefficient
     swapped_in: Coefficient
+    overlaps: bool = False
 
 
 class MeasuredRange(_Part):

@@ -148,6 +148,11 @@ class FittedCost:
         return measured is not None and measured.holds(shape)
 
     @property
+    def overlaps_copies(self) -> bool:
+        """Whether copies to host memory and back are made beside the steps (`simulator.copy_links`)."""
+        return self._swap is not None and self._swap.overlaps
+
+    @property
     def prices_swaps(self) -> bool:
         """Whether copies to host memory and back were measured."""
         return self._swap is not None

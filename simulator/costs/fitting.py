@@ -14,6 +14,7 @@ from statistics import median
 import numpy as np
 from pydantic import JsonValue
 
+from policies.plan import NO_COPIES
 from policies.shapes import StepShape
 from simulator.costs.base import Regime, regime
 from simulator.costs.calibration import (
@@ -66,7 +67,9 @@ def fit(samples: Sequence[StepSample], provenance: Mapping[str, JsonValue] | Non
             model = _model(points, {}, corrections)
             found = fit_load(model, samples, time_constant_ns=corrections.load.time_constant_ns) or corrections
     held_out = _held_out_errors(points, corrections)
-    swap = _swap_fit(model, _points([sample for sample in samples if _swaps(sample.shape)]), corrections)
+    swapping = [sample for sample in samples if _swaps(sample.shape)]
+    timed = any(sample.copies != NO_COPIES for sample in swapping)  # earlier measurements did not time copies
+    swap = _link_fit(swapping) if timed else _swap_fit(model, _points(swapping), corrections)
     return FittedCost(
         model.calibration.model_copy(
             update={
@@ -81,6 +84,27 @@ def fit(samples: Sequence[StepSample], provenance: Mapping[str, JsonValue] | Non
 
 def _swaps(shape: StepShape) -> bool:
     return bool(shape.swapped_out or shape.swapped_in)
+
+
+def _link_fit(samples: Sequence[StepSample]) -> SwapFit | None:
+    """Prices of copies from how long they took themselves; they are made beside the steps where those have waited for
+    less than that. Copies out may have been counted with a later step's, and then neither counts. None where fewer than
+    MIN_SWAPS amounts were measured."""
+    sizes, times = [], []
+    for sample in samples:
+        out, back = sample.shape.swapped_out, sample.shape.swapped_in
+        if out and sample.copies.out_ns:
+            sizes.append((1.0, float(out), 0.0))
+            times.append(float(sample.copies.out_ns))
+        if back:
+            sizes.append((1.0, 0.0, float(back)))
+            times.append(float(sample.copies.in_ns))
+    if len(set(sizes)) < MIN_SWAPS:
+        return None
+    copies, out_ns, in_ns = robust_nnls(np.array(sizes), times, [1] * len(times))
+    waited = sum(sample.copies.wait_ns for sample in samples)
+    overlaps = waited < 0.9 * sum(sample.copies.out_ns + sample.copies.in_ns for sample in samples)
+    return SwapFit(num_samples=len(times), copies=copies, swapped_out=out_ns, swapped_in=in_ns, overlaps=overlaps)
 
 
 def _swap_fit(model: FittedCost, points: Sequence[_Point], corrections: Corrections) -> SwapFit | None:

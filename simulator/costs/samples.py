@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from policies.plan import NO_COPIES, CopyTimes
 from policies.records import ADDED
 from policies.shapes import StepShape
 
 _SIZES = StepShape._fields
-_COLUMNS = ("plan_ns", "launch_ns", "end_ns", "device_ns", *_SIZES)
+_COPIES = ("copy_out_ns", "copy_in_ns", "copy_wait_ns")
+_COLUMNS = ("plan_ns", "launch_ns", "end_ns", "device_ns", *_SIZES, *_COPIES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class StepSample:
         waited: whether the host was waiting for its end, which is known exactly then. A late host knows only that it
             has ended.
         serving: whether requests came as to a server, rather than in rounds that begin and end together.
+        copies: how long its copies to host memory and back took.
     """
 
     shape: StepShape
@@ -33,6 +36,7 @@ class StepSample:
     started_ns: int | None = None
     waited: bool = True
     serving: bool = False
+    copies: CopyTimes = NO_COPIES
 
 
 def samples_from_steps(steps: Mapping[str, Any], serving_from_ns: int | None = None) -> list[StepSample]:
@@ -62,10 +66,19 @@ def samples_from_steps(steps: Mapping[str, Any], serving_from_ns: int | None = N
     started, waited = _began(columns, replica, ran)
     serving = columns["plan_ns"][ran] >= (np.inf if serving_from_ns is None else serving_from_ns)
     sizes = zip(*(columns[name][ran].tolist() for name in _SIZES), strict=True)
-    times = (columns["device_ns"][ran], finish[ran], started, waited, serving)
+    times = (
+        columns["device_ns"][ran],
+        finish[ran],
+        started,
+        waited,
+        serving,
+        *(columns[name][ran] for name in _COPIES),
+    )
     return [
-        StepSample(StepShape(*row), before, device, None if after < 0 else after, *rest)
-        for row, before, (device, after, *rest) in zip(
+        StepSample(
+            StepShape(*row), before, device, None if after < 0 else after, begin, exact, serves, CopyTimes(*copied)
+        )
+        for row, before, (device, after, begin, exact, serves, *copied) in zip(
             sizes, prepare, zip(*(column.tolist() for column in times), strict=True), strict=True
         )
     ]

@@ -18,6 +18,7 @@ from experiments.records.earlier import with_squares
 from experiments.replaying import replay_run
 from experiments.simulated import make_costs, run_simulated, simulated_limits
 from experiments.spec import CostSpec, RunSpec, SpecError, check_spec
+from experiments.workloads import Workload
 from policies.records import ADDED
 from simulator.costs import FittedCost
 from tests.experiments.command import diptych
@@ -40,7 +41,7 @@ def spec(lag: int = 1, preemption: str = "last_admitted,mode=swap", **more: Any)
         {
             "workload": {"name": "fixed", "n": 1},
             "model": {"source": "tiny", "load_format": "dummy"},
-            "policies": {"preemption": preemption},
+            "policies": {"preemption": preemption, **more.pop("policies", {})},
             "limits": {name: value for name, value in limits.items() if value is not None},
             **more,
         }
@@ -62,8 +63,7 @@ def check(run: Run, folder: Path) -> None:
     assert run.steps["free_host_blocks"].iloc[-1] == 40
 
 
-@pytest.mark.parametrize("caching", [False, True])
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(("lag", "caching"), [(0, True), (1, False)])
 def test_a_real_run_with_swaps_replays_without_a_divergence(lag: int, caching: bool, tmp_path: Path) -> None:
     given = spec(lag, limits={"prefix_caching": caching})
     run_real(given, tmp_path / "real", workload=_workload(3), check=True)
@@ -76,6 +76,37 @@ def test_a_run_that_swaps_what_is_cheaper_replays_with_the_same_costs(tmp_path: 
     check(read_run(tmp_path / "real"), tmp_path / "replay")
     run_simulated(given, tmp_path / "sim", workload=_workload(3), check=True)
     check(read_run(tmp_path / "sim"), tmp_path / "resim")
+
+
+def test_runs_with_prefixes_in_host_memory_replay_and_say_what_was_moved_in_both_panels(tmp_path: Path) -> None:
+    """Four prompts again and again, more than the device has room for."""
+    shared = [tuple(range(100 * (i % 4), 100 * (i % 4) + 6)) for i in range(24)]
+    output = [3 + i % 5 for i in range(24)]
+    workload = Workload(
+        [40_000_000 * (i // 4) for i in range(24)], [96 + i % 9 for i in range(24)], output, output, hash_ids=shared,
+        hash_block=16,
+    )  # fmt: skip
+    given = spec(
+        policies={"offload": "write_back,ahead=true"}, cost=CONSTANT, limits={"num_blocks": 18, "max_model_len": 150}
+    )
+    run_real(given, tmp_path / "real", workload=workload, check=True)
+    run_simulated(given, tmp_path / "sim", workload=workload, check=True)
+    for name in ("real", "sim"):
+        run = read_run(tmp_path / name)
+        replay_run(run, tmp_path / f"{name}-replay", check=True)
+        replayed = read_run(tmp_path / f"{name}-replay")
+        assert diff_decisions(run, replayed) is None
+        assert run.steps.equals(replayed.steps)
+        figures, steps = summarize(run), run.steps
+        moved = (steps["swapped_out"] - steps["offloaded"]).sum() // 16
+        assert figures["swapped_blocks_out"] == moved
+        assert figures["offloaded_blocks"] == steps["offloaded"].sum() // 16 > 0
+        assert figures["copy_out_ms"] * 1e6 == pytest.approx(steps["copy_out_ns"].sum())
+        assert (steps["copy_wait_ns"] <= steps["copy_out_ns"] + steps["copy_in_ns"]).all()
+        assert figures["fetched_token_share"] == run.requests["fetched_tokens"].sum() / workload.prompt_tokens.sum()
+        held = steps["free_host_blocks"] + steps["idle_host_blocks"]
+        assert held.iloc[-1] == 40
+        assert (run.requests["fetched_tokens"] <= run.requests["cached_tokens"]).all()
 
 
 def test_a_run_of_an_earlier_version_reads_as_one_of_this_one(tmp_path: Path) -> None:
@@ -109,6 +140,9 @@ def test_host_memory_is_given_in_blocks_or_in_gibibytes() -> None:
     assert simulated_limits(gib, costs).num_host_blocks == 128
     with pytest.raises(SpecError, match=r"only a roofline knows a block's bytes"):
         simulated_limits(gib, make_costs(CostSpec(**CONSTANT)))
+    offloading = spec(policies={"offload": "write_back"}, limits={"num_host_blocks": None})
+    with pytest.raises(SpecError, match="write_back keeps prefixes in host memory; give some with --host-memory GIB"):
+        simulated_limits(offloading, costs)
     with pytest.raises(SpecError, match="give num_host_blocks or host_memory_gib, not both"):
         spec(limits={"host_memory_gib": 1})
     with pytest.raises(SpecError, match=r"blocks of host memory need 128\.0 GiB, and this machine has"):

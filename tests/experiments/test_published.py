@@ -15,6 +15,7 @@ from experiments.spec import SpecError
 PAGE = Path(__file__).parents[2] / "docs" / "published.md"
 DIFFERS = {
     "sarathi": {"By up to 2.6 times, with a 7B model on one A100"},  # capacities are found to 60 % only
+    "vidur": {"Taking one trace's best for another costs up to twice as much"},  # among three configurations
     "mooncake": {  # the generator in place of the trace has 34 %
         "Of the hits that an endless cache has, one of 3 million tokens has a part (conversation trace, LRU)"
     },

@@ -145,8 +145,13 @@ def fitted() -> FittedCost:
 
 @pytest.mark.parametrize(
     "costs",
-    [make_costs(CostSpec()), make_costs(CostSpec(kind="constant", step_ms=3)), fitted()],
-    ids=["roofline", "constant", "fitted"],
+    [
+        make_costs(CostSpec()),
+        make_costs(CostSpec(tensor_parallel=4)),
+        make_costs(CostSpec(kind="constant", step_ms=3)),
+        fitted(),
+    ],
+    ids=["roofline", "of four devices", "constant", "fitted"],
 )
 def test_a_cost_model_is_made_again_from_its_description(costs: CostModel) -> None:
     again = costs_as_described(costs.describe())
@@ -167,11 +172,13 @@ def test_graphs_are_captured_at_the_sizes_given_else_at_the_calibrations() -> No
 
 
 def test_a_larger_share_of_a_devices_memory_holds_more_blocks() -> None:
-    def num_blocks(share: float | None) -> int:
+    def num_blocks(share: float | None, devices: int = 1) -> int:
         spec = check_spec({"workload": {"name": "fixed", "n": 1}, "limits": {"memory_share": share}})
-        return simulated_limits(spec, make_costs(CostSpec())).num_blocks
+        return simulated_limits(spec, make_costs(CostSpec(tensor_parallel=devices))).num_blocks
 
     assert num_blocks(0.8) < num_blocks(None) == num_blocks(0.9)
+    more = num_blocks(None, 2) - num_blocks(None)  # another device of 80 GB, and no further copy of the weights
+    assert more == pytest.approx(0.9 * 80e9 / 2**21, abs=1)
 
 
 def test_a_replay_needs_no_file_but_the_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 
 from policies.admission.watermark import Watermark
-from policies.contract import View
+from policies.contract import CostModel, View
 from policies.control_plane import ControlPlane
 from policies.eviction.lru import Lru
 from policies.plan import Plan, Report, Step
 from policies.preemption.last_admitted import LastAdmitted
 from policies.prefix import block_keys
+from policies.registry import make
 from policies.replica_state import Limits
 from policies.request import Request, State
 from policies.stack import PolicyStack
@@ -48,12 +49,14 @@ class ByHand:
 class Desk:
     """A control plane that is fed one plan at a time; every step takes 10 ns."""
 
-    def __init__(self, limits: Limits, *, watermark: float = 0.0) -> None:
+    def __init__(
+        self, limits: Limits, *, watermark: float = 0.0, offload: str = "never", cost: CostModel | None = None
+    ) -> None:
         self.scheduler = ByHand()
-        stack = PolicyStack(self.scheduler, Watermark(watermark), LastAdmitted(), Lru())
+        stack = PolicyStack(self.scheduler, Watermark(watermark), LastAdmitted(), Lru(), make("offload", offload))
         self.log = Log()
         self.ended: list[Request] = []
-        self.plane = ControlPlane(limits, stack, recorder=self.log, on_end=self.ended.append, check=True)
+        self.plane = ControlPlane(limits, stack, cost=cost, recorder=self.log, on_end=self.ended.append, check=True)
         self.now = 0
         self._next_id = 0
 

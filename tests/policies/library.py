@@ -65,7 +65,8 @@ def stacks(role: str) -> list[StackSpec]:
     return made + MORE.get(role, [])
 
 
-EVERY = [stack for role in ("scheduler", "queue", "admission", "preemption", "eviction") for stack in stacks(role)]
+ROLES = ("scheduler", "queue", "admission", "preemption", "eviction", "offload")
+EVERY = [stack for role in ROLES for stack in stacks(role) if role != "offload" or stack.offload != "never"]
 EVERY += [StackSpec(queue=f"sjf,predictor={name}") for name in registry.names("predictor")]
 
 

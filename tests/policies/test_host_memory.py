@@ -202,14 +202,15 @@ def test_no_admission_takes_what_is_promised_to_a_request_that_comes_back() -> N
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_whatever_is_drafted_is_enacted_and_every_token_computes_on_its_own_context(data: st.DataObject) -> None:
-    """Swap, pause, recompute, resume, run, admit, cancel at random, with shared prefixes and either lag."""
+    """Swap, pause, recompute, resume, run, admit, cancel at random, shared prefixes (on the host too), either lag."""
     lag = data.draw(st.sampled_from([0, 1]), label="lag")
     limits = Limits(
         data.draw(st.integers(8, 14), label="blocks"), 4, 4, 24, 32, lag=lag,
         prefix_caching=data.draw(st.booleans(), label="caching"),
         num_host_blocks=data.draw(st.sampled_from([3, 8, 40]), label="host"),
     )  # fmt: skip
-    desk, model = Desk(limits), KvModel(4)
+    offload = data.draw(st.sampled_from(["never", "write_back", "write_through", "after_hits"]), label="offload")
+    desk, model = Desk(limits, offload=offload), KvModel(4)
     requests = drawn(data, desk)
 
     def plan(view: View, now: int) -> Plan:
@@ -237,6 +238,8 @@ def test_whatever_is_drafted_is_enacted_and_every_token_computes_on_its_own_cont
         for request in list(desk.scheduler.queue):
             if request.id not in named and data.draw(st.booleans(), label=f"admit {request}"):
                 draft.admit(request, max_chunk=data.draw(st.sampled_from([None, 5])))
+            elif limits.prefix_caching and request.state is State.WAITING and request.id not in named:
+                draft.plan.fetch.append((request, "host"))
         return draft.finish()
 
     desk.scheduler.answer = plan

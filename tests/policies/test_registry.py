@@ -115,6 +115,7 @@ def test_a_stack_spells_its_policies_in_one_way() -> None:
         "admission": "full_prompt",
         "preemption": "last_admitted",
         "eviction": "lru",
+        "offload": "never",
     }
 
 

@@ -6,15 +6,21 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from experiments.divergence import diff_decisions
 from experiments.records import RunWriter, read_run, run_info
 from experiments.replaying import replay_run
+from policies.plan import BlockCopy
 from policies.replica_state import Limits
 from policies.stack import StackSpec
+from runtime import host_memory
 from runtime.engine import Engine
+from runtime.host_memory import HostMemory
+from runtime.kv_cache import PagedKVCache
+from runtime.model_config import ModelConfig
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Completion
 from runtime.weights import LoadedModel, default_model, load_model
@@ -98,6 +104,58 @@ def test_tokens_survive_swapping_to_pinned_memory_with_and_without_graphs(
         found = [completion.token_ids for (completion,) in engine.generate(PROMPTS, params)]
         assert engine.call(lambda plane, now: engine.stats().num_preemptions).result() > 0
     assert found == greedy
+
+
+@pytest.mark.parametrize("offload", ["write_back", "write_through", "after_hits,hits=1,ahead=true"])
+@pytest.mark.parametrize("sizes", [(), (1, 2, 4, 8)])
+def test_tokens_survive_prefixes_that_come_back_from_pinned_memory(
+    sizes: tuple[int, ...], offload: str, on_card: LoadedModel, greedy: list[tuple[int, ...]]
+) -> None:
+    limits = replace(TIGHT, lag=1, num_host_blocks=120, capture_sizes=sizes, mixed_capture_sizes=sizes and (64,))
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    stack = StackSpec(preemption="last_admitted,mode=swap", offload=offload).build()
+    with Engine(on_card, limits, stack, check=True) as engine:
+        for _ in range(3):
+            assert [completion.token_ids for (completion,) in engine.generate(PROMPTS, params)] == greedy
+        hosts = engine.call(lambda plane, now: plane.view.num_host_blocks).result()
+    assert hosts == 120
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 8])
+def test_copies_beside_the_steps_are_as_if_they_were_made_in_their_order(
+    buffers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the CPU's, which makes them at once; steps write blocks in between, and host blocks go round fast."""
+    config, rng = ModelConfig(64, 8, 3, 2, 2, 16, 8, 64), np.random.default_rng(buffers)
+    caches = [PagedKVCache(config, 40, 16, dtype=torch.float32, device=device) for device in ("cpu", "cuda")]
+    caches[0].blocks.uniform_(generator=torch.Generator().manual_seed(1))
+    caches[1].blocks.copy_(caches[0].blocks)
+    block_bytes = caches[0].blocks[:, :, 0].numel() * 4
+    monkeypatch.setattr(host_memory, "_BUFFER_BYTES", 3 * block_bytes)
+    monkeypatch.setattr(host_memory, "_BUFFERS", buffers)
+    hosts, stream = [HostMemory(cache, 24) for cache in caches], torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    everywhere = [BlockCopy(None, True, tuple(range(24)), tuple(range(24)))]
+    hosts[0].make(everywhere)
+    with torch.cuda.stream(stream):
+        hosts[1].make(everywhere)
+    for step in range(150):
+        copies = []
+        for _ in range(rng.integers(0, 4)):
+            count = int(rng.integers(1, 10))
+            device, host = (tuple(rng.permutation(most)[:count].tolist()) for most in (40, 24))
+            copies.append(BlockCopy(None, bool(rng.integers(2)), device, host))
+        written = rng.permutation(40)[:4].tolist()
+        hosts[0].make(copies)
+        caches[0].blocks[:, :, written] = float(step)
+        with torch.cuda.stream(stream):
+            made = hosts[1].make(copies)
+            caches[1].blocks[:, :, written] = float(step)
+    torch.cuda.synchronize()
+    assert torch.equal(caches[1].blocks.cpu(), caches[0].blocks)
+    out_ns, in_ns, wait_ns = made.times()
+    assert min(out_ns, in_ns, wait_ns) >= 0
+    hosts[1].close()
 
 
 def test_half_precision_serves(on_cpu: LoadedModel) -> None:

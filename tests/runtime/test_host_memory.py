@@ -32,8 +32,7 @@ def run(prompts: list[list[int]], preemption: str, **limits: Any) -> tuple[list[
         return tokens_of(engine.generate(prompts, greedy(TOKENS))), rows
 
 
-@pytest.mark.parametrize("caching", [False, True])
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(("lag", "caching"), [(0, False), (1, True)])
 def test_greedy_tokens_are_the_same_with_memory_ample_recomputed_and_swapped(lag: int, caching: bool) -> None:
     prompts = ALIKE if caching else PROMPTS
     shared: dict[str, Any] = {"lag": lag, "prefix_caching": caching}

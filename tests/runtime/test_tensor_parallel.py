@@ -18,8 +18,8 @@ from policies.stack import StackSpec
 from runtime.engine import Engine, EngineDead
 from runtime.parallel.leader import Leader
 from runtime.sampling.params import SamplingParams
-from runtime.weights import LoadedModel, load_model
-from tests.runtime.engines import Listener, Rows, greedy, serve, submit_together, tokens_of, transformers_model
+from runtime.weights import DEFAULT_MODEL, LoadedModel, load_model
+from tests.runtime.engines import Listener, Rows, greedy, serve, submit_together, tokens_of
 from tests.runtime.tiny_models import TINY
 
 EXPERTS = {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
@@ -70,19 +70,11 @@ def test_tokens_of_each_family_equal_those_of_one_rank(ranks: Leader, folders: d
         assert generate(load_model(folders[family], ranks=ranks), lag=1) == alone, family
 
 
-@pytest.fixture(scope="module")
-def smollm2_folder(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The default model as safetensors: each rank would take long to read the vocabulary in a GGUF file."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    transformers_model(smollm2).to(torch.bfloat16).save_pretrained(folder)
-    return str(folder)
-
-
-def test_tokens_of_the_default_model_equal_those_of_one_rank(ranks: Leader, smollm2_folder: str) -> None:
+def test_tokens_of_the_default_model_equal_those_of_one_rank(ranks: Leader, smollm2: LoadedModel) -> None:
     """Of its nine heads and three KV heads two ranks have 6 and 3, and four have 2, 1, 3 and 3."""
     prompts = [[1, 504, 3575, 282, 4649, 314], list(range(300, 340))]
     found = []
-    for loaded in (load_model(smollm2_folder), load_model(smollm2_folder, ranks=ranks)):
+    for loaded in (smollm2, load_model(DEFAULT_MODEL, ranks=ranks)):
         with serve(loaded, num_blocks=16) as engine:
             found.append(tokens_of(engine.generate(prompts, greedy(8))))
     assert found[0] == found[1]
@@ -166,3 +158,40 @@ def test_an_error_on_the_first_rank_ends_every_request_and_the_other_rank(folder
             listener = Listener()
             engine.submit([1, 2, 3], SamplingParams(temperature=1.0, top_k=5, max_tokens=4), listener)
             assert "no memory" in str(listener.last().error)
+
+
+STUCK = """
+import threading
+from runtime.executor import Executor
+original, steps = Executor.execute, []
+
+def execute(self, work, sample=None):
+    steps.append(work)
+    if len(steps) > 3:
+        threading.Event().wait()
+    return original(self, work, sample)
+
+Executor.execute = execute
+"""
+
+
+def test_a_rank_that_is_stuck_in_a_step_ends_every_request_with_an_error(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on giving signs of life; the other rank waits for it in a sum."""
+    (tmp_path / "sitecustomize.py").write_text(STUCK)
+    monkeypatch.syspath_prepend(str(tmp_path))  # which the other rank's process has, too
+    with Leader(2, "cpu", silence_s=3.0) as ranks:
+        engine = serve(load_model(folders["Llama"], ranks=ranks), max_model_len=256)
+        with engine:
+            running = submit_together(engine, [[1, 2, 3]] * 3, greedy(200))
+            before = time.monotonic()
+            errors = {listener.last().error for listener in running}
+            assert time.monotonic() - before < 20  # seconds, on a machine that may be busy
+            reason = "ranks are stuck: a step has not ended, and nobody has computed for 3 s"
+            assert errors == {f"the engine has stopped: RankFailed: tensor-parallel {reason}"}
+            with pytest.raises(EngineDead, match=reason):
+                engine.submit([1], greedy(1), Listener())
+        process = ranks.followers[0].process
+    with pytest.raises(ProcessLookupError):  # not even a zombie
+        os.kill(process.pid, 0)

@@ -138,7 +138,7 @@ def test_weights_are_converted_to_the_dtype_asked_for(hf_folder: Path) -> None:
 def test_ranks_together_read_what_is_split_of_a_gguf_file_once(
     gguf_file: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of matrices that are split by columns, too: of each row the blocks that a rank has. In four, a rank has 16 columns
+    """Of matrices that are split by columns, too: of each row the blocks that a rank has. Of four, each has 16 columns
     of attention output, half a block, so that two ranks read each block of it."""
     read: list[int] = []
     original = gguf_weights.dequantize

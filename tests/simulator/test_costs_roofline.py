@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from policies.model_shape import ModelShape
 from policies.shapes import StepShape
 from simulator.costs import RooflineCost
-from simulator.costs.roofline import HostTimes
+from simulator.costs.roofline import HostTimes, Sums
 from simulator.devices import DEVICES
 
 LLAMA = RooflineCost(ModelShape.preset("llama-3.1-8b"), DEVICES["h100-sxm"])
@@ -132,3 +132,26 @@ def test_the_description_is_json_and_names_model_and_device() -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="no dtype 'fp64'"):
         RooflineCost(LLAMA.model, LLAMA.device, dtype="fp64")
+
+
+def test_devices_that_share_a_model_halve_its_work_and_pay_for_their_sums() -> None:
+    """Llama-3.1-8B has 65 sums; over NVLink one of 8 KB takes 4 us, and one of 16 MB 69 us more."""
+    two = RooflineCost(LLAMA.model, LLAMA.device, tensor_parallel=2)
+    launches = LLAMA.device.launch_ns_per_layer * 32
+    for shape, message in ((decodes(1, 576), 4096 * 2), (prompt(2048), 2048 * 4096 * 2)):
+        sums = 65 * (4_000 + message / (450e9 * 0.54) * 1e9)
+        expected = (LLAMA.cost(shape).device_ns - launches) / 2 + launches + sums
+        assert two.cost(shape).device_ns == pytest.approx(expected, abs=2)
+    swap = StepShape(padded_tokens=0, swapped_out=1000)
+    moved = [cost.cost(swap).device_ns - cost.cost(StepShape()).device_ns - 20_000 for cost in (LLAMA, two)]
+    assert moved[0] == pytest.approx(2 * moved[1], abs=2)
+    assert two.describe()["tensor_parallel"] == 2
+    assert "tensor_parallel" not in LLAMA.describe()
+
+
+def test_sums_of_more_devices_send_more_and_those_over_a_slow_link_take_longer() -> None:
+    eight = Sums().ns(1e6, 8, 450e9) - 4_000
+    assert eight == pytest.approx(2 * 7 / 8 * 1e6 / (450e9 * 0.54) * 1e9)
+    assert Sums().ns(1e6, 2, 64e9) - 4_000 == pytest.approx(1e6 / (64e9 * 0.54) * 1e9)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        RooflineCost(LLAMA.model, LLAMA.device, tensor_parallel=0)

@@ -196,8 +196,9 @@ def test_a_queue_whose_order_changes_as_requests_run_is_asked_while_somebody_wai
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("router", ["round_robin", "least_tokens", "kv_aware"])
-def test_several_replicas_behind_a_router_give_the_same_rows_too(router: str, lag: int) -> None:
-    limits = Limits(**{**_fields(LIMITS), "lag": lag})
+@pytest.mark.parametrize("cached", [False, True])
+def test_several_replicas_behind_a_router_give_the_same_rows_too(router: str, lag: int, cached: bool) -> None:
+    limits = Limits(**{**_fields(LIMITS), "lag": lag, "prefix_caching": cached})
     found = []
     for together in (True, False):
         rows, chosen = Rows(), make("router", router, seed=2, block_size=4, cost=COST)
@@ -212,9 +213,9 @@ def test_several_replicas_behind_a_router_give_the_same_rows_too(router: str, la
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_an_end_in_time_finds_the_replica_as_it_is_then(lag: int) -> None:
-    limits, found = Limits(**{**_fields(LIMITS), "lag": lag}), []
+@pytest.mark.parametrize(("lag", "cached"), [(0, True), (0, False), (1, True)])
+def test_an_end_in_time_finds_the_replica_as_it_is_then(lag: int, cached: bool) -> None:
+    limits, found = Limits(**{**_fields(LIMITS), "lag": lag, "prefix_caching": cached}), []
     for together in (True, False):
         ends = []
         for until_ns in range(20_000, 90_000, 7_001):
@@ -283,9 +284,9 @@ def _fields(limits: Limits) -> dict[str, object]:
     return {name: getattr(limits, name) for name in Limits.__dataclass_fields__}
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_who_interferes_finds_the_replica_as_it_is_then(lag: int) -> None:
-    limits, todo = Limits(**{**_fields(LIMITS), "lag": lag}), arrivals(7)
+@pytest.mark.parametrize(("lag", "cached"), [(0, True), (0, False), (1, True)])
+def test_who_interferes_finds_the_replica_as_it_is_then(lag: int, cached: bool) -> None:
+    limits, todo = Limits(**{**_fields(LIMITS), "lag": lag, "prefix_caching": cached}), arrivals(7)
     ends = []
     for together in (True, False):
         simulation = Simulation(limits, [StackSpec().build(block_size=4)], COST, check=True, together=together)

@@ -30,5 +30,6 @@ def experiment(study: Study) -> None:
     (of, on), times = max(worst.items(), key=lambda entry: entry[1])
     study.find(
         "Taking one trace's best for another costs up to twice as much",
-        "introduction and evaluation", "2 times", f"{times:.2f} times ({of}'s best on {on})", "1.2 times or more", times >= 1.2,
+        "introduction and evaluation", "2 times",
+        f"{times:.2f} times ({of}'s best on {on})", "1.2 times or more", times >= 1.2,
     )  # fmt: skip

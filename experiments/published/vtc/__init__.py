@@ -48,7 +48,8 @@ def experiment(study: Study) -> None:
     }
     study.find(
         "A client that comes late is given its share under VTC, and all that it missed under LCF",
-        "section 5.2, on/off clients", "bounded, and not", ", ".join(f"{name} {apart.max():,.0f}" for name, apart in late.items()),
+        "section 5.2, on/off clients", "bounded, and not",
+        ", ".join(f"{name} {apart.max():,.0f}" for name, apart in late.items()),
         f"VTC at most 2U = {bound:,} once both are there, LCF above",
         late["vtc"].max() <= bound < late["lcf"].max(),
     )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Which cached prefix blocks get a copy in host memory, when, and for how long."""
