@@ -25,6 +25,7 @@ The reference in the same process is a scheduler that sorts its list of waiting 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import statistics
 import sys
@@ -197,6 +198,12 @@ Names = tuple[str, str, str, str, str]
 """Scheduler, queue, admission, preemption, eviction."""
 
 
+@functools.cache  # the same in every case: to make them takes longer than to measure
+def keys_of(request_id: int, blocks: int) -> tuple[bytes, ...]:
+    """Names of a prompt's blocks, of which no two requests have one in common."""
+    return tuple(b"%d %d" % (request_id, depth) for depth in range(blocks))
+
+
 class Load:
     """A replica with `waiting` requests behind those that run; each end is followed by an arrival."""
 
@@ -215,8 +222,10 @@ class Load:
         self.plane = ControlPlane(limits, stack, cost=COST)
         self.now = 0
         self._next_id = 0
+        gc.disable()  # it would go through all that wait, again and again, and finds nothing
         for _ in range(waiting + RUNNING):
             self._submit()
+        gc.enable()
 
     def _submit(self) -> None:
         i, kind = self._next_id, self._kind
@@ -233,8 +242,7 @@ class Load:
             slo=Slo(ttft_ns=(1 + scattered % 7) * 10**12, tpot_ns=10**9),  # attainable, so that nobody is shed
             hints={"output_tokens": float(length)},
         )
-        keys = [b"%d %d" % (i, depth) for depth in range(kind.prompt // BLOCK_SIZE)] if kind.cached else ()
-        self.plane.submit(request, self.now, keys)
+        self.plane.submit(request, self.now, keys_of(i, kind.prompt // BLOCK_SIZE) if kind.cached else ())
 
     def step(self) -> tuple[Step, int]:
         """Plan, run and report one step. Returns it with the time that planning took."""

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.saving import save
 from policies import registry
-from policies.contract import Router
+from policies.contract import CostModel, PoolRole, Router
 from policies.prefix import chain_key, root_key
 from policies.request import Request
 from simulator.costs.constant import ConstantCost
@@ -51,6 +51,10 @@ class Replica:
     num_outstanding_tokens: int = 0
     num_blocks: int = NUM_BLOCKS
     num_free_blocks: int = NUM_BLOCKS
+    pool: str = ""
+    role: PoolRole = "both"
+    cost: CostModel | None = COST
+    max_num_seqs: int = 256
 
     def match(self, keys: Sequence[bytes]) -> int:
         for count, key in enumerate(keys):

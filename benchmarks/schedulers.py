@@ -11,23 +11,19 @@ Half of the requests, at random, are interactive (TTFT 0.5 s, TPOT 50 ms, priori
 all may be shed by a policy that does. Clients declare their output length with a lognormal error of 0.5. Where a trace
 has no tenants there are four, with 8, 4, 2 and 1 parts of the requests.
 
-Each run is noted in build/schedulers.jsonl when it ends, so that what is stopped goes on where it was, unless the code
-of policies, simulator or experiments is another by then. In the end the
-figures go into benchmarks/results/schedulers.json and, as tables, into docs/comparison.md.
+Runs are cells of a sweep (`experiments.sweeps`) in build/schedulers, so that what is stopped goes on where it was,
+unless the code of policies, simulator or experiments is another by then. In the end the figures go into
+benchmarks/results/schedulers.json and, as tables, into docs/comparison.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -36,16 +32,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.saving import save
 from experiments.metrics import summarize
 from experiments.records import Run, read_run
-from experiments.simulated import run_simulated
-from experiments.spec import RunSpec, SpecError, check_spec
+from experiments.spec import RunSpec, check_spec
+from experiments.sweeps import Cell, LocalRunner, Measure, read_sweep, run_cells
 from experiments.timeline import timeline
-from experiments.workloads import Workload, WorkloadSpec, make_workload
 from policies import registry
 from policies.contract import RankedQueue
-from policies.control_plane import PolicyStalled
 
 ROOT = Path(__file__).parent
-NOTES = ROOT.parent / "build" / "schedulers.jsonl"
+RUNS = ROOT.parent / "build" / "schedulers"
 LOADS = (0.7, 0.9, 1.1)
 SHARES = {"a": 8.0, "b": 4.0, "c": 2.0, "d": 1.0}
 CLASSES = [
@@ -133,35 +127,29 @@ def specification(path: Path, trace: Trace, rate: float | None, stack: dict[str,
     return check_spec({"workload": workload, "policies": stack, "limits": limits, "decisions": False})
 
 
-@lru_cache(maxsize=4)
-def _workload(spec: str) -> Workload:
-    """Reading a trace takes as long as simulating its first requests: done once for all stacks."""
-    return make_workload(WorkloadSpec.model_validate_json(spec))
+def cells_of(path: Path, trace: Trace, rate: float | None, stacks: Sequence[dict[str, str]], quick: bool) -> list[Cell]:
+    """The stacks on a trace at a rate, as cells of a sweep."""
+    base = specification(path, trace, rate, REFERENCE, quick).model_dump(mode="json", exclude_defaults=True)
+    variables = {f"policies.{role}": [stack[role] for stack in stacks] for role in REFERENCE}
+    return read_sweep({"base": base, "panel": "sim", "variables": {"zip": variables}}).cells
 
 
-def _run(spec: RunSpec, folder: Path) -> Run:
-    run_simulated(spec, folder, workload=_workload(spec.workload.model_dump_json()))
-    return read_run(folder)
-
-
-def simulate(path: Path, trace: Trace, load: float, rate: float | None, stack: dict[str, str], quick: bool) -> Row:
+def row_of(cell: Cell, note: Mapping[str, Any], trace: Trace, load: float) -> Row:
     """One cell of the table. A policy that cannot take the load says why in `error`."""
-    with TemporaryDirectory() as scratch:
-        try:
-            run = _run(specification(path, trace, rate, stack, quick), Path(scratch) / "run")
-        except (PolicyStalled, SpecError) as failure:
-            return Row(trace.name, load, stack["scheduler"], stack["queue"], False, str(failure), {})
-        return Row(trace.name, load, stack["scheduler"], stack["queue"], run.clairvoyant, "", figures_of(run))
+    stack = {role: cell.values[f"policies.{role}"] for role in REFERENCE}
+    if note["status"] != "ok":
+        return Row(trace.name, load, **stack, clairvoyant=False, error=note["error"], figures={})
+    run = read_run(RUNS / "cells" / cell.name)
+    return Row(trace.name, load, **stack, clairvoyant=run.clairvoyant, error="", figures=figures_of(run))
 
 
-def throughput(path: Path, trace: Trace, quick: bool) -> float:
-    """Requests a second that the reference stack finishes when all arrive at once, as long as somebody waits.
+def throughput(cell: Cell, quick: bool) -> float:
+    """Requests a second that the reference stack finished when all arrived at once, as long as somebody waited.
 
     `quick` has too few requests to measure that: the mean over the whole run.
     """
-    with TemporaryDirectory() as scratch:
-        run = _run(specification(path, trace, None, REFERENCE, quick), Path(scratch) / "run")
-        return float(summarize(run)["request_throughput"]) if quick else saturated(run)
+    run = read_run(RUNS / "cells" / cell.name)
+    return float(summarize(run)["request_throughput"]) if quick else saturated(run)
 
 
 def saturated(run: Run) -> float:
@@ -177,55 +165,27 @@ def saturated(run: Run) -> float:
 def measure(folder: Path, quick: bool, console: Console) -> tuple[list[Row], dict[str, float]]:
     """All rows, in the order of the tables, and each trace's capacity in requests a second."""
     paths = [_find(folder, trace.file) for trace in TRACES]
-    code = fingerprint()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console, transient=True)
-    with ProcessPoolExecutor(os.cpu_count()) as pool, progress as bar:
-        capacities = list(pool.map(throughput, paths, TRACES, [quick] * len(TRACES)))
-        cells = [(i, load, stack) for i in range(len(TRACES)) for load in LOADS for stack in stacks()]
-        keys = [
-            json.dumps([code, quick, capacities[i], TRACES[i].n, TRACES[i].name, load, stack])
-            for i, load, stack in cells
+    with LocalRunner(os.cpu_count() or 1) as runner, progress as bar:
+        at_once = [
+            cells_of(path, trace, None, [REFERENCE], quick)[0] for path, trace in zip(paths, TRACES, strict=True)
         ]
-        noted = _noted(NOTES)
-        rows = {number: Row(**noted[key]) for number, key in enumerate(keys) if key in noted}
-        task = bar.add_task("simulating", total=len(cells), completed=len(rows))
-        futures = {
-            pool.submit(simulate, paths[i], TRACES[i], load, load * capacities[i], stack, quick): number
-            for number, (i, load, stack) in enumerate(cells)
-            if number not in rows
-        }
-        NOTES.parent.mkdir(exist_ok=True)
-        with NOTES.open("a") as notes:
-            notes.write("\n")  # after a line that was being written when it was stopped
-            for future in as_completed(futures):
-                number = futures[future]
-                rows[number] = future.result()
-                notes.write(json.dumps({"key": keys[number], "row": asdict(rows[number])}) + "\n")
-                notes.flush()
-                bar.advance(task)
-    names = [trace.name for trace in TRACES]
-    return [rows[i] for i in range(len(cells))], dict(zip(names, capacities, strict=True))
-
-
-def fingerprint() -> str:
-    """Of the code that makes the figures: rows of other code are not taken over."""
-    files = [ROOT / "schedulers.py"]
-    for folder in ("policies", "simulator", "experiments"):
-        files += (ROOT.parent / folder).rglob("*.py")
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
-
-
-def _noted(notes: Path) -> dict[str, Any]:
-    """The rows of a comparison that was stopped, by what they are of; without a line that was cut off."""
-    found = {}
-    for line in notes.read_text().splitlines() if notes.exists() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found[entry["key"]] = entry["row"]
-    return found
+        run_cells(at_once, RUNS, Measure(), runner=runner)
+        capacities = [throughput(cell, quick) for cell in at_once]
+        loads = [(trace, load) for trace in range(len(TRACES)) for load in LOADS]
+        cells = [
+            cells_of(paths[trace], TRACES[trace], load * capacities[trace], stacks(), quick) for trace, load in loads
+        ]
+        task = bar.add_task("simulating", total=sum(map(len, cells)))
+        everything = [cell for of_load in cells for cell in of_load]
+        notes = run_cells(everything, RUNS, Measure(), runner=runner, say=lambda cell, note: bar.advance(task))
+    rows = [
+        row_of(cell, notes[cell.name], TRACES[trace], load)
+        for (trace, load), of_load in zip(loads, cells, strict=True)
+        for cell in of_load
+    ]
+    return rows, dict(zip([trace.name for trace in TRACES], capacities, strict=True))
 
 
 def _find(folder: Path, file: str) -> Path:
@@ -294,7 +254,7 @@ def main() -> None:
     page = ROOT.parent / "docs" / "comparison.md"
     head = page.read_text().split("<!-- tables -->", 1)[0]
     page.write_text(head + "<!-- tables -->\n" + "\n".join(lines) + "\n")
-    NOTES.unlink(missing_ok=True)
+    shutil.rmtree(RUNS)
     console.print(f"saved to {ROOT / 'results' / 'schedulers.json'} and {page}")
 
 

@@ -1,7 +1,8 @@
 """Pictures of the dashboard's pages for the documentation: `python -m benchmarks.screenshots FOLDER`.
 
 FOLDER holds run folders, as `diptych demo` leaves them. The page "Live" is that of a small random model, served on this
-machine's CPU, and of a twin with steps of 4 ms. Needs Playwright and a Chromium, as tests/dashboard does.
+machine's CPU, and of its twin with step times that are measured first. Needs Playwright and a Chromium, as
+tests/dashboard does.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from experiments.profiling import profile
+from experiments.spec import check_spec
 from tests.dashboard.browser import chromium, served, settled
 from tests.runtime.serving.conftest import make_model
 from tests.runtime.serving.running import ADMIN_KEY, running
@@ -26,10 +29,15 @@ PAGES = {
     "compare": "",
     "timeline": "timeline",
     "policies": "policies",
+    "sweep": "policies?workload=all+workloads",
     "try": "try?n=400&rate=12&scheduler=sarathi,chunk_size=256&seed=1",
     "live": "live?window=30&server=",
 }
-WATCHED_S = 20
+LIMITS = {"num_blocks": 96, "max_num_seqs": 8, "max_model_len": 512}
+"""Of the server that the page "Live" shows."""
+PROFILED_S = 10
+"""How long its steps are measured, for its twin."""
+WATCHED_S = 30
 """How long the live page is watched before its picture is taken."""
 
 
@@ -50,19 +58,23 @@ def loaded_server() -> Iterator[str]:
             body = {"prompt": prompt, "max_tokens": draw.randint(20, 120), "ignore_eos": True}
             threading.Thread(target=ask, args=(url, body), daemon=True).start()
 
-    limits = {"num_blocks": 96, "max_num_seqs": 8, "max_model_len": 512}
-    cost = ("--set", "cost.kind=constant", "--set", "cost.step_ms=4")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running(make_model(Path(folder) / "babel"), *cost, **limits) as server,
-    ):
-        thread = threading.Thread(target=load, args=(server.url,))
-        thread.start()
-        try:
-            yield server.url
-        finally:
-            over.set()
-            thread.join()
+    with tempfile.TemporaryDirectory() as folder:
+        model, calibration = make_model(Path(folder) / "babel"), Path(folder) / "calibration.json"
+        about = {"model": {"source": str(model)}, "limits": LIMITS, "workload": {"name": "fixed", "n": 1}}
+        profile(check_spec(about), PROFILED_S).save(calibration)
+        cost = ("--set", "cost.kind=fitted", "--set", f"cost.calibration={calibration}")
+        with running(model, *cost, **LIMITS) as server:
+            yield from _under_load(server.url, load, over)
+
+
+def _under_load(url: str, load: Callable[[str], None], over: threading.Event) -> Iterator[str]:
+    thread = threading.Thread(target=load, args=(url,))
+    thread.start()
+    try:
+        yield url
+    finally:
+        over.set()
+        thread.join()
 
 
 def take(page: Any, url: str, name: str, file: Path, width: int) -> None:
@@ -71,13 +83,13 @@ def take(page: Any, url: str, name: str, file: Path, width: int) -> None:
     page.goto(url)
     if name == "try":
         page.get_by_role("button", name="Simulate").click()
-        page.get_by_role("button", name="Save").wait_for(timeout=120_000)
+        page.get_by_role("button", name="Save").wait_for(timeout=300_000)
     if name == "live":
         page.get_by_label("Operator's key").fill(ADMIN_KEY)
         page.get_by_role("button", name="Attach").click()
-        page.get_by_text("Error so far").wait_for(timeout=120_000)
+        page.get_by_text("Error so far").wait_for(timeout=300_000)
         time.sleep(WATCHED_S)
-    page.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=120_000)
+    page.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=300_000)
     if name != "live":  # whose script runs again and again
         settled(page)
     height = page.evaluate("document.querySelector('[data-testid=stMainBlockContainer]').scrollHeight")
@@ -100,7 +112,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     with served(arguments.folder) as address, chromium() as browser:
         context = browser.new_context(color_scheme="dark" if arguments.dark else "light", reduced_motion="reduce")
-        context.set_default_timeout(120_000)  # a busy machine is slow
+        context.set_default_timeout(300_000)  # a busy machine is slow
         page = context.new_page()
         for name, path in PAGES.items():
             if name not in arguments.pages:

@@ -9,7 +9,8 @@ from urllib.parse import urlencode
 import pandas as pd
 import streamlit as st
 
-from dashboard.figures import POINTS, latency_figure, scatter_figure
+from dashboard.figures import POINTS, SINGLED_OUT, latency_figure, scatter_figure
+from dashboard.keeping import kept
 from dashboard.objectives import objectives
 from dashboard.picking import pick_two, readable_runs
 from dashboard.store import Entry, fingerprint, open_run
@@ -136,7 +137,8 @@ def _draw_latencies(comparison: Comparison, frames: tuple[pd.DataFrame, pd.DataF
         return drawn(by_label, difference=True)
 
     alt = "Distribution functions of TTFT, TPOT and E2E of both runs, and the difference of their percentiles"
-    figure("latency", latency_figure(by_label), on_paper, data, alt)
+    drawn = kept((comparison.a, comparison.b), ("latency", *labels), lambda: latency_figure(by_label))
+    figure("latency", drawn, on_paper, data, alt)
     if not all(len(samples(frame, "ttft_ms")) for frame in frames):
         note("One of the runs has completed no request yet.")
 
@@ -155,9 +157,10 @@ def _draw_requests(comparison: Comparison, frames: tuple[pd.DataFrame, pd.DataFr
         return pd.concat(list(each))
 
     alt = "Each request's latencies in the second run over those in the first; the dotted diagonal is no difference"
-    figure("requests", scatter_figure(*frames, *labels), on_paper, data, alt)
+    both = comparison.a, comparison.b
+    figure("requests", kept(both, ("requests", *labels), lambda: scatter_figure(*frames, *labels)), on_paper, data, alt)
     if len(frames[0]) > POINTS:
-        note(f"Of {len(frames[0]):,} requests {POINTS:,} are drawn: the {POINTS // 2:,} that differ most, and others.")
+        note(f"All {len(frames[0]):,} requests, counted in squares; the {SINGLED_OUT} that differ most are points.")
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="worst"):
         st.header("Requests that differ most", width="content")
         column = segments("Latency", "by", LATENCY_COLUMNS, "e2e_ms")

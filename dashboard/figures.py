@@ -17,12 +17,17 @@ from experiments.series import (
     quantile_differences,
     request_pairs,
     samples,
-    thinned,
     wide,
 )
 
-POINTS = 2400
-"""Requests that a scatter shows at most."""
+POINTS = 600
+"""Requests that a scatter shows as points at most; more are counted in squares."""
+SINGLED_OUT = 60
+"""Requests that are points even then: those with the largest differences."""
+BINS = 48
+"""Squares along each side."""
+CURVE = 400
+"""Points that a distribution function is drawn through."""
 
 
 def latency_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
@@ -32,22 +37,21 @@ def latency_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
     figure = make_subplots(
         rows=1 + two,
         cols=3,
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
+        horizontal_spacing=0.05,
         vertical_spacing=0.17,
         row_heights=[0.66, 0.34] if two else [1.0],
     )
-    furthest = 0.5
     for at, (column, title) in enumerate(LATENCY_COLUMNS.items(), start=1):
         values = {label: samples(frame, column) for label, frame in frames.items()}
         for place, (label, ascending) in enumerate(values.items()):
-            x, y = cdf(ascending)
+            x, y = cdf(ascending, CURVE)
             hover = f"%{{y:.1%}} of requests within %{{x:,.4g}} ms<extra>{title}</extra>"
             figure.add_trace(line(label, place, x, y, at == 1, hover), row=1, col=at)
         figure.update_xaxes(title_text=f"{title} (ms)", **latency_axis(*values.values()), row=1, col=at)
         if two:
             percentiles, difference = quantile_differences(*list(values.values())[:2])
-            furthest = max([furthest, *(100 * np.abs(difference))])
+            reach = 1.08 * max([0.5, *(100 * np.abs(difference))])
+            figure.update_yaxes(range=[-reach, reach], nticks=5, row=2, col=at)
             hover = f"{title} p%{{x:.0f}}: %{{y:+.2f}} %<extra></extra>"
             figure.add_trace(
                 line("difference", 1, percentiles, 100 * difference, False, hover, "linear"), row=2, col=at
@@ -57,31 +61,43 @@ def latency_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
     figure.update_yaxes(title_text="share of requests", row=1, col=1)
     if two:
         figure.update_yaxes(title_text="difference (%)", row=2, col=1)
-        figure.update_yaxes(range=[-1.08 * furthest, 1.08 * furthest], row=2)
+        figure.update_yaxes(tickformat=",~g", row=2)
         figure.update_yaxes(zeroline=True, zerolinecolor=theme.ink(), zerolinewidth=1, row=2)
     return laid_out(figure, 520 if two else 340)
 
 
 def scatter_figure(a: pd.DataFrame, b: pd.DataFrame, label_a: str, label_b: str) -> go.Figure:
-    """Each request's TTFT, TPOT and E2E in run b over those in run a (`per_request` frames), with the diagonal."""
-    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.06)
+    """Each request's TTFT, TPOT and E2E in run b over those in run a (`per_request` frames), with the diagonal.
+
+    More than `POINTS` requests are counted in squares, and those that differ most stand out as points.
+    """
+    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.085)
+    most = 1
     for at, (column, title) in enumerate(LATENCY_COLUMNS.items(), start=1):
         pairs = request_pairs(a, b, column)
-        shown = thinned(pairs, POINTS)
-        ends = [float(pairs[["a", "b"]].min().min()), float(pairs[["a", "b"]].max().max())] if len(pairs) else [0, 1]
+        many = len(pairs) > POINTS
+        merged = np.sort(pairs[["a", "b"]].to_numpy(np.float64).ravel())
+        axis = latency_axis(merged)
+        if many:
+            squares = _squares(pairs, merged, axis.get("type") == "log")
+            most = max(most, int(np.nanmax(squares.customdata)))
+            hover = f"%{{customdata:,}} requests, {title} %{{x:,.4g}} ms, then %{{y:,.4g}} ms<extra></extra>"
+            figure.add_trace(squares.update(hovertemplate=hover), row=1, col=at)
+        ends = merged[[0, -1]] if len(merged) else [0, 1]
         diagonal = {"color": theme.ink(), "width": 1.5, "dash": "dot"}
         figure.add_trace(
             go.Scatter(x=ends, y=ends, mode="lines", line=diagonal, hoverinfo="skip", showlegend=False), row=1, col=at
         )
-        drawn = go.Scattergl if len(shown) > 800 else go.Scatter  # few points are quicker without WebGL
-        opacity = float(np.clip(12 / np.sqrt(max(len(shown), 1)), 0.25, 0.75))
+        shown = pairs.head(SINGLED_OUT if many else POINTS)
+        colour = theme.colours()[1 if many else 0]
+        opacity = 0.9 if many else float(np.clip(12 / np.sqrt(max(len(shown), 1)), 0.25, 0.75))
         hover = f"request %{{customdata}}<br>{title} %{{x:,.4g}} ms, then %{{y:,.4g}} ms<extra></extra>"
         figure.add_trace(
-            drawn(
+            go.Scatter(
                 x=shown["a"],
                 y=shown["b"],
                 mode="markers",
-                marker={"color": theme.colours()[0], "size": 5, "opacity": opacity},
+                marker={"color": colour, "size": 5, "opacity": opacity},
                 customdata=shown["request_id"],
                 hovertemplate=hover,
                 showlegend=False,
@@ -89,10 +105,34 @@ def scatter_figure(a: pd.DataFrame, b: pd.DataFrame, label_a: str, label_b: str)
             row=1,
             col=at,
         )
-        axis = latency_axis(np.sort(pairs[["a", "b"]].to_numpy().ravel()))
         figure.update_xaxes(title_text=f"{title}, {label_a} (ms)", **axis, row=1, col=at)
         figure.update_yaxes(title_text=f"{title}, {label_b} (ms)", **axis, row=1, col=at)
-    return laid_out(figure, 400)
+    if most == 1:
+        return laid_out(figure, 390, t=16)
+    return laid_out(figure, 390, t=16, r=92).update_layout(coloraxis=_counts_axis(most))
+
+
+def _squares(pairs: pd.DataFrame, ascending: np.ndarray, log: bool) -> go.Heatmap:
+    """How many requests are in each square; `customdata` is that, and the colour its logarithm."""
+    low, high = (float(ascending[0]) if log else 0.0), float(ascending[-1])
+    edges = np.geomspace(low, high, BINS + 1) if log else np.linspace(low, high, BINS + 1)
+    counts = np.histogram2d(pairs["b"], pairs["a"], bins=(edges, edges))[0]
+    with np.errstate(divide="ignore"):
+        shade = np.where(counts > 0, np.log10(counts), np.nan)
+    return go.Heatmap(
+        x=edges.astype(np.float32), y=edges.astype(np.float32), z=shade.astype(np.float32),
+        customdata=counts.astype(np.int32), coloraxis="coloraxis", hoverongaps=False,
+    )  # fmt: skip
+
+
+def _counts_axis(most: int) -> dict[str, Any]:
+    """Colours of `_squares`, and their key."""
+    red, green, blue = (int(theme.colours()[0][at : at + 2], 16) for at in (1, 3, 5))
+    scale = [[share, f"rgba({red},{green},{blue},{opacity})"] for share, opacity in ((0, 0.16), (1, 1))]
+    ticks = [10**decade for decade in range(int(np.log10(most)) + 1)]
+    bar = {"title": {"text": "requests"}, "thickness": 10, "outlinewidth": 0, "len": 0.9}
+    bar |= {"tickvals": np.log10(ticks).tolist(), "ticktext": [f"{tick:,}" for tick in ticks]}
+    return {"colorscale": scale, "cmin": 0.0, "cmax": float(np.log10(most)), "colorbar": bar}
 
 
 def latency_axis(*values: np.ndarray) -> dict[str, Any]:
@@ -128,7 +168,10 @@ def line(
     )
 
 
-def laid_out(figure: go.Figure, height: int) -> go.Figure:
-    """Margins and the legend above."""
+def laid_out(figure: go.Figure, height: int, **margins: Any) -> go.Figure:
+    """Titles clear of the ticks, the legend above, and margins that stay as they are: to find others plotly.js would
+    draw the figure again and again."""
     legend = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "title": {"text": ""}}
-    return figure.update_layout(height=height, margin={"l": 8, "r": 8, "t": 36, "b": 8}, legend=legend)
+    figure.update_xaxes(title_standoff=12).update_yaxes(title_standoff=14)
+    margin = {"l": 82, "r": 12, "t": 44, "b": 50, "autoexpand": False} | margins
+    return figure.update_layout(height=height, margin=margin, legend=legend)

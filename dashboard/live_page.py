@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import streamlit as st
 
+from dashboard import theme
 from dashboard.live_figures import live_figure
 from dashboard.ui import figure, note, plain, remember, segments, select, table, tile, tiles, value_tile, verdict
 from experiments.compare import format_figure
@@ -44,6 +45,7 @@ compared. Where the server's policies or replicas change, or it is started anew,
 
 def show(root: Path) -> None:
     """Draw the page; calibrations are looked for in `root`."""
+    st.html(theme.STEADY)
     watch = _attach(root)
     if watch is None:
         note("Start a server with `diptych serve --admin`, and give its address and the operator's key that it prints.")

@@ -20,6 +20,7 @@ def objectives() -> dict[str, float]:
             in_url, written = st.query_params.get(key), st.session_state.get(f"url:{key}")
             if key not in st.session_state or (in_url is not None and in_url != written):
                 st.session_state[key] = _number(in_url)
+            st.session_state[key] = st.session_state[key]  # as in `ui.chosen`
             value = st.number_input(
                 f"Goodput: {TITLES[name]} within (ms)", min_value=0.0, step=10.0, key=key, placeholder="any", width=240
             )

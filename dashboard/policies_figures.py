@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -10,6 +12,7 @@ from plotly.subplots import make_subplots
 from dashboard import theme
 from dashboard.figures import laid_out
 from experiments.compare import format_figure
+from experiments.series import wide
 from experiments.study import OBJECTIVES, PANELS, PARETO, pareto
 
 _SYMBOLS = ("circle", "diamond", "square", "cross")
@@ -17,7 +20,7 @@ _SYMBOLS = ("circle", "diamond", "square", "cross")
 
 def pareto_figure(table: pd.DataFrame) -> go.Figure:
     """Runs of a study's table: throughput against latency, fairness and memory; each panel's best are joined."""
-    figure = make_subplots(rows=1, cols=len(PARETO), horizontal_spacing=0.07)
+    figure = make_subplots(rows=1, cols=len(PARETO), horizontal_spacing=0.09)
     for at, (across, up) in enumerate(PARETO, start=1):
         x_of, y_of = OBJECTIVES[across], OBJECTIVES[up]
         for place, (kind, title) in enumerate(PANELS.items()):
@@ -50,6 +53,36 @@ def pareto_figure(table: pd.DataFrame) -> go.Figure:
     return laid_out(figure, 420)
 
 
+def capacity_figure(curves: Mapping[str, pd.DataFrame]) -> go.Figure:
+    """What came of each load (objective -> `load_curves`), a panel an objective: colours and marks are policies, full
+    lines real and broken ones simulated."""
+    figure = make_subplots(rows=1, cols=len(curves), horizontal_spacing=0.1)
+    policies = sorted({policy for frame in curves.values() for policy in frame["policy"]})
+    for at, (objective, frame) in enumerate(curves.items(), start=1):
+        of = OBJECTIVES[objective]
+        for (kind, policy), rows in frame.groupby(["kind", "policy"], sort=True):
+            place, panel = policies.index(str(policy)), list(PANELS).index(str(kind))
+            colour = theme.colours()[place % len(theme.colours())]
+            name = f"{policy}, {PANELS[str(kind)]}"
+            figure.add_trace(
+                go.Scatter(
+                    x=rows["rate"], y=rows["value"], mode="lines+markers", name=name, legendgroup=name,
+                    showlegend=at == 1,
+                    line={"color": colour, "width": 2, "dash": theme.DASHES[panel]},
+                    marker={"symbol": _SYMBOLS[place % len(_SYMBOLS)] + "-open" * panel, "size": 9},
+                    customdata=rows["runs"],
+                    hovertemplate=f"%{{x:,.4g}} req/s: {of.title} %{{y:,.4g}} {of.unit}, %{{customdata}} run(s)"
+                    f"<extra>{name}</extra>",
+                ),
+                row=1, col=at,
+            )  # fmt: skip
+        log = {"type": "log", "dtick": 1} if wide(np.sort(frame["value"].to_numpy(np.float64))) else {}
+        figure.update_xaxes(title_text="requests that arrive (req/s)", rangemode="tozero", row=1, col=at)
+        figure.update_yaxes(title_text=of.label, tickformat=",~g", rangemode="tozero", **log, row=1, col=at)
+    names = -(-len({trace.name for trace in figure.data}) // 4)  # of the legend: about four names in each
+    return laid_out(figure, 350 + 20 * names, t=24 + 20 * names)
+
+
 def heat_figure(cells: pd.DataFrame, x: str, y: str, objective: str) -> go.Figure:
     """An objective over two knobs (`study.grid`), each cell with its figure; dark is good."""
     of = OBJECTIVES[objective]
@@ -71,7 +104,7 @@ def heat_figure(cells: pd.DataFrame, x: str, y: str, objective: str) -> go.Figur
     )
     figure.update_xaxes(title_text=x, type="category", showgrid=False)
     figure.update_yaxes(title_text=y, type="category", showgrid=False)
-    return laid_out(figure, 160 + 46 * max(3, len(cells)))
+    return laid_out(figure, 160 + 46 * max(3, len(cells)), l=8, b=8, autoexpand=True)
 
 
 def _better(objective: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ import pandas as pd
 import streamlit as st
 
 from dashboard.picking import readable_runs
-from dashboard.policies_figures import heat_figure, pareto_figure
+from dashboard.policies_figures import capacity_figure, heat_figure, pareto_figure
 from dashboard.store import Entry, fingerprint, open_run
-from dashboard.ui import downloads, figure, note, plain, select, table, verdict
+from dashboard.ui import downloads, figure, note, plain, select, table, text, verdict
 from experiments.compare import format_figure
+from experiments.load_curves import load_curves, same_workload
 from experiments.records import RunError
 from experiments.study import OBJECTIVES, PANELS, agreement, grid, study_row, turned
 
@@ -26,6 +28,9 @@ SHOWN = ("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms",
 
 KNOBS = 24
 """Knobs among which the first two for the map are looked for."""
+
+FIRST = "output_throughput"
+"""Drawn over the load, beside the objective."""
 
 EVERY = "all workloads"
 
@@ -40,18 +45,25 @@ def show(root: Path) -> None:
         st.info(plain(f"There is no real or simulated run in {root} so far: `diptych run`, `diptych simulate`."))
         return
     workloads = sorted({row["workload"] for row in rows})
-    most = max(workloads, key=lambda name: len({row["policy"] for row in rows if row["workload"] == name}))
-    left, right = st.columns(2, gap="medium")
+    most = max(workloads, key=lambda name: _comparable([row for row in rows if row["workload"] == name]))
+    left, middle, right = st.columns(3, gap="medium")
     with left:
         workload = select("Workload", "workload", [*workloads, EVERY], most)
-    with right:
+    with middle:
         objective = select("Objective", "objective", list(OBJECTIVES), "p99_ttft_ms", lambda o: OBJECTIVES[o].label)
+    with right:
+        words = text("Only runs with", "only", "words of the policy or the name")
+    rows = [row for row in rows if _has(row, words)]
     chosen = [row for row in rows if workload in (EVERY, row["workload"])]
+    if not chosen:
+        st.info(plain(f"No run of this workload has {words!r} in its policy or name."))
+        return
     frame = pd.DataFrame(chosen).drop(columns="knobs")
     for name in OBJECTIVES:
         frame[name] = pd.to_numeric(frame[name])
     _draw_ranking(frame, objective, workload)
     _draw_pareto(frame)
+    _draw_capacity(rows, chosen, objective)
     _draw_table(frame, objective)
     _draw_grid(chosen, objective)
 
@@ -122,6 +134,41 @@ def _draw_pareto(frame: pd.DataFrame) -> None:
     alt = "Runs by throughput against latency, fairness and memory; lines join those that no other run beats"
     figure("pareto", pareto_figure(frame), on_paper, lambda: frame, alt)
     note("Fairness is Jain's index of the requests' E2E per output token: 1 where all are served equally fast.")
+
+
+def _comparable(rows: list[dict[str, Any]]) -> tuple[int, int]:
+    """How many policies these runs have in both panels, and in any."""
+    real, simulated = ({row["policy"] for row in rows if row["kind"] == kind} for kind in PANELS)
+    return len(real & simulated), len(real | simulated)
+
+
+def _has(row: dict[str, Any], words: str) -> bool:
+    """Whether each of the words is in a run's policy or name."""
+    return all(word in f"{row['policy']} {row['run']}".lower() for word in words.lower().split())
+
+
+def _draw_capacity(rows: list[dict[str, Any]], chosen: list[dict[str, Any]], objective: str) -> None:
+    """Curves over the load, of all runs whose workload differs from the chosen ones' in the load alone."""
+    st.header("Over the load")
+    alike = Counter(same_workload(row) for row in chosen).most_common(1)[0][0]
+    other = "p99_ttft_ms" if objective == "output_throughput" else objective
+    found = {name: load_curves([row for row in rows if same_workload(row) == alike], name) for name in (FIRST, other)}
+    curves = {name: frame for name, frame in found.items() if len(frame)}
+    if not curves:
+        note("No policy was tried at two loads of this workload. With a sweep over the rate there are curves here.")
+        return
+
+    def on_paper() -> Figure:
+        from experiments.study_plots import capacity_figure as drawn
+
+        return drawn(curves)
+
+    def data() -> pd.DataFrame:
+        return pd.concat([frame.assign(objective=name) for name, frame in curves.items()])
+
+    alt = "Throughput and the objective over the load, a line for each policy and panel"
+    figure("capacity", capacity_figure(curves), on_paper, data, alt)
+    note("Runs that differ in rate, number of requests and seed; where several meet, their mean.")
 
 
 def _draw_table(frame: pd.DataFrame, objective: str) -> None:

@@ -60,3 +60,6 @@ h2 { font-size: 1.15rem !important; font-weight: 600 !important; padding: 1.1rem
 </style>
 """
 """Kept to what Streamlit's own options cannot say."""
+
+STEADY = '<style>[data-stale="true"] { opacity: 1 !important; }</style>'
+"""For a page that draws itself again every few seconds: without it what stands there turns pale each time."""

@@ -14,81 +14,96 @@ from experiments.composition import KINDS
 from experiments.life import PHASES, Life
 from experiments.series import PHASE_COLOURS, STEP_COLOURS, over_time
 
-STATES = {"running": "running<br>requests", "waiting": "waiting<br>requests", "kv_share": "KV blocks<br>in use (%)"}
-"""Columns of the frames that `timeline_figure` draws -> titles of their axes."""
+STATES = {
+    "running": "running<br>requests",
+    "waiting": "waiting<br>requests",
+    "kv_share": "KV blocks<br>in use (%)",
+    "host_share": "host KV blocks<br>in use (%)",
+}
+"""Columns of the frames that `timeline_figure` draws -> titles of their axes; the last one where a run has it."""
 
 
 def timeline_figure(
     steps: Mapping[str, pd.DataFrame], states: Mapping[str, pd.DataFrame], begin_s: float, end_s: float
 ) -> go.Figure:
-    """Both runs on one time axis (label -> `composition` and state frames): what the device did, one strip a run; then
-    running and waiting requests, KV blocks and preemptions, overlaid."""
+    """Both runs on one time axis (label -> `composition` and `timeline.states` frames): what the device did, one strip
+    a run; then running and waiting requests, KV blocks in each tier, preemptions and swaps, overlaid."""
+    shown = {column: title for column, title in STATES.items() if any(column in frame for frame in states.values())}
+    swaps = any(frame[["swapped_out", "swapped_in"]].to_numpy().any() for frame in steps.values())
     strips = len(steps)
-    rows = strips + len(STATES) + 1
-    heights = [0.11] * strips + [0.2] * len(STATES) + [0.13]
-    figure = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.034, row_heights=heights)
+    heights = [0.11] * strips + [0.2] * len(shown) + [0.13] * (1 + swaps)
+    height = 200 + 66 * strips + 118 * len(shown) + 78 * swaps
+    figure = make_subplots(
+        rows=len(heights), cols=1, shared_xaxes=True, vertical_spacing=26 / height, row_heights=heights
+    )
     for row, (label, frame) in enumerate(steps.items(), start=1):
-        for kind, title in KINDS.items():
-            hover = f"%{{y:.0%}} of the time {title}, at %{{x:,.4f}} s<extra>{label}</extra>"
-            figure.add_trace(
-                go.Scatter(
-                    x=frame["t_s"],
-                    y=frame[kind],
-                    name=title,
-                    legendgroup=title,
-                    legend="legend2",
-                    showlegend=row == 1,
-                    stackgroup=f"steps{row}",
-                    line={"width": 0, "shape": "hv", "color": STEP_COLOURS[kind]},
-                    fillcolor=STEP_COLOURS[kind],
-                    hovertemplate=hover,
-                ),
-                row=row,
-                col=1,
-            )
-        colour = theme.colours()[row - 1]
-        figure.update_yaxes(
-            title_text="steps (share<br>of time)", range=[0, 1], showticklabels=False, showgrid=False, row=row, col=1
-        )
-        top = figure.layout["yaxis" if row == 1 else f"yaxis{row}"].domain[1]
-        figure.add_annotation(
-            {
-                "text": label,
-                "font": {"color": colour, "size": 11},
-                "showarrow": False,
-                "xref": "paper",
-                "yref": "paper",
-            },
-            x=1,
-            y=top,
-            xanchor="right",
-            yanchor="bottom",
-        )
-    for at, (column, title) in enumerate(STATES.items(), start=strips + 1):
+        _draw_steps(figure, row, label, frame)
+    for row, (column, title) in enumerate(shown.items(), start=strips + 1):
         for place, (label, frame) in enumerate(states.items()):
-            if len(frame):
+            if len(frame) and column in frame:
                 spans = over_time(frame, column, 600)
                 hover = f"%{{y:,.4g}} {title.replace('<br>', ' ')} at %{{x:,.4f}} s<extra></extra>"
-                figure.add_trace(
-                    line(label, place, spans["t_s"], spans["mean"], at == strips + 1, hover), row=at, col=1
-                )
-        figure.update_yaxes(title_text=title, rangemode="tozero", nticks=4, row=at, col=1)
-    for place, (label, frame) in enumerate(steps.items()):
-        hover = f"%{{y:,}} preemptions from %{{x:,.4f}} s on<extra>{label}</extra>"
-        figure.add_trace(line(label, place, frame["t_s"], frame["preemptions"], False, hover), row=rows, col=1)
-    top = max([1, *(int(frame["preemptions"].max()) for frame in steps.values() if len(frame))])
-    figure.update_yaxes(title_text="preemptions<br>(count)", range=[0, 1.1 * top], nticks=3, row=rows, col=1)
+                drawn = line(label, place, spans["t_s"], spans["mean"], row == strips + 1, hover)
+                figure.add_trace(drawn, row=row, col=1)
+        figure.update_yaxes(title_text=title, rangemode="tozero", nticks=4, tickformat=",~g", row=row, col=1)
+    _draw_counts(figure, strips + len(shown) + 1, steps, swaps)
     figure.update_xaxes(range=[begin_s, end_s], tickformat=",~g")
-    figure.update_xaxes(title_text="time since the run began (s)", row=rows, col=1)
-    laid_out(figure, 200 + 66 * strips + 118 * len(STATES))
+    figure.update_xaxes(title_text="time since the run began (s)", row=len(heights), col=1)
+    laid_out(figure, height)
     figure.update_yaxes(title_standoff=16, title_font_size=11)
     return figure.update_layout(
         dragmode="select",
         selectdirection="h",
-        margin={"t": 64},
-        legend={"y": 1.055},
-        legend2={"orientation": "h", "yanchor": "bottom", "y": 1.015, "x": 0, "title": {"text": ""}},
+        margin={"t": 72, "l": 84},
+        legend={"y": 1.0 + 36 / height},
+        legend2={"orientation": "h", "yanchor": "bottom", "y": 1.0 + 10 / height, "x": 0, "title": {"text": ""}},
     )
+
+
+def _draw_steps(figure: go.Figure, row: int, label: str, frame: pd.DataFrame) -> None:
+    """A strip: of each span of time, the share of each kind of step, stacked; the run's name above it."""
+    for kind, title in KINDS.items():
+        hover = f"%{{y:.0%}} of the time {title}, at %{{x:,.4f}} s<extra>{label}</extra>"
+        figure.add_trace(
+            go.Scatter(
+                x=frame["t_s"],
+                y=frame[kind],
+                name=title,
+                legendgroup=title,
+                legend="legend2",
+                showlegend=row == 1,
+                stackgroup=f"steps{row}",
+                line={"width": 0, "shape": "hv", "color": STEP_COLOURS[kind]},
+                fillcolor=STEP_COLOURS[kind],
+                hovertemplate=hover,
+            ),
+            row=row,
+            col=1,
+        )
+    figure.update_yaxes(
+        title_text="steps (share<br>of time)", range=[0, 1], showticklabels=False, showgrid=False, row=row, col=1
+    )
+    font = {"color": theme.colours()[row - 1], "size": 11}
+    top = figure.layout["yaxis" if row == 1 else f"yaxis{row}"].domain[1]
+    above = {"xref": "paper", "yref": "paper", "x": 1, "y": top, "xanchor": "right", "yanchor": "bottom"}
+    figure.add_annotation({"text": label, "font": font, "showarrow": False, **above})
+
+
+def _draw_counts(figure: go.Figure, row: int, steps: Mapping[str, pd.DataFrame], swaps: bool) -> None:
+    """Preemptions in each span; below them, where there were any, tokens whose KV was moved out and back in."""
+    for place, (label, frame) in enumerate(steps.items()):
+        hover = f"%{{y:,}} preemptions from %{{x:,.4f}} s on<extra>{label}</extra>"
+        figure.add_trace(line(label, place, frame["t_s"], frame["preemptions"], False, hover), row=row, col=1)
+        for way, sign in (("out", 1), ("in", -1)) if swaps else ():
+            hover = f"%{{customdata:,}} tokens swapped {way} from %{{x:,.4f}} s on<extra>{label}</extra>"
+            moved = frame[f"swapped_{way}"]
+            drawn = line(label, place, frame["t_s"], sign * moved, False, hover)
+            figure.add_trace(drawn.update(customdata=moved), row=row + 1, col=1)
+    top = max([1, *(int(frame["preemptions"].max()) for frame in steps.values() if len(frame))])
+    figure.update_yaxes(title_text="preemptions<br>(count)", range=[0, 1.1 * top], nticks=3, row=row, col=1)
+    if swaps:
+        zero = {"zeroline": True, "zerolinecolor": theme.ink()}
+        figure.update_yaxes(title_text="swapped out,<br>−in (tokens)", nticks=4, **zero, row=row + 1, col=1)
 
 
 def life_figure(lives: Mapping[str, Life]) -> go.Figure:
@@ -146,4 +161,4 @@ def life_figure(lives: Mapping[str, Life]) -> go.Figure:
         tickformat=",~g",
     )
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
-    return laid_out(figure, 120 + 48 * len(names))
+    return laid_out(figure, 120 + 48 * len(names), l=8, b=8, autoexpand=True)

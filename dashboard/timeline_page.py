@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 
+from dashboard.keeping import kept
 from dashboard.picking import pick_two, readable_runs
 from dashboard.store import fingerprint, open_run
 from dashboard.timeline_figures import life_figure, timeline_figure
-from dashboard.ui import downloads, figure, note, plain, remember, table
+from dashboard.ui import downloads, figure, note, plain, remember, revised, table
+from experiments.compare import format_figure
 from experiments.composition import composition
 from experiments.life import PHASES, Life, request_life
 from experiments.metrics import per_request
 from experiments.records import Run, RunError
-from experiments.timeline import timeline, window
+from experiments.timeline import states, window
 from experiments.trace_export import write_trace
 
 if TYPE_CHECKING:
@@ -58,14 +61,8 @@ _LIVES: WeakKeyDictionary[Run, dict[int, Life]] = WeakKeyDictionary()
 
 def _states(run: Run) -> pd.DataFrame:
     if run not in _STATES:
-        _STATES[run] = _compute_states(run)
+        _STATES[run] = states(run)
     return _STATES[run]
-
-
-def _compute_states(run: Run) -> pd.DataFrame:
-    frame = timeline(run)
-    blocks = int(run.limits["num_blocks"]) * max(1, run.steps["replica"].nunique())
-    return frame.assign(kv_share=100.0 * frame["kv_blocks"] / blocks)
 
 
 def _labelled(runs: dict[str, Run]) -> dict[str, Run]:
@@ -86,20 +83,26 @@ def _draw(runs: dict[str, Run]) -> None:
         return
     whole = max(int(run.steps["end_ns"].max()) for run in inside.values() if len(run.steps))
     begin, end = _chosen_window(whole)
-    steps = {label: composition(run, begin, end, SPANS) for label, run in inside.items()}
-    states = {label: window(_states(run), begin, end) for label, run in inside.items()}
+
+    def steps() -> dict[str, pd.DataFrame]:
+        return {label: composition(run, begin, end, SPANS) for label, run in inside.items()}
+
+    def over_time() -> dict[str, pd.DataFrame]:
+        return {label: window(_states(run), begin, end) for label, run in inside.items()}
 
     def on_paper() -> Figure:
         from experiments.timeline_plots import timeline_figure as drawn  # matplotlib is slow to import
 
-        return drawn(steps, states)
+        return drawn(steps(), over_time())
 
     def data() -> pd.DataFrame:
-        return pd.concat([frame.assign(run=label) for label, frame in steps.items()])
+        return pd.concat([frame.assign(run=label) for label, frame in steps().items()])
 
-    drawn = timeline_figure(steps, states, begin / 1e9, end / 1e9)
+    def on_screen() -> go.Figure:
+        return timeline_figure(steps(), over_time(), begin / 1e9, end / 1e9)
+
     chart = st.plotly_chart(
-        drawn,
+        revised(kept(tuple(inside.values()), ("timeline", begin, end, *inside), on_screen)),
         key=f"timeline:{begin}:{end}",
         on_select="rerun",
         selection_mode="box",
@@ -109,7 +112,8 @@ def _draw(runs: dict[str, Run]) -> None:
     shown = sum(_steps_within(run, begin, end) for run in inside.values())
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="below"):
         note(
-            f"{shown:,} steps in {(end - begin) / 1e9:,.4g} s, {(end - begin) / SPANS / 1e6:,.3g} ms a span. "
+            f"{shown:,} steps in {format_figure((end - begin) / 1e9)} s, "
+            f"{format_figure((end - begin) / SPANS / 1e6)} ms a span. "
             f"Drag over a part to see it closer."
         )
         downloads("timeline", on_paper, data)
@@ -168,6 +172,7 @@ def _draw_life(runs: dict[str, Run]) -> None:
     first = int(wanted) if wanted.isdigit() else int(waited.iloc[0])
     if st.session_state.get("url:request") != wanted or "request" not in st.session_state:
         st.session_state["request"] = first
+    st.session_state["request"] = st.session_state["request"]  # as in `ui.chosen`
     with st.container(horizontal=True, vertical_alignment="bottom", key="which"):
         request = st.number_input("Request", min_value=0, step=1, key="request", width=180)
         note("Without a choice it is the one that waited longest in the reference run.")
@@ -191,7 +196,8 @@ def _draw_life(runs: dict[str, Run]) -> None:
         return pd.DataFrame(rows, columns=["run", "phase", "begin_ns", "end_ns"])
 
     alt = "When the request waited, computed its prompt and decoded, in each run"
-    figure("life", life_figure(lives), on_paper, data, alt)
+    which = ("life", int(request), *lives)
+    figure("life", kept(tuple(runs.values()), which, lambda: life_figure(lives)), on_paper, data, alt)
     columns = ["run", "status", "prompt (tokens)", "output (tokens)", *(f"{phase} (ms)" for phase in PHASES)]
     rows = [
         [label, life.status, f"{life.prompt_tokens:,}", f"{life.output_tokens:,}"]

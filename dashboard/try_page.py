@@ -20,7 +20,7 @@ from experiments.records import Run, RunError, read_run
 from experiments.series import LATENCY_COLUMNS
 from experiments.simulated import make_costs, make_router, simulated_limits
 from experiments.spec import CostSpec, PoliciesSpec, RunSpec, SpecError, check_spec
-from experiments.timeline import timeline
+from experiments.timeline import states
 from experiments.workloads.spec import GENERATORS
 from policies import model_shape, registry
 from simulator.devices import DEVICES
@@ -172,13 +172,12 @@ def _draw_run(run: Run, key: str) -> None:
     frame, label = per_request(run), "simulated"
     end = max(1, int(run.steps["end_ns"].max()))
     steps = {label: composition(run, 0, end)}
-    blocks = int(run.limits["num_blocks"]) * max(1, run.steps["replica"].nunique())
-    states = {label: timeline(run).assign(kv_share=lambda f: 100.0 * f["kv_blocks"] / blocks)}
+    over_time = {label: states(run)}
 
     def states_on_paper() -> Figure:
         from experiments.timeline_plots import timeline_figure as drawn  # matplotlib is slow to import
 
-        return drawn(steps, states)
+        return drawn(steps, over_time)
 
     def latencies_on_paper() -> Figure:
         from experiments.plots import latency_figure as drawn
@@ -188,7 +187,7 @@ def _draw_run(run: Run, key: str) -> None:
     def latencies() -> pd.DataFrame:
         return frame[["request_id", "status", *LATENCY_COLUMNS]]
 
-    drawn = timeline_figure(steps, states, 0.0, end / 1e9)
+    drawn = timeline_figure(steps, over_time, 0.0, end / 1e9)
     figure(f"try-states-{key}", drawn, states_on_paper, lambda: steps[label], "What the device did, queues and memory")
     alt = "Distribution functions of TTFT, TPOT and E2E of the requests that have ended"
     figure(f"try-latency-{key}", latency_figure({label: frame}), latencies_on_paper, latencies, alt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import re
@@ -29,11 +30,14 @@ def chosen(key: str, options: Sequence[str], default: str) -> str:
     The URL is looked at again whenever it says something else than `remember` wrote, so that links work within a page.
     """
     in_url, written = st.query_params.get(key), st.session_state.get(f"url:{key}")
-    if in_url is not None and in_url != written and in_url in options:
-        st.session_state[key] = in_url
-    elif st.session_state.get(key) not in options:
-        st.session_state[key] = default
-    return str(st.session_state[key])
+    known = st.session_state.get(key)
+    if in_url in options and (in_url != written or known not in options):
+        value = in_url
+    else:
+        value = known if known in options else default
+    # Said anew each time: another page's widget with this key is another widget, and begins with its first option.
+    st.session_state[key] = value
+    return str(value)
 
 
 def remember(key: str, value: str) -> None:
@@ -75,8 +79,21 @@ def figure(
 
     The files are made only when they are asked for.
     """
-    st.plotly_chart(drawn, key=f"figure:{name}", config={"displaylogo": False, "modeBarButtonsToRemove": _NO}, alt=alt)
+    config = {"displaylogo": False, "modeBarButtonsToRemove": _NO}
+    st.plotly_chart(revised(drawn), key=f"figure:{name}", config=config, alt=alt)
     downloads(name, on_paper, data)
+
+
+def revised(drawn: go.Figure) -> go.Figure:
+    """The figure, marked with a digest of what it shows.
+
+    Streamlit hands every figure to plotly.js twice, the second time as a copy. Without a mark plotly.js takes the copy
+    for new data, and draws all of it again.
+    """
+    if drawn.layout.datarevision is not None:
+        return drawn
+    digest = hashlib.blake2b(str(drawn.to_json(validate=False)).encode(), digest_size=8).hexdigest()
+    return drawn.update_layout(datarevision=digest)
 
 
 _NO = ["lasso2d", "select2d", "autoScale2d"]
@@ -170,8 +187,24 @@ def number(label: str, key: str, default: float, low: float, high: float, step: 
         except ValueError:
             wanted = default
         st.session_state[key] = wanted if low <= wanted <= high else default
+    st.session_state[key] = st.session_state[key]  # as in `chosen`
     value = st.number_input(label, min_value=low, max_value=high, step=step, key=key)
     remember(key, f"{value:g}" if not whole else str(value))
+    return value
+
+
+def text(label: str, key: str, hint: str) -> str:
+    """A line of text, kept in the URL where there is any."""
+    in_url, written = st.query_params.get(key), st.session_state.get(f"url:{key}")
+    if key not in st.session_state or (in_url is not None and in_url != written):
+        st.session_state[key] = in_url or ""
+    st.session_state[key] = st.session_state[key]  # as in `chosen`
+    value = str(st.text_input(label, key=key, placeholder=hint) or "").strip()
+    if value:
+        remember(key, value)
+    else:
+        st.query_params.pop(key, None)
+        st.session_state.pop(f"url:{key}", None)
     return value
 
 
@@ -180,7 +213,7 @@ def open_select(label: str, key: str, options: Sequence[str], default: str, hint
     in_url, written = st.query_params.get(key), st.session_state.get(f"url:{key}")
     if in_url is not None and in_url != written:
         st.session_state[key] = in_url
-    current = st.session_state.setdefault(key, default)
+    current = st.session_state[key] = st.session_state.get(key, default)
     known = list(options) if current in options else [*options, current]
     value = str(st.selectbox(label, known, key=key, accept_new_options=True, help=hint) or default)
     remember(key, value)

@@ -18,7 +18,7 @@ _FLAGS = {
     "replicas": "--replicas",
     **{
         f"policies.{role}": f"--{role}"
-        for role in ("scheduler", "queue", "admission", "preemption", "eviction", "offload", "router")
+        for role in ("scheduler", "queue", "admission", "preemption", "eviction", "offload", "router", "autoscaler")
     },
 }
 """Fields that have a flag of their own in `diptych simulate`; the others are given by --set."""

@@ -28,6 +28,10 @@ THROUGHPUTS = {
     "slo_goodput": ("Goodput", "req/s"),
     "request_goodput": ("Goodput within limits", "req/s"),
 }
+ESTIMATES = {
+    "estimated_joule_per_output_token": ("Energy (estimate)", "J/output tok"),
+    "estimated_price_per_million_output_tokens": ("Price (estimate)", "per 1M output tok"),
+}
 STATISTICS = ("mean", "p50", "p90", "p99")
 _PER_REQUEST = {"ttft": "ttft_ms", "tpot": "tpot_ms", "e2el": "e2e_ms"}
 
@@ -114,8 +118,18 @@ class Comparison:
             for statistic in ("p50", "p90", "p99")
         ]
         figures = latencies + [(*THROUGHPUTS[key], self.throughputs[key]) for key in self.throughputs]
+        figures += [
+            (name, unit, pair) for name, unit, pair in self._estimates() if pair.a is not None or pair.b is not None
+        ]
         gap = Pair(self.summary_a["largest_service_gap"], self.summary_b["largest_service_gap"])
         return figures if gap.a is None and gap.b is None else [*figures, ("Service gap", "weighted tok", gap)]
+
+    def _estimates(self) -> list[tuple[str, str, Pair]]:
+        """What tokens are estimated to take, of simulated runs."""
+        return [
+            (name, unit, Pair(self.summary_a.get(key), self.summary_b.get(key)))
+            for key, (name, unit) in ESTIMATES.items()
+        ]
 
     def rows(self) -> list[Row]:
         """The lines of the table: `figures` as text."""

@@ -10,6 +10,9 @@ from experiments.records import Run
 KINDS = {"decode": "decode only", "mixed": "decode and prefill", "prefill": "prefill only", "idle": "idle"}
 """Column of `composition` -> what a figure calls it."""
 
+_COUNTS = {"preemptions": "num_preempted", "swapped_out": "swapped_out", "swapped_in": "swapped_in"}
+"""Column of `composition` -> column of steps.parquet that is added up in each span."""
+
 _BUSY = ("decode", "mixed", "prefill")
 
 
@@ -17,24 +20,26 @@ def composition(run: Run, begin_ns: int, end_ns: int, spans: int = 600) -> pd.Da
     """Shares of the time from `begin_ns` to `end_ns`, in so many equal spans, averaged over the replicas.
 
     Columns: `t_s` (begin of the span, seconds), `decode`, `mixed`, `prefill`, `idle` (0 to 1, adding up to 1) and
-    `preemptions` (how many were decided on in the span, of all replicas). The last row closes the last span.
+    `preemptions`, `swapped_out` and `swapped_in` (how many were decided on in the span, and tokens whose KV was moved
+    to host memory and back, of all replicas). The last row closes the last span.
     Nothing is left out: a span that holds many steps has their time added up. Raises RunError for a client's run.
     """
     edges = np.linspace(begin_ns, max(end_ns, begin_ns + 1), spans + 1)
     shares = {kind: np.zeros(spans) for kind in _BUSY}
-    preemptions = np.zeros(spans, np.int64)
+    counts = {name: np.zeros(spans, np.int64) for name in _COUNTS}
     replicas = 0
     for _, rows in run.steps.groupby("replica", sort=True):
         replicas += 1
         for kind, busy in _busy(rows).items():
             shares[kind] += np.diff(np.interp(edges, *busy)) / np.diff(edges)
-        lost = rows[rows["num_preempted"] > 0]
-        at = np.searchsorted(edges, lost["plan_ns"].to_numpy(), side="right") - 1
-        inside = (at >= 0) & (at < spans)
-        np.add.at(preemptions, at[inside], lost["num_preempted"].to_numpy(np.int64)[inside])
+        for name, column in _COUNTS.items():
+            some = rows[rows[column] > 0]
+            at = np.searchsorted(edges, some["plan_ns"].to_numpy(), side="right") - 1
+            inside = (at >= 0) & (at < spans)
+            np.add.at(counts[name], at[inside], some[column].to_numpy(np.int64)[inside])
     frame = pd.DataFrame({kind: share / max(replicas, 1) for kind, share in shares.items()})
     frame["idle"] = np.clip(1.0 - frame.sum(axis=1), 0.0, 1.0)
-    frame["preemptions"] = preemptions
+    frame = frame.assign(**counts)
     frame.insert(0, "t_s", edges[:-1] / 1e9)
     last = frame.iloc[[-1]].assign(t_s=edges[-1] / 1e9)
     return pd.concat([frame, last], ignore_index=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,6 +12,7 @@ from experiments.divergence import Divergence, diff_decisions
 from experiments.metrics import summarize
 from experiments.real import load, real_limits, run_real
 from experiments.records import read_run
+from experiments.repeats import noise_floor
 from experiments.replaying import replay_run
 from experiments.simulated import run_simulated
 from experiments.spec import CostSpec, RunSpec, check_spec
@@ -36,6 +37,8 @@ class Outcome:
     comparison: Comparison
     replayed_steps: int
     divergence: Divergence | None
+    noise: dict[str, float] = field(default_factory=dict)
+    """How far the same run, served once more, was from the first time, by metric; empty where it was not."""
 
 
 def demo_spec(source: str, load_format: str, policy: str = POLICIES[1]) -> RunSpec:
@@ -102,12 +105,19 @@ class Demo:
         workload: Workload,
         costs: FittedCost,
         on_output: Callable[[Output], None],
+        again: bool = False,
     ) -> Outcome:
-        """Serve the workload, simulate it, replay the decisions, compare."""
+        """Serve the workload, simulate it, replay the decisions, compare. `again`: serve it a second time, which says
+        how steady the machine is."""
         policies = demo_spec(self.source, self.load_format, policy).policies
         spec = self.spec.model_copy(update={"policies": policies})
         real, simulated, replayed = (self.folder / f"{policy}-{panel}" for panel in ("real", "sim", "replay"))
+        noise = {}
         run_real(spec, real, workload=workload, loaded=loaded, overwrite=True, on_output=on_output)
+        if again:
+            repeat = self.folder / f"{policy}-real-again"
+            run_real(spec, repeat, workload=workload, loaded=loaded, overwrite=True, on_output=on_output)
+            noise = noise_floor(read_run(real), [read_run(repeat)])
         limits = real_limits(spec, loaded)
         run_simulated(spec, simulated, workload=workload, costs=costs, limits=limits, overwrite=True)
         replay_run(read_run(real), replayed, overwrite=True)
@@ -116,6 +126,7 @@ class Demo:
             compare(read_run(real), read_run(simulated)),
             len(read_run(real).steps),
             diff_decisions(read_run(real), read_run(replayed)),
+            noise,
         )
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from experiments.backlog import ServiceGap, largest_gap
+from experiments.economy import economy
 from experiments.fairness import jain_index, service_difference, service_received
 from experiments.programs import client_figures, program_samples_ms
 from experiments.records import Run
@@ -117,6 +118,8 @@ def summarize(
     the requests whose last try completed, and `mean_answer_ms` and so on are what those took from the first try on; all
     other figures count each try as a request. `duration` (seconds) runs from the first arrival to the last end. What
     there is nothing to compute from is None.
+    Of simulations there are the figures of `experiments.economy` too: `replica_seconds`, and what tokens are estimated
+    to cost in energy and money.
     Raises ValueError for an unknown objective, RunError for records that contradict themselves.
     """
     requests, frame = run.requests, per_request(run)
@@ -165,7 +168,7 @@ def summarize(
     if clients is not None:
         retries, answered, took = clients
         summary |= {"retries": retries, "answered": answered, **statistics("answer", took, percentiles)}
-    return summary | _memory(run)
+    return summary | economy(run, output) | _memory(run)
 
 
 def outline(run: Run, percentiles: Sequence[float] = PERCENTILES) -> dict[str, Any]:
@@ -181,6 +184,7 @@ def outline(run: Run, percentiles: Sequence[float] = PERCENTILES) -> dict[str, A
     duration = (int(ends.max()) - int(requests["arrival_ns"].min())) / 1e9 if len(ends) else 0.0
     figures: dict[str, Any] = {
         "statuses": {status: int((requests["status"] == status).sum()) for status in STATUSES},
+        "total_output_tokens": int(output.sum()),
         "request_throughput": _rate(len(done), duration),
         "output_throughput": _rate(int(output.sum()), duration),
         "preemptions": int(requests["preemptions"].sum()) if run.has_steps else None,

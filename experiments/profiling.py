@@ -4,30 +4,35 @@ The steps measured are the engine's own. First come the rounds of `experiments.p
 token budget differs from step to step, so that chunks of all sizes begin at all positions; then one trace under one
 policy, as a server meets it: requests of the `chat` workload, kept at a few levels of concurrency. With a host tier,
 now and then a request that decodes is swapped out, and comes back in the next step.
+
+What a run's host does beside its steps is done here too, for the device waits for it now and then: all is recorded to
+disk, and the trace's prompts are in memory from the beginning, each with tokens of its own.
 """
 
 from __future__ import annotations
 
 import itertools
 import queue
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from experiments.profile_design import Design, Round
 from experiments.real import Prepared, load, prepare, start_engine
-from experiments.records import describe_environment, write_compact
+from experiments.records import RunWriter, describe_environment, run_info, write_compact
 from experiments.records.environment import gpu_state
 from experiments.records.schema import to_table
 from experiments.refitting import DESIGN_SHARE
 from experiments.spec import RunSpec
-from experiments.workloads import WorkloadSpec, make_workload
-from policies.contract import Queue, View
+from experiments.workloads import WorkloadSpec, make_workload, prompt_token_ids
+from policies.contract import Queue, Recorder, View
 from policies.plan import Mode, Plan
 from policies.queues.fcfs import Fcfs
 from policies.records import STEPS
@@ -46,23 +51,25 @@ from simulator.costs.samples import samples_from_steps
 CONCURRENCY = ((1 / 64, 1), (1 / 16, 1), (1 / 8, 1), (1 / 4, 1), (1 / 2, 2), (1, 3))
 """Requests of the trace that are kept in flight, as a share of `max_num_seqs`; and for how long, relatively: many take
 longer until old and young ones are mixed as in the long run."""
-TRACE_REQUESTS = 2000
+TRACE_REQUESTS = 1000
 
 
 @dataclass
 class StepRows:
-    """A recorder that keeps the steps' rows and drops the rest."""
+    """Keeps the steps' rows, and hands all on to another recorder."""
 
+    other: Recorder
     rows: list[tuple[object, ...]] = field(default_factory=list)
 
     def request(self, row: tuple[object, ...]) -> None:
-        """Not needed for a fit."""
+        self.other.request(row)
 
     def step(self, row: tuple[object, ...]) -> None:
         self.rows.append(row)
+        self.other.step(row)
 
     def decision(self, row: tuple[object, ...]) -> None:
-        """Not needed for a fit."""
+        self.other.decision(row)
 
 
 class ProfileScheduler(Mixed):
@@ -146,21 +153,24 @@ def profile(
     spec, limits = prepared.spec, prepared.limits
     # Prompts repeat here, and each is to be computed; and a host that waits would look like a busy one.
     uncached = replace(limits, prefix_caching=False, plan_lead_ns=None)
-    recorder = StepRows()
     stack = StackSpec().build(block_size=limits.block_size)
     scheduler = ProfileScheduler(Fcfs(), spec.seed, swaps=limits.num_host_blocks > 0)
     stack.scheduler = scheduler
-    with start_engine(loaded, uncached, stack, spec.model, recorder=recorder, runner=runner) as engine:
-        if on_start is not None:
-            on_start({**prepared.seconds, **engine.startup_seconds})
-        before = gpu_state()
-        stream = _Stream(engine, seconds, on_progress or (lambda share: None))
-        stream.rounds(Design(uncached, spec.seed).rounds(), DESIGN_SHARE)
-        scheduler.vary = False
-        serving_from_ns = engine.now()
-        levels = [(max(1, round(share * uncached.max_num_seqs)), time) for share, time in CONCURRENCY]
-        stream.trace(_trace(uncached, spec.seed), levels)
-        after = gpu_state()
+    requests = _trace(uncached, loaded.config.vocab_size, spec.seed)
+    about = _about(spec, uncached)
+    with tempfile.TemporaryDirectory() as scratch, RunWriter(Path(scratch) / "profile", about) as writer:
+        recorder = StepRows(writer)
+        with start_engine(loaded, uncached, stack, spec.model, recorder=recorder, runner=runner) as engine:
+            if on_start is not None:
+                on_start({**prepared.seconds, **engine.startup_seconds})
+            before = gpu_state()
+            stream = _Stream(engine, seconds, on_progress or (lambda share: None))
+            stream.rounds(Design(uncached, spec.seed).rounds(), DESIGN_SHARE)
+            scheduler.vary = False
+            serving_from_ns = engine.now()
+            levels = [(max(1, round(share * uncached.max_num_seqs)), time) for share, time in CONCURRENCY]
+            stream.trace(itertools.cycle(requests), levels)
+            after = gpu_state()
     if steps_to is not None:
         _save_steps(recorder.rows, steps_to)
     steps = pd.DataFrame(recorder.rows, columns=list(STEPS))
@@ -203,14 +213,14 @@ class _Stream:
         overlap = 0
         for one in rounds:
             self._wait_for(overlap)
-            for request in one.requests:
-                self._submit(*request)
+            for prompt, output in one.requests:
+                self._submit(self._tokens[:prompt], output)
             overlap = one.overlap
             if self._passed() >= share:
                 break
         self._wait_for(0)
 
-    def trace(self, requests: Iterator[tuple[int, int]], levels: Sequence[tuple[int, int]]) -> None:
+    def trace(self, requests: Iterator[tuple[list[int], int]], levels: Sequence[tuple[int, int]]) -> None:
         """So many in flight, each level for its share of what is left of the time."""
         left, total = 1 - self._passed(), sum(weight for _, weight in levels)
         until = 1 - left
@@ -229,10 +239,10 @@ class _Stream:
         self._on_progress(min(1.0, share))
         return share
 
-    def _submit(self, prompt: int, output: int) -> None:
+    def _submit(self, prompt: list[int], output: int) -> None:
         params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
         details = Details(forced_length=output)
-        self._running.add(self._engine.submit(self._tokens[:prompt], params, self._listen, details))
+        self._running.add(self._engine.submit(prompt, params, self._listen, details))
 
     def _listen(self, output: Output) -> None:
         if output.finish_reason is not None:
@@ -245,11 +255,20 @@ class _Stream:
         self._engine.raise_if_dead()
 
 
-def _trace(limits: Limits, seed: int) -> Iterator[tuple[int, int]]:
-    """(prompt, output) tokens of the `chat` workload, over and over, cut to what a replica can hold."""
+def _trace(limits: Limits, vocab_size: int, seed: int) -> list[tuple[list[int], int]]:
+    """(prompt, output tokens) of the `chat` workload, cut to what a replica can hold."""
     longest = max(2, min(limits.max_model_len, limits.num_blocks * limits.block_size // 2))
     workload = make_workload(WorkloadSpec(name="chat", n=TRACE_REQUESTS, seed=seed, max_model_len=longest))
-    return itertools.cycle(zip(workload.prompt_tokens.tolist(), workload.output_tokens.tolist(), strict=True))
+    prompts = prompt_token_ids(workload, None, vocab_size, seed)
+    return list(zip(prompts, workload.output_tokens.tolist(), strict=True))
+
+
+def _about(spec: RunSpec, limits: Limits) -> dict[str, Any]:
+    """Of a record that nobody reads."""
+    stack = StackSpec().as_dict()
+    return run_info(
+        "real", spec=spec.model_dump(mode="json"), limits=asdict(limits), stack=stack, clairvoyant=False, workload={}
+    )
 
 
 def _shape_of(loaded: LoadedModel) -> dict[str, int]:

@@ -98,6 +98,7 @@ def explained(doing: str) -> Iterator[None]:
 
 def check_servable(spec: RunSpec) -> None:
     """Raises SpecError for what only the simulated panel can do."""
+    spec.check_for_real()
     if spec.replicas > 1:
         raise SpecError(
             f"replicas: the runtime serves one replica, not {spec.replicas}; simulate several with diptych simulate"

@@ -70,6 +70,7 @@ async def start_engines(spec: RunSpec, options: EngineOptions, places: Places) -
 
     Raises EngineStartError, and for a Ray cluster that cannot be joined ValueError or ConnectionError.
     """
+    spec.check_for_real()
     check_served_router(spec.policies.router)
     if spec.replicas == 1 and not places.attached and places.ray is None:
         link: Link = LocalLink(functools.partial(host_engine, spec, options))

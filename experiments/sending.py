@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable
 
 from experiments.clients import Clients
-from experiments.simulated import patience_of, request_details
+from experiments.coming import request_details
+from experiments.simulated import patience_of
 from experiments.spec import RunSpec
 from experiments.workloads import Workload
 from runtime.engine import Details, Engine

@@ -85,15 +85,6 @@ def request_pairs(a: pd.DataFrame, b: pd.DataFrame, column: str) -> pd.DataFrame
     ]
 
 
-def thinned(pairs: pd.DataFrame, points: int = 4000) -> pd.DataFrame:
-    """At most `points` rows of `request_pairs`: the half with the largest differences, and every n-th of the others."""
-    if len(pairs) <= points:
-        return pairs
-    worst, others = pairs.iloc[: points // 2], pairs.iloc[points // 2 :]
-    every = -(-len(others) // (points - points // 2))
-    return pd.concat([worst, others.iloc[::every]], ignore_index=True)
-
-
 def over_time(frame: pd.DataFrame, column: str, points: int = 500) -> pd.DataFrame:
     """A column of a timeline in at most `points` spans of time.
 

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from experiments.clients import Clients, Patience
+from experiments.clients import Patience
+from experiments.coming import arrivals_of, keys_of
 from experiments.records import RunWriter, read_run, run_info
 from experiments.spec import CostSpec, RunSpec, SpecError
 from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload
-from experiments.workloads.block_keys import block_keys
 from policies import registry
 from policies.contract import Router
 from policies.model_shape import ModelShape
 from policies.registry import PolicySpec
 from policies.replica_state import Limits
-from policies.request import Request, Slo
-from simulator.arrivals import Arrival
-from simulator.costs.base import CostModel
+from policies.request import Request
+from simulator.cluster import Cluster, Pool
+from simulator.costs.base import CostModel, predicted
 from simulator.costs.calibration import Calibration
 from simulator.costs.constant import ConstantCost
+from simulator.costs.drawn import DrawnCost
 from simulator.costs.earlier import upgraded
 from simulator.costs.fitted import FittedCost
 from simulator.costs.roofline import HostTimes, RooflineCost
@@ -68,39 +71,44 @@ def run_simulated(
     `check`: invariants after every step, Little's law at the end.
     """
     workload = workload or make_workload(spec.workload)
-    costs = costs or make_costs(spec.cost or CostSpec())
-    limits = limits or simulated_limits(spec, costs)
     patience = patience_of(spec)
     oracle = oracle_of(workload, patience)
-    future = _future(spec, workload, limits)
-    build = spec.policies.stack.build
-    stacks = [
-        build(block_size=limits.block_size, seed=spec.seed, oracle=oracle, future=future) for _ in range(spec.replicas)
-    ]
-    router, link = make_router(spec, costs, limits)
+    pools = make_pools(spec, workload, oracle, costs, limits)
+    limits = pools[0].limits
+    stack = pools[0].stack()
+    clairvoyant = any(pool.stack().clairvoyant for pool in pools)
+    router, _ = make_router(spec, pools[0].costs, limits)
+    changes = bool(spec.pools) or any(pool.autoscaler.every_ns for pool in pools if pool.autoscaler is not None)
     info = run_info(
         "sim",
         spec=spec.model_dump(mode="json"),
         limits=asdict(limits),
         stack=spec.policies.stack.as_dict(),
-        clairvoyant=stacks[0].clairvoyant,
-        **oracle_entry(oracle, stacks[0].clairvoyant),
+        clairvoyant=clairvoyant,
+        **oracle_entry(oracle, clairvoyant),
         **clients_entry(workload, patience),
         workload=workload.provenance,
-        cost=costs.describe(),
+        cost=pools[0].costs.describe(),
+        **({"pools": [_pool_entry(spec, i, pool) for i, pool in enumerate(pools)]} if changes else {}),
     )
-    with RunWriter(folder, info, overwrite=overwrite, decisions=spec.decisions, flush_seconds=flush_seconds) as writer:
-        routing = router if spec.replicas > 1 else None  # the real panel, which has one, routes nothing either
+    with RunWriter(
+        folder, info, overwrite=overwrite, decisions=spec.decisions, replicas=changes, flush_seconds=flush_seconds
+    ) as writer:
         coming = arrivals_of(workload, limits, patience)
-        simulation = Simulation(
-            *(limits, stacks, costs, routing),
-            link=link,
-            recorder=writer,
-            on_end=on_end,
-            followers=coming.followers,
-            gives_up=coming.gives_up,
-            check=check,
-        )
+        options: dict[str, Any] = {
+            "recorder": writer,
+            "on_end": on_end,
+            "followers": coming.followers,
+            "gives_up": coming.gives_up,
+            "check": check,
+        }
+        simulation: Simulation
+        if changes:
+            simulation = Cluster(pools, router, on_change=writer.replica_changed, **options)
+        else:
+            routing = router if spec.replicas > 1 else None  # the real panel, which has one, routes nothing either
+            stacks = [stack, *(pools[0].stack() for _ in range(1, spec.replicas))]
+            simulation = Simulation(limits, stacks, pools[0].costs, routing, link=pools[0].link, **options)
         simulated_ns = simulation.run(coming.arrivals)
     if check:
         check_books(read_run(folder))
@@ -113,12 +121,90 @@ def router_class(spec: RunSpec) -> type:
 
 
 def make_router(spec: RunSpec, costs: CostModel, limits: Limits) -> tuple[Router, LinkSpeed | None]:
-    """A specification's router, and the speed of the links where it moves KV. Raises PolicyError, SpecError."""
+    """A specification's router, and the speed of the links where it moves KV. Raises PolicyError, SpecError.
+
+    `costs` and `limits` are those of the first pool; where others differ, a router sees it of each replica.
+    """
     link = link_of(spec, costs, limits) if registry.moves_kv(router_class(spec)) else None
-    router = registry.make(
-        "router", spec.policies.router, seed=spec.seed, block_size=limits.block_size, cost=costs, transfer=link
+    context = {"seed": spec.seed, "block_size": limits.block_size, "cost": predicted(costs), "transfer": link}
+    return registry.make("router", spec.policies.router, **context), link
+
+
+def make_pools(
+    spec: RunSpec,
+    workload: Workload,
+    oracle: Mapping[int, int],
+    costs: CostModel | None = None,
+    limits: Limits | None = None,
+) -> list[Pool]:
+    """The replicas of a specification: of one pool without a name where it has none. Raises PolicyError, SpecError.
+
+    `costs` and `limits`, where they are at hand, are those of such a pool.
+    """
+    if not spec.pools:
+        return [_pool(spec, workload, oracle, costs, limits)]
+    pools = [
+        replace(_pool(spec.of_pool(i), workload, oracle), name=pool.name, role=pool.role)
+        for i, pool in enumerate(spec.pools)
+    ]
+    for name in ("block_size", "lag"):
+        if len({getattr(pool.limits, name) for pool in pools}) > 1:
+            raise SpecError(f"limits.{name}: it must be the same in all pools")
+    shapes = [getattr(pool.costs, "model", None) for pool in pools if pool.link is not None]
+    if len({getattr(shape, "kv_bytes_per_token", 0) for shape in shapes}) > 1:
+        raise SpecError("KV moves only between pools of one model: their blocks have different sizes")
+    return pools
+
+
+def _pool(
+    spec: RunSpec,
+    workload: Workload,
+    oracle: Mapping[int, int],
+    costs: CostModel | None = None,
+    limits: Limits | None = None,
+) -> Pool:
+    """The replicas of a specification that has no pools."""
+    costs = costs or make_costs(spec.cost or CostSpec())
+    limits = limits or simulated_limits(spec, costs)
+    context: dict[str, Any] = {"block_size": limits.block_size, "seed": spec.seed, "oracle": oracle}
+    stack = partial(spec.policies.stack.build, **context, future=_future(spec, workload, limits))
+    scaler = registry.make("autoscaler", spec.policies.autoscaler, seed=spec.seed)
+    return Pool(
+        limits,
+        costs,
+        stack,
+        spec.replicas,
+        link=link_of(spec, costs, limits) if registry.moves_kv(router_class(spec)) else None,
+        autoscaler=scaler,
+        cold_start_ns=_cold_start_ns(spec, costs) if scaler.every_ns else 0,
     )
-    return router, link
+
+
+def _cold_start_ns(spec: RunSpec, costs: CostModel) -> int:
+    """As given; else as long as it takes to read the weights, each device its part, over the host's link."""
+    if spec.cold_start_s is not None:
+        return round(1e9 * spec.cold_start_s)
+    if not isinstance(costs, RooflineCost):
+        raise SpecError(
+            "cold_start_s: say how long a replica takes to start; only a roofline knows what it has to load"
+        )
+    return round(1e9 * costs.model.weight_bytes / costs.tensor_parallel / costs.device.reached_host_link)
+
+
+def _pool_entry(spec: RunSpec, index: int, pool: Pool) -> dict[str, object]:
+    """What run.json says of a pool."""
+    own = spec.of_pool(index) if spec.pools else spec
+    return {
+        "name": pool.name,
+        "role": pool.role,
+        "replicas": pool.num_replicas,
+        "limits": asdict(pool.limits),
+        "stack": own.policies.stack.as_dict(),
+        "autoscaler": own.policies.autoscaler,
+        "cold_start_ns": pool.cold_start_ns,
+        "price_per_hour": own.price_per_hour,
+        "cost": pool.costs.describe(),
+    }
 
 
 def link_of(spec: RunSpec, costs: CostModel, limits: Limits) -> LinkSpeed:
@@ -129,14 +215,16 @@ def link_of(spec: RunSpec, costs: CostModel, limits: Limits) -> LinkSpeed:
             f"router {spec.policies.router} moves KV cache, and only a roofline (--model, --device) knows its bytes"
         )
     bandwidth = spec.link.bandwidth or device.reached_peer_link
-    return LinkSpeed(bandwidth, model.kv_bytes_per_token * limits.block_size, round(1e3 * spec.link.latency_us))
+    # Devices that share a model send their parts side by side.
+    block_bytes = math.ceil(model.kv_bytes_per_token * limits.block_size / getattr(costs, "tensor_parallel", 1))
+    return LinkSpeed(bandwidth, block_bytes, round(1e3 * spec.link.latency_us))
 
 
 def _future(spec: RunSpec, workload: Workload, limits: Limits) -> dict[int, list[bytes]] | None:
     """The block keys of all requests, in order of arrival, where a policy asks for them."""
     if not spec.policies.stack.wants_future:
         return None
-    if spec.replicas > 1:
+    if spec.num_replicas > 1 or spec.pools or spec.policies.autoscaler != "fixed":
         raise SpecError(
             "a policy that is told the block keys to come needs one replica: a router decides who gets what"
         )
@@ -144,17 +232,7 @@ def _future(spec: RunSpec, workload: Workload, limits: Limits) -> dict[int, list
         raise SpecError(
             "a policy that is told the block keys to come needs arrivals that are known: no closed loop, no timeout_s"
         )
-    return dict(enumerate(_keys(workload, limits)))
-
-
-def _keys(workload: Workload, limits: Limits) -> Iterator[list[bytes]]:
-    """Each request's block keys, with those of the blocks that it will generate; none where nothing is cached."""
-    if limits.prefix_caching:
-        return block_keys(workload, limits.block_size, generated=True)
-    return iter([[] for _ in range(len(workload))])
-
-
-PATIENT = Patience()
+    return dict(enumerate(keys_of(workload, limits)))
 
 
 def patience_of(spec: RunSpec) -> Patience:
@@ -182,7 +260,8 @@ def make_costs(spec: CostSpec) -> CostModel:
     """The cost model of a specification."""
     if spec.kind == "fitted":
         assert spec.calibration is not None
-        return FittedCost.load(Path(spec.calibration))
+        fitted = FittedCost.load(Path(spec.calibration))
+        return fitted if spec.residuals is None else DrawnCost(fitted, spec.residuals)
     if spec.kind == "constant":
         assert spec.step_ms is not None
         return ConstantCost(round(spec.step_ms * 1e6), spec.swap_ns_per_token or 0)
@@ -196,7 +275,9 @@ def costs_as_described(description: dict[str, Any]) -> CostModel:
     try:
         match description.get("kind"):
             case "fitted":
-                return FittedCost(Calibration.model_validate(upgraded(fields)))
+                seed = fields.pop("residuals", None)
+                fitted = FittedCost(Calibration.model_validate(upgraded(fields)))
+                return fitted if seed is None else DrawnCost(fitted, seed)
             case "constant":
                 return ConstantCost(**fields)
             case "roofline":
@@ -210,6 +291,7 @@ def costs_as_described(description: dict[str, Any]) -> CostModel:
 
 def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
     """The limits of a simulated replica: as given, else as the calibration, or the device's memory, has them."""
+    costs = predicted(costs)
     given, measured = spec.limits, _measured_limits(costs)
     fields = {name: getattr(given, name) for name in LIMITS}
     if measured is not None:
@@ -277,99 +359,11 @@ def _blocks_that_fit(spec: RunSpec, costs: CostModel) -> int:
     if not isinstance(costs, RooflineCost):
         raise SpecError("limits.num_blocks: say how many KV blocks a replica has; only a roofline can work it out")
     model, device = costs.model, costs.device
-    memory = (
-        spec.limits.memory_share or MEMORY_SHARE
-    ) * device.memory_bytes * costs.tensor_parallel - model.weight_bytes
+    share = (spec.limits.memory_share or MEMORY_SHARE) * costs.tensor_parallel
+    memory = share * device.memory_bytes - model.weight_bytes
     if spec.limits.kv_cache_gib is not None:
         memory = spec.limits.kv_cache_gib * GIB
     blocks = int(memory // (model.kv_bytes_per_token * spec.limits.block_size))
     if blocks < 1:
         raise SpecError(f"{model.name} leaves no memory for a KV cache on {device.name}; take a larger device")
     return blocks
-
-
-@dataclass(frozen=True, slots=True)
-class Coming:
-    """Who comes to a simulation: at their times, and because others have ended or given up."""
-
-    arrivals: Iterable[Arrival]
-    followers: Callable[[Request, int], list[Arrival]] | None = None
-    gives_up: Callable[[Request, int], list[Arrival]] | None = None
-
-
-def arrivals_of(workload: Workload, limits: Limits, patience: Patience = PATIENT) -> Coming:
-    """The requests of a workload's clients, with block keys where prefixes are cached."""
-    keys = _keys(workload, limits)
-    if workload.parents is None and patience.timeout_ns is None:
-        times = workload.arrival_ns.tolist()
-        each = zip(times, keys, strict=False)
-        return Coming(_arrival(workload, i, i, at, (), known) for i, (at, known) in enumerate(each))
-    clients = Clients(workload, patience)
-    keys_of = [known for _, known in zip(range(len(workload)), keys, strict=False)]
-
-    def come(who: list[tuple[int, int]]) -> list[Arrival]:
-        return [one(at, request_id) for at, request_id in who]
-
-    def one(at: int, request_id: int) -> Arrival:
-        i, _ = clients.row(request_id)
-        arrival = _arrival(workload, i, request_id, at, clients.parents(request_id), keys_of[i])
-        arrival.timeout_ns = patience.timeout_ns
-        return arrival
-
-    return Coming(
-        come(clients.first()),
-        lambda request, now: come(clients.ended(request.id, now)),
-        None if patience.timeout_ns is None else lambda request, now: come(clients.gives_up(request.id, now)),
-    )
-
-
-def _arrival(
-    workload: Workload, i: int, request_id: int, at: int, parents: tuple[int, ...], keys: list[bytes]
-) -> Arrival:
-    """Request i of a workload, as the one with this id."""
-    told = request_details(workload, i)
-    request = Request(
-        request_id,
-        at,
-        int(workload.prompt_tokens[i]),
-        int(workload.max_tokens[i]),
-        tenant=told.tenant,
-        session=told.session,
-        program=told.program,
-        parents=parents,
-        priority=told.priority,
-        slo=told.slo,
-        hints=told.hints,
-    )
-    return Arrival(request, int(workload.output_tokens[i]), keys)
-
-
-@dataclass(frozen=True, slots=True)
-class RequestDetails:
-    """What a request carries beside its lengths."""
-
-    tenant: str
-    session: int | None
-    program: int | None
-    priority: int
-    slo: Slo | None
-    hints: dict[str, float]
-
-
-def request_details(workload: Workload, i: int) -> RequestDetails:
-    """The details of request i, for both panels. Where nobody says otherwise a session is a program: its turns make one
-    job."""
-    hints = {}
-    if workload.declared_output is not None:
-        hints["output_tokens"] = float(workload.declared_output[i])
-    if workload.tool is not None and workload.tool[i] >= 0:
-        hints["tool"] = float(workload.tool[i])
-    session = None if workload.session is None else int(workload.session[i])
-    return RequestDetails(
-        tenant="" if workload.tenant is None else workload.tenant[i],
-        session=session,
-        program=session if workload.program is None else int(workload.program[i]),
-        priority=0 if workload.priority is None else int(workload.priority[i]),
-        slo=None if workload.slo is None else workload.slo[i],
-        hints=hints,
-    )

@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from experiments.link_spec import LinkSpec
+from experiments.pool_spec import NotNegative, PoolSpec
 from experiments.workloads.spec import Count, Positive, Seed, SequenceLength, WorkloadSpec
 from policies import model_shape, registry
 from policies.registry import PolicySpec
@@ -128,7 +130,7 @@ class ModelSpec(_Part):
 
 
 _FIELDS_OF_COST = {
-    "fitted": ("calibration",),
+    "fitted": ("calibration", "residuals"),
     "roofline": ("model", "device", "dtype", "tensor_parallel"),
     "constant": ("step_ms", "swap_ns_per_token"),
 }
@@ -141,6 +143,8 @@ class CostSpec(_Part):
         kind: `fitted` from a calibration file that `diptych profile` wrote; `roofline` from a model's shape and a
             device's data sheet; `constant`, every step the same.
         calibration: the file, for `fitted`.
+        residuals: for `fitted`: step times are drawn, with this seed, around what the fit predicts, as far off as it
+            was on held-out steps; runs with several seeds give a band. None: as predicted.
         model, device: for `roofline`; a model shape by name (`SmolLM2-135M-Instruct` is `smollm2-135m`); a device by
             name, `cpu` for this one's, or a file of one.
         dtype: of weights and KV cache, for `roofline`.
@@ -151,6 +155,7 @@ class CostSpec(_Part):
 
     kind: Literal["fitted", "roofline", "constant"] = "roofline"
     calibration: str | None = None
+    residuals: Seed | None = None
     model: str = "llama-3.1-8b"
     device: str = "h100-sxm"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -181,45 +186,6 @@ class CostSpec(_Part):
         return {name: value for name, value in handler(self).items() if name in ("kind", *_FIELDS_OF_COST[self.kind])}
 
 
-_UNITS = {"B/s": 1.0, "KB/s": 1e3, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "Gbit/s": 1e9 / 8}
-
-
-class LinkSpec(_Part):
-    """How a replica of a simulation sends KV cache to another one.
-
-    Attributes:
-        bandwidth: bytes a second in one direction, as 50e9, `50GB/s` or `400Gbit/s`; `inf`: no time at all. None: the
-            roofline's device's to another one of its machine (NVLink, else its host link).
-        latency_us: from the last byte's leaving to the KV's being usable.
-    """
-
-    bandwidth: float | None = None
-    latency_us: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 10.0
-
-    @field_validator("bandwidth", mode="before")
-    @classmethod
-    def _as_bytes(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        unit = next((u for u in sorted(_UNITS, key=len, reverse=True) if value.strip().endswith(u)), "")
-        try:
-            return float(value.strip().removesuffix(unit)) * _UNITS.get(unit, 1.0)
-        except ValueError:
-            raise ValueError(f"write a bandwidth as 50GB/s or 400Gbit/s; units: {', '.join(_UNITS)}") from None
-
-    @field_validator("bandwidth")
-    @classmethod
-    def _above_zero(cls, value: float | None) -> float | None:
-        if value is not None and not value > 0:
-            raise ValueError("a bandwidth must be above 0")
-        return value
-
-    @model_serializer(mode="wrap")
-    def _infinity_as_text(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = handler(self)
-        return {**fields, "bandwidth": "inf"} if self.bandwidth == float("inf") else dict(fields)
-
-
 class PoliciesSpec(_Part):
     """The policy stack, each role as `name,knob=value,...` or as a mapping with a name."""
 
@@ -230,6 +196,7 @@ class PoliciesSpec(_Part):
     eviction: str = _STACK.eviction
     offload: str = _STACK.offload
     router: str = "round_robin"
+    autoscaler: str = "fixed"
 
     @field_validator("*", mode="before")
     @classmethod
@@ -256,7 +223,11 @@ class RunSpec(_Part):
         replicas: of the simulated panel and of `diptych serve`; a real run has one.
         cost: how the simulated panel turns steps into time (a roofline of an 8B model on an H100 where nobody says);
             policies of either panel that plan by predicted cost use it too.
+        pools: of the simulated panel, in place of `replicas`: those of a pool are alike.
         link: between the simulated panel's replicas, for routers that move KV cache.
+        cold_start_s: of the simulated panel, from an autoscaler's decision until a replica serves; None: what it takes
+            to read the weights over the device's host link.
+        price_per_hour: what a device costs, in any currency, for estimates of the money that tokens cost.
         forced_lengths: the real panel ends each request after its recorded output tokens, whatever they are.
         decisions: record every decision; off makes long simulations smaller.
     """
@@ -268,7 +239,10 @@ class RunSpec(_Part):
     model: ModelSpec = ModelSpec()
     cost: CostSpec | None = None
     replicas: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 1
+    pools: tuple[PoolSpec, ...] = ()
     link: LinkSpec = LinkSpec()
+    cold_start_s: NotNegative | None = None
+    price_per_hour: NotNegative | None = None
     seed: Seed = 0
     forced_lengths: bool = True
     decisions: bool = True
@@ -278,6 +252,56 @@ class RunSpec(_Part):
         if self.target == "both" and self.cost is None:
             raise ValueError("target 'both' needs cost: what the simulation is to take the real panel for")
         return self
+
+    @model_validator(mode="after")
+    def _pools_that_work(self) -> RunSpec:
+        if not self.pools:
+            return self
+        if self.replicas != 1:
+            raise ValueError("give replicas or pools, not both; a pool has replicas of its own")
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) < len(names):
+            raise ValueError(f"pools must have different names, not {', '.join(names)}")
+        roles = {pool.role for pool in self.pools}
+        if roles != {"both"}:
+            if not registry.moves_kv(registry.find("router", PolicySpec.parse(self.policies.router).name)):
+                raise ValueError(
+                    f"pools for prefill or decode alone need a router that moves KV cache, as disaggregated, "
+                    f"not {self.policies.router}"
+                )
+            for role in ("prefill", "decode"):
+                if not roles & {role, "both"}:
+                    raise ValueError(f"no pool does {role}; give one the role {role} or both")
+        for i in range(len(self.pools)):
+            self.of_pool(i)  # whose fields are checked here
+        return self
+
+    def check_for_real(self) -> None:
+        """Raise SpecError for a cluster that only a simulation can have."""
+        for field, given in (("pools", bool(self.pools)), ("autoscaler", self.policies.autoscaler != "fixed")):
+            if given:
+                raise SpecError(f"{field}: for simulations so far; leave it out, or try it with diptych simulate")
+
+    @property
+    def num_replicas(self) -> int:
+        """Of the simulated panel, at the start."""
+        return sum(pool.replicas for pool in self.pools) or self.replicas
+
+    def of_pool(self, index: int) -> RunSpec:
+        """The specification of a run on the replicas of one pool alone. Raises SpecError for what it gives wrong."""
+        pool = self.pools[index]
+        given = self.model_dump(exclude_unset=True, exclude={"pools"})
+        own = pool.model_dump(exclude_unset=True, exclude={"name", "replicas", "role", "device", "cost"})
+        cost = {**({} if pool.device is None else {"device": pool.device}), **pool.cost}
+        base = given.get("cost") or {}
+        if _kind(cost, _kind(base)) != _kind(base):
+            given["cost"] = {}
+        try:
+            return RunSpec.model_validate(
+                _merged(given, {**own, "replicas": pool.replicas, **({"cost": cost} if cost else {})})
+            )
+        except ValidationError as error:
+            raise ValueError(f"pool {pool.name}: {first_error(error)}") from None
 
 
 def read_spec(path: str | Path, overrides: dict[str, Any] | None = None) -> RunSpec:
@@ -318,6 +342,7 @@ _GROUPS: dict[str, type[BaseModel]] = {
     "model": ModelSpec,
     "cost": CostSpec,
     "link": LinkSpec,
+    "pools": PoolSpec,
 }
 
 

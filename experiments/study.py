@@ -83,6 +83,8 @@ def shares(run: Run, frame: pd.DataFrame, mean_kv_blocks: float | None) -> dict[
     tenants = set(run.requests["tenant"])
     blocks = run.limits.get("num_blocks")
     replicas = int(run.spec.get("replicas") or 1)
+    if blocks and run.pools:  # as they are at the start
+        blocks, replicas = sum(pool["replicas"] * pool["limits"]["num_blocks"] for pool in run.pools), 1
     return {
         "fairness": jain_index(done["e2e_ms"] / done["output_tokens"]) if len(done) else None,
         "service_difference": float(service_difference(run).max()) if len(tenants) > 1 else None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments.compare import format_figure
 from experiments.plots import STYLE, line_style
+from experiments.series import COLOURS, wide
 from experiments.study import OBJECTIVES, PANELS, PARETO, pareto
 
 _MARKERS = "oDsX"
@@ -35,6 +38,31 @@ def pareto_figure(table: pd.DataFrame) -> Figure:
         handles, labels = axes[0].get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside upper center", ncols=4)
+        return figure
+
+
+def capacity_figure(curves: Mapping[str, pd.DataFrame]) -> Figure:
+    """What came of each load (objective -> `load_curves`): colours and marks are policies, broken lines simulated."""
+    policies = sorted({policy for frame in curves.values() for policy in frame["policy"]})
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        axes = figure.subplots(1, len(curves), squeeze=False)[0]
+        for axis, (objective, frame) in zip(axes, curves.items(), strict=True):
+            for (kind, policy), rows in frame.groupby(["kind", "policy"], sort=True):
+                place, panel = policies.index(str(policy)), list(PANELS).index(str(kind))
+                style = {**line_style(panel), "color": COLOURS[place % len(COLOURS)]}
+                name = f"{policy}, {PANELS[str(kind)]}"
+                marker = {"marker": _MARKERS[place % len(_MARKERS)], "markersize": 5}
+                filled = {"markerfacecolor": "none"} if panel else {}
+                axis.plot(rows["rate"], rows["value"], label=name, **style, **marker, **filled)
+            if wide(np.sort(frame["value"].to_numpy(np.float64))):
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(bottom=0)
+            axis.set_xlim(left=0)
+            axis.set(xlabel="requests that arrive (req/s)", ylabel=OBJECTIVES[objective].label)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3)
         return figure
 
 

@@ -19,19 +19,23 @@ def timeline(run: Run) -> pd.DataFrame:
     """State after each plan, summed over the replicas; it holds until the next row.
 
     Columns: `t_ns` (int64, ascending), `running`, `waiting` (requests), `kv_blocks` (blocks that requests hold; idle
-    cached ones are not counted). The last row ends the run: it repeats the state before it at the last step's end.
+    cached ones are not counted), `host_blocks` (in host memory: of requests that are swapped out, and cached
+    prefixes). The last row ends the run: it repeats the state before it at the last step's end.
     Raises RunError for a client's run, which has no steps.
     """
     steps = run.steps
-    columns = ["running", "waiting", "kv_blocks"]
-    num_blocks = _num_blocks(run)
+    columns = ["running", "waiting", "kv_blocks", "host_blocks"]
     changes = []
     for _, rows in steps.groupby("replica", sort=True):
+        replica = int(rows["replica"].iloc[0])
         state = np.stack(
             [
                 rows["num_running"].to_numpy(np.int64),
                 rows["num_waiting"].to_numpy(np.int64),
-                num_blocks - rows["free_blocks"].to_numpy(np.int64) - rows["idle_blocks"].to_numpy(np.int64),
+                _num_blocks(run, replica)
+                - rows["free_blocks"].to_numpy(np.int64)
+                - rows["idle_blocks"].to_numpy(np.int64),
+                _num_host_blocks(run, replica) - rows["free_host_blocks"].to_numpy(np.int64),
             ]
         )
         changes.append((rows["plan_ns"].to_numpy(), np.diff(state, axis=1, prepend=0)))
@@ -46,6 +50,16 @@ def timeline(run: Run) -> pd.DataFrame:
     end = max(int(steps["end_ns"].max()), int(times[-1]))
     frame = {c: np.append(levels[i][last], levels[i][-1]) for i, c in enumerate(columns)}
     return pd.DataFrame({"t_ns": np.append(times[last], end), **frame})
+
+
+def states(run: Run) -> pd.DataFrame:
+    """A run's timeline, and what share of the blocks is in use: `kv_share`, and of a run with a tier in host memory
+    `host_share`, both in percent of all replicas'."""
+    frame, replicas = timeline(run), [int(replica) for replica in run.steps["replica"].unique()]
+    shares = {"kv_share": 100.0 * frame["kv_blocks"] / max(1, sum(_num_blocks(run, replica) for replica in replicas))}
+    if host_blocks := sum(_num_host_blocks(run, replica) for replica in replicas):
+        shares["host_share"] = 100.0 * frame["host_blocks"] / host_blocks
+    return frame.assign(**shares)
 
 
 def window(frame: pd.DataFrame, begin_ns: int, end_ns: int) -> pd.DataFrame:
@@ -167,8 +181,12 @@ def _plan_time(step: Int64, plan_ns: Int64, wanted: Int64, end: int) -> Int64:
     return np.append(plan_ns, end)[np.searchsorted(step, wanted)]
 
 
-def _num_blocks(run: Run) -> int:
-    num_blocks = run.limits.get("num_blocks")
+def _num_blocks(run: Run, replica: int) -> int:
+    num_blocks = run.limits_of(replica).get("num_blocks")
     if not isinstance(num_blocks, int):
         raise RunError(f"{run.folder / 'run.json'} lacks limits.num_blocks, the KV blocks of a replica")
     return num_blocks
+
+
+def _num_host_blocks(run: Run, replica: int) -> int:
+    return int(run.limits_of(replica).get("num_host_blocks", 0))

@@ -13,31 +13,45 @@ from experiments.life import PHASES, Life
 from experiments.plots import STYLE, line_style
 from experiments.series import PHASE_COLOURS, STEP_COLOURS, over_time
 
-STATES = {"running": "running requests", "waiting": "waiting requests", "kv_share": "KV blocks in use (%)"}
+STATES = {
+    "running": "running requests",
+    "waiting": "waiting requests",
+    "kv_share": "KV blocks in use (%)",
+    "host_share": "host blocks in use (%)",
+}
 
 
 def timeline_figure(steps: Mapping[str, pd.DataFrame], states: Mapping[str, pd.DataFrame]) -> Figure:
     """Both runs on one time axis (label -> `composition` frame; label -> states): strips of steps, then the states."""
-    count = len(steps) + len(STATES) + 1
+    shown = {column: title for column, title in STATES.items() if any(column in frame for frame in states.values())}
+    swaps = any(frame[["swapped_out", "swapped_in"]].to_numpy().any() for frame in steps.values())
+    heights = [0.5] * len(steps) + [1] * len(shown) + [0.7] * (1 + swaps)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 1.5 * count), layout="constrained")
-        axes = figure.subplots(count, 1, sharex=True, height_ratios=[0.5] * len(steps) + [1] * len(STATES) + [0.7])
+        figure = Figure(figsize=(10, 1.5 * len(heights)), layout="constrained")
+        axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         for axis, (label, frame) in zip(axes, steps.items(), strict=False):
             colours = [STEP_COLOURS[kind] if kind != "idle" else "#eceef1" for kind in KINDS]
             shares = [frame[kind] for kind in KINDS]
             axis.stackplot(frame["t_s"], *shares, labels=list(KINDS.values()), colors=colours, step="post", linewidth=0)
             axis.set_title(f"steps of {label}", loc="left")
             axis.set(ylim=(0, 1), yticks=[])
-        for axis, (column, title) in zip(axes[len(steps) :], STATES.items(), strict=False):
+        for axis, (column, title) in zip(axes[len(steps) :], shown.items(), strict=False):
             for place, (label, frame) in enumerate(states.items()):
+                if column not in frame:
+                    continue
                 spans = over_time(frame, column, 600) if len(frame) else pd.DataFrame({"t_s": [], "mean": []})
                 axis.step(spans["t_s"], spans["mean"], where="post", label=label, **line_style(place))
             axis.set_ylabel(title)
             axis.set_ylim(bottom=0)
+        counts = axes[len(steps) + len(shown)]
         for place, (label, frame) in enumerate(steps.items()):
-            axes[-1].step(frame["t_s"], frame["preemptions"], where="post", label=label, **line_style(place))
-        axes[-1].set_ylabel("preemptions")
-        axes[-1].set_ylim(bottom=0)
+            counts.step(frame["t_s"], frame["preemptions"], where="post", label=label, **line_style(place))
+            for way, sign in (("out", 1), ("in", -1)) if swaps else ():
+                axes[-1].step(frame["t_s"], sign * frame[f"swapped_{way}"], where="post", **line_style(place))
+        counts.set_ylabel("preemptions")
+        counts.set_ylim(bottom=0)
+        if swaps:
+            axes[-1].set_ylabel("swapped out,\n−in (tokens)")
         axes[-1].set_xlabel("time since the run began (s)")
         handles, labels = axes[0].get_legend_handles_labels()
         more = axes[len(steps)].get_legend_handles_labels()

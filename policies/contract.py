@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from policies.plan import Mode, Plan, Report
 from policies.request import Request
@@ -327,12 +327,33 @@ class Move:
     target: int
 
 
+PoolRole = Literal["both", "prefill", "decode"]
+"""What the replicas of a pool are for; a router that moves KV sends prefills and decodes where they belong."""
+
+
 class Replica(Protocol):
     """One replica, as a router sees it. The figures may be stale; what it has sent itself a router can count
     (`policies.routing`)."""
 
     @property
     def id(self) -> int: ...
+    @property
+    def pool(self) -> str:
+        """The name of the pool that it belongs to; empty where all replicas are alike."""
+        ...
+
+    @property
+    def role(self) -> PoolRole: ...
+    @property
+    def cost(self) -> CostModel | None:
+        """What its steps will cost; None where nobody knows."""
+        ...
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests that it runs at once."""
+        ...
+
     @property
     def num_waiting(self) -> int: ...
     @property
@@ -408,6 +429,24 @@ class RebalancingRouter(Router, Protocol):
 
     def rebalance(self, replicas: Sequence[ClusterReplica], now: int) -> Sequence[Move]:
         """Who is to go where. A move that cannot be done is not, and its request goes on where it is."""
+        ...
+
+
+@runtime_checkable
+class Autoscaler(Protocol):
+    """How many replicas a pool should have. Only simulations start and stop replicas by it so far."""
+
+    every_ns: int
+    """How often it is asked, while any request is alive or to come; 0: never."""
+
+    def scale(self, replicas: Sequence[Replica], num_starting: int, now: int) -> int:
+        """How many there should be, those that start included, at least 1. `replicas` are those of the pool that take
+        requests. Which of them go, should they be too many, is not the policy's: the least loaded, and each of them
+        finishes what it has."""
+        ...
+
+    def on_end(self, request: Request, replica: int, now: int) -> None:
+        """A request that was sent to the pool has ended; `request` says when it came and had its first token."""
         ...
 
 

@@ -245,8 +245,12 @@ class ControlPlane:
         self._verify()
         self._watch(step)
         self._repeats, self._last_plan = plan.repeats - 1 if _may_recur(plan, step) else 0, plan
-        self._recurring = plan.chunks[0] if plan.chunks and self._repeats else None
-        self._num_decodes = step.num_decodes
+        self._recurring, self._num_decodes = None, step.num_decodes
+        if step.chunks and self._repeats:
+            request, _, tokens, _ = step.chunks[0]
+            self._recurring = (request, tokens)
+            # Two tokens are left at least: one alone is computed like a decode.
+            self._repeats = max(0, min(self._repeats, (request.num_pending_tokens - 2) // tokens))
         if state.tier is not None and not state.tier.keeps_nothing:
             self._repeats = 0  # before each plan it is looked what is to be copied, and what is too old
         return step
@@ -501,6 +505,6 @@ class ControlPlane:
 
 def _may_recur(plan: Plan, step: Step) -> bool:
     """Whether the step ran the decode group and did nothing else that a repetition of it would not do."""
-    if not step.decode_all or step.wake_at is not None or len(step.chunks) != len(plan.chunks):
+    if not step.decode_all or step.wake_at is not None or not len(step.chunks) == len(plan.chunks) <= 1:
         return False
     return not (step.admitted or step.copies or step.preempted or step.resumed or step.dropped or step.refused)

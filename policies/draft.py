@@ -259,22 +259,19 @@ class Draft:
             # budget nothing is left in any step of a chunk that goes on.
             reasons = (SLOTS, TOKEN_BUDGET) if plan.chunks else (SLOTS, NO_BLOCKS)
             first = len(plan.blocked) == 1 and plan.blocked[0][1] in reasons
-            if not view.num_waiting or (ordered and first):
-                if plan.chunks:
-                    plan.repeats = self._chunks_in_a_row() if chunked else 1
-                elif not view.prefilling:
-                    plan.repeats = FOREVER
+            waits = view.num_waiting and not (ordered and first)
+            alike = (chunked and self._one_chunk_takes_the_rest()) if plan.chunks else not view.prefilling
+            if alike and not waits:
+                plan.repeats = FOREVER
         if plan.decodes and not plan.resume and len(plan.decodes) == view.num_decoding - self._num_decodes_stopped():
             plan.decodes = []
             plan.decode_all = True
         return plan
 
-    def _chunks_in_a_row(self) -> int:
-        """How many steps can have the same one chunk and leave two tokens or more: one is computed like a decode."""
-        request, tokens = self.plan.chunks[0]
-        if self.tokens_left or len(self.plan.chunks) > 1 or request.state is not State.RUNNING:
-            return 1
-        return max(1, (request.num_pending_tokens - 2) // tokens)
+    def _one_chunk_takes_the_rest(self) -> bool:
+        """Whether the plan has one chunk, of a running request, that leaves nothing of the token budget."""
+        chunks = self.plan.chunks
+        return not self.tokens_left and len(chunks) == 1 and chunks[0][0].state is State.RUNNING
 
     def _num_decodes_stopped(self) -> int:
         stopped = self.preempted.values()

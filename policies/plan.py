@@ -58,8 +58,8 @@ class Plan:
     repeats: int
     """Steps in which this would be the plan, this one included, as long as nothing comes in from outside and blocks
     suffice, and where somebody waits or a chunk is computed, nobody ends: the simulator takes the others without
-    asking. Only of a plan that runs every decode and does nothing else but, at most, one chunk of a running request,
-    which goes on with as many tokens in each of these steps and ends in none of them."""
+    asking. Only of a plan that runs every decode and does nothing else but, at most, one chunk of a running request:
+    then for as long as that goes on and does not end."""
     blocked: list[tuple[Request, str]]
     """(request, reason): waiting requests that were looked at and passed over. For the record only."""
 

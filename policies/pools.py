@@ -12,11 +12,16 @@ AnyReplica = TypeVar("AnyReplica", bound=Replica)
 
 
 def split(replicas: Sequence[AnyReplica], prefill: int) -> tuple[list[AnyReplica], list[AnyReplica]]:
-    """The prefill pool, which is replicas 0 to `prefill` - 1, and the decode pool: both by id. A replica that is gone
-    leaves its pool smaller; where one is empty, the other one is both."""
+    """The prefill pool and the decode pool, both by id. Where replicas have roles those count, and one for both is in
+    both; else replicas 0 to `prefill` - 1 prefill. A replica that is gone leaves its pool smaller; where one is empty,
+    the other one is both."""
     ordered = sorted(replicas, key=lambda replica: replica.id)
-    first = [replica for replica in ordered if replica.id < prefill]
-    second = [replica for replica in ordered if replica.id >= prefill]
+    if any(replica.role != "both" for replica in ordered):
+        first = [replica for replica in ordered if replica.role != "decode"]
+        second = [replica for replica in ordered if replica.role != "prefill"]
+    else:
+        first = [replica for replica in ordered if replica.id < prefill]
+        second = [replica for replica in ordered if replica.id >= prefill]
     return first or second, second or first
 
 

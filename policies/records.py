@@ -118,6 +118,19 @@ ADDED: dict[str, dict[str, object]] = {
 """Table -> columns that runs of earlier versions lack, and what those would have had there; of `chunk_squares`, what a
 reader works out from the decisions."""
 
+REPLICAS: dict[str, str] = {
+    "time_ns": "int64",
+    "replica": "int32",
+    "pool": "string",
+    "event": "string",
+}
+"""replicas.parquet, in runs whose replicas differ or come and go: one row for each change of a replica.
+
+Events: `start` (asked for by an autoscaler), `serve` (it takes requests; the first row of those that are there from the
+start on), `drain` (it takes no more), `stop` (it has finished what it had, or was told to go before it had started),
+`fail`.
+"""
+
 DECISIONS: dict[str, str] = {
     "replica": "int32",
     "step": "int64",
@@ -187,8 +200,9 @@ class DecodeSteps(NamedTuple):
     def decision_rows(self) -> Iterator[list[Row]]:
         """The rows of decisions.parquet, by step."""
         replica, step, *_ = self.first
+        assert isinstance(step, int)
         decodes, tokens = self.first[_AT["num_decodes"]], self.first[_AT["chunk_tokens"]]
-        for index in range(step, step + len(self.times)):  # type: ignore[operator]
+        for index in range(step, step + len(self.times)):
             rows: list[Row] = [(replica, index, -1, "decode", decodes, "")]
             if tokens:
                 rows.append((replica, index, self.request_id, "chunk", tokens, ""))

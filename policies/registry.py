@@ -18,7 +18,17 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from policies.contract import Admission, Eviction, LengthPredictor, Offload, Preemption, Queue, Router, Scheduler
+from policies.contract import (
+    Admission,
+    Autoscaler,
+    Eviction,
+    LengthPredictor,
+    Offload,
+    Preemption,
+    Queue,
+    Router,
+    Scheduler,
+)
 
 ENTRY_POINT_GROUP = "diptych.policies"
 ROLES: dict[str, type] = {
@@ -29,6 +39,7 @@ ROLES: dict[str, type] = {
     "eviction": Eviction,
     "offload": Offload,
     "router": Router,
+    "autoscaler": Autoscaler,
     "predictor": LengthPredictor,
 }
 _PACKAGES = {
@@ -39,6 +50,7 @@ _PACKAGES = {
     "eviction": "policies.eviction",
     "offload": "policies.offload",
     "router": "policies.routers",
+    "autoscaler": "policies.autoscalers",
     "predictor": "policies.predictors",
 }
 CONTEXT = ("queue", "oracle", "future", "seed", "block_size", "cost", "transfer")

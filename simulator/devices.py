@@ -18,6 +18,9 @@ class DeviceError(ValueError):
     """No such device, or a description that is not one. The message is one line and says what to do."""
 
 
+MAY_BE_ZERO = ("launch_ns_per_layer", "host_link_latency_ns", "peer_link_bandwidth", "tdp_w", "idle_w")
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """Peaks as a data sheet states them, and the fractions of them that software reaches.
@@ -51,6 +54,10 @@ class Device:
     """Where the peaks are from."""
     peer_link_bandwidth: float = 0.0
     """Bytes a second in one direction to another device of the same machine: NVLink; 0: by the host link."""
+    tdp_w: float = 0.0
+    """Most power that the device draws, in watts (of the data sheet); 0: not known, so that no energy is estimated."""
+    idle_w: float = 0.0
+    """Power while it does nothing. No data sheet says it; 0: a tenth of `tdp_w`, which is about what cards report."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -60,7 +67,7 @@ class Device:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise DeviceError(f"device {self.name!r}: {name} must be a number, not {value!r}")
-            if not value and name not in ("launch_ns_per_layer", "host_link_latency_ns", "peer_link_bandwidth"):
+            if not value and name not in MAY_BE_ZERO:
                 raise DeviceError(f"device {self.name!r}: {name} must be above 0")
             if name.endswith("_efficiency") and value > 1:
                 raise DeviceError(f"device {self.name!r}: {name} is a fraction of the peak, at most 1, not {value!r}")
@@ -97,9 +104,23 @@ class Device:
         return self.memory_bandwidth * self.bandwidth_efficiency
 
     @property
+    def peer_bandwidth(self) -> float:
+        """Bytes a second in one direction to another device, as the data sheet has it."""
+        return self.peer_link_bandwidth or self.host_link_bandwidth
+
+    @property
     def reached_peer_link(self) -> float:
         """Bytes a second that copies to another device reach: the share of the peak that those to the host reach."""
-        return (self.peer_link_bandwidth or self.host_link_bandwidth) * self.host_link_efficiency
+        return self.peer_bandwidth * self.host_link_efficiency
+
+    def energy_j(self, up_s: float, busy_s: float) -> float | None:
+        """An estimate of the energy that it takes to be on for so long and busy for a part of that: power rises from
+        `idle_w` to `tdp_w` with the share of time that it is busy (Fan, Weber, Barroso, ISCA 2007). A busy card that
+        waits for its memory draws less, so it errs on the high side. None where `tdp_w` is not known."""
+        if not self.tdp_w:
+            return None
+        idle = self.idle_w or self.tdp_w / 10
+        return idle * up_s + (self.tdp_w - idle) * busy_s
 
     @property
     def reached_host_link(self) -> float:
@@ -119,6 +140,7 @@ DEVICES: dict[str, Device] = {
             64e9,
             source="NVIDIA H100 Tensor Core GPU data sheet",
             peer_link_bandwidth=450e9,
+            tdp_w=700.0,
         ),
         Device(
             "h200",
@@ -129,6 +151,7 @@ DEVICES: dict[str, Device] = {
             64e9,
             source="NVIDIA H200 Tensor Core GPU data sheet",
             peer_link_bandwidth=450e9,
+            tdp_w=700.0,
         ),
         Device(
             "a100-80gb",
@@ -139,13 +162,28 @@ DEVICES: dict[str, Device] = {
             32e9,
             source="NVIDIA A100 80GB SXM data sheet",
             peer_link_bandwidth=300e9,
+            tdp_w=400.0,
         ),
-        Device("l4", 121e12, 30.3e12, 300e9, 24 * 10**9, 32e9, source="NVIDIA L4 Tensor Core GPU data sheet"),
+        Device(
+            "l4", 121e12, 30.3e12, 300e9, 24 * 10**9, 32e9, source="NVIDIA L4 Tensor Core GPU data sheet", tdp_w=72.0
+        ),
     )
 }
 """Dense figures. The H100, H200 and L4 sheets print bf16 with 2:4 sparsity (1979, 1979 and 242 TFLOP/s), which is
 twice this; all print the PCIe bandwidth of both directions together (128 GB/s, and 64 for the A100 and the L4), and
 so NVLink's (900 GB/s, and 600 for the A100)."""
+
+
+_MARKETED = {"H200": "h200", "H100": "h100-sxm", "A100": "a100-80gb", "L4": "l4"}
+
+
+def device_like(name: str) -> Device | None:
+    """The device that a driver calls so, as "NVIDIA H100 80GB HBM3"; None for one that is not known, as are the PCIe
+    versions, which have other limits."""
+    words = name.replace("-", " ").split()
+    if "PCIe" in words or "PCIE" in words:
+        return None
+    return next((DEVICES[known] for word, known in _MARKETED.items() if word in words), None)
 
 
 def load_device(name: str) -> Device:

@@ -22,6 +22,7 @@ from policies.block_pool import num_blocks
 from policies.contract import LATER, Move, PullingRouter, Router
 from policies.request import Request, State
 from simulator.arrivals import Arrival
+from simulator.member import Member
 from simulator.network import Network, Sending
 from simulator.replica import SimulatedReplica
 
@@ -33,9 +34,7 @@ LAST_STAGE_BLOCKS = 1
 class Movements:
     """Carries out what routes and moves say. Replicas call `look` whenever their memory may have changed."""
 
-    def __init__(
-        self, env: simpy.Environment, replicas: Sequence[SimulatedReplica], network: Network, router: Router
-    ) -> None:
+    def __init__(self, env: simpy.Environment, replicas: Sequence[Member], network: Network, router: Router) -> None:
         self._env = env
         self._replicas = replicas
         self._network = network
@@ -73,6 +72,10 @@ class Movements:
         self._offers.setdefault(self._decode_at[request.id], deque()).append(request)
         self.look()
 
+    def awaits(self, replica: int) -> bool:
+        """Whether a request that prefills elsewhere is to decode there."""
+        return replica in self._decode_at.values()
+
     def look(self) -> None:
         """See who of those that wait can be pulled now."""
         if self._looking or not self._offers:
@@ -89,7 +92,8 @@ class Movements:
         """Whether this request has no longer to wait: it is being sent, goes on where it is, or has ended."""
         if request.state is not State.MOVING:
             return True
-        source, target = self._at[request.id], self._target(request, where)
+        source = self._at[request.id]
+        target = self._target(request, where, source)
         if target is source:  # the router would have it stay
             source.take_back(request)
             del self._at[request.id]
@@ -108,15 +112,15 @@ class Movements:
         del self._at[request.id]
         return True
 
-    def _target(self, request: Request, where: int) -> SimulatedReplica | None:
+    def _target(self, request: Request, where: int, source: SimulatedReplica) -> Member | None:
         if where == LATER:
-            alive = [replica for replica in self._replicas if not replica.failed]
+            alive = [replica for replica in self._replicas if replica.takes_requests or replica is source]
             assert isinstance(self._router, PullingRouter), "a router that says LATER needs a method pull"
             named = self._router.pull(request, alive, self._now)
             return None if named is None else self._checked(named)
         return self._replicas[where]
 
-    def _checked(self, named: int) -> SimulatedReplica:
+    def _checked(self, named: int) -> Member:
         if not 0 <= named < len(self._replicas):
             name, last = type(self._router).__name__, len(self._replicas) - 1
             raise IndexError(f"{name}.pull answered replica {named}; there are 0 to {last}")

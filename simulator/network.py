@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import simpy
@@ -25,24 +25,32 @@ class Sending:
 class Network:
     """One link a replica, which all that it sends shares. What a replica receives is not limited."""
 
-    def __init__(self, env: simpy.Environment, num_replicas: int, speed: LinkSpeed) -> None:
+    def __init__(self, env: simpy.Environment, speeds: Iterable[LinkSpeed] = ()) -> None:
         self._env = env
-        self.speed = speed
-        self._links = [Link(speed.bandwidth) for _ in range(num_replicas)]
+        self._speeds: list[LinkSpeed] = []
+        self._links: list[Link] = []
+        self._cut: dict[int, None] = {}  # replicas whose links are down
+        for speed in speeds:
+            self.add(speed)
         self._sending: dict[int, Sending] = {}
         self._count = 0
+
+    def add(self, speed: LinkSpeed) -> None:
+        """The link of one more replica."""
+        self._speeds.append(speed)
+        self._links.append(Link(speed.bandwidth))
 
     def send(self, source: int, target: int, num_blocks: int) -> Sending:
         """Start sending. No blocks take no time."""
         self._count += 1
         sending = Sending(self._count, source, target, self._env.event())
-        if not num_blocks:
-            sending.done.succeed(True)
+        if source in self._cut or not num_blocks:
+            sending.done.succeed(source not in self._cut)
             return sending
         self._sending[sending.number] = sending
         self._take_ended(source)
         now = int(self._env.now)
-        self._links[source].start(sending.number, num_blocks * self.speed.bytes_per_block, now)
+        self._links[source].start(sending.number, num_blocks * self._speeds[source].bytes_per_block, now)
         self._watch(source)
         return sending
 
@@ -60,6 +68,16 @@ class Network:
         for sending in [s for s in self._sending.values() if replica in (s.source, s.target)]:
             self.abort(sending)
 
+    def cut(self, replica: int) -> None:
+        """The link of this replica is down: nothing that it sends arrives, now or from what is on its way."""
+        self._cut[replica] = None
+        for sending in [s for s in self._sending.values() if s.source == replica]:
+            self.abort(sending)
+
+    def mend(self, replica: int) -> None:
+        """It is up again."""
+        self._cut.pop(replica, None)
+
     def _watch(self, source: int) -> None:
         """Look again when the next transfer should end. Should another one start meanwhile, that is for nothing."""
         at = self._links[source].next_end()
@@ -75,8 +93,8 @@ class Network:
         ended = [self._sending[number] for number in self._links[source].ended(int(self._env.now))]
         for sending in ended:
             sending.left = True
-            if self.speed.latency_ns:
-                self._after(self.speed.latency_ns, functools.partial(self._arrive, sending))
+            if self._speeds[source].latency_ns:
+                self._after(self._speeds[source].latency_ns, functools.partial(self._arrive, sending))
             else:
                 self._arrive(sending)
         return bool(ended)

@@ -14,8 +14,9 @@ from policies.replica_state import Limits
 from policies.request import Request
 from policies.stack import PolicyStack
 from simulator.arrivals import Arrival, Cancellation, Scheduled
-from simulator.costs.base import CostModel
+from simulator.costs.base import CostModel, predicted
 from simulator.links import LinkSpeed
+from simulator.member import Member
 from simulator.movements import Movements
 from simulator.network import Network
 from simulator.pace import ComputedPace, RecordedPace, Timing
@@ -61,10 +62,6 @@ class Simulation:
         check: bool = False,
         together: bool = True,
     ) -> None:
-        if not stacks:
-            raise ValueError("a simulation needs at least one replica")
-        if len(stacks) > 1 and router is None:
-            raise ValueError(f"{len(stacks)} replicas need a router")
         self.env = simpy.Environment(initial_time=0)
         self._router = router
         self._block_size = limits.block_size
@@ -72,30 +69,58 @@ class Simulation:
         self._user_on_end = on_end
         self._followers = followers
         self._gives_up = gives_up
+        self._check = check
         self._replica_of: dict[int, int] = {}
-        self.replicas = [
-            SimulatedReplica(
-                self.env,
-                ControlPlane(limits, stack, replica=i, cost=costs, recorder=recorder, check=check),
-                ComputedPace(costs, limits.plan_lead_ns),
-                self._on_end,
-            )
-            for i, stack in enumerate(stacks)
-        ]
-        # By others than the arrivals.
-        self._watched = len(stacks) > 1 or router is not None or gives_up is not None
+        self.replicas: list[Member] = []
+        self._routable: list[Member] = []
+        self._watched = True  # by others than the arrivals
+        self._network = Network(self.env)
         self._movements: Movements | None = None
         self._num_alive = 0
         self._more_to_come = True
         if link is not None and router is not None:
-            self._movements = Movements(self.env, self.replicas, Network(self.env, len(stacks), link), router)
-            for replica in self.replicas:
-                replica.movements = self._movements
+            self._movements = Movements(self.env, self.replicas, self._network, router)
             if isinstance(router, RebalancingRouter):
                 self.env.process(self._rebalance(router))
-        for replica in self.replicas:
-            # Behind a router, who follows from an end would come in another order than the plan of that instant.
-            replica.together = together and self._movements is None and (router is None or followers is None)
+        # Behind a router, who follows from an end would come in another order than the plan of that instant.
+        self._together = together and self._movements is None and (router is None or followers is None)
+        self._populate(limits, stacks, costs, link)
+        if not self.replicas:
+            raise ValueError("a simulation needs at least one replica")
+        if len(self.replicas) > 1 and router is None:
+            raise ValueError(f"{len(self.replicas)} replicas need a router")
+        self._watched = router is not None or gives_up is not None
+        self._roster_changed()
+
+    def _populate(
+        self, limits: Limits, stacks: Sequence[PolicyStack], costs: CostModel, link: LinkSpeed | None
+    ) -> None:
+        """Make the replicas that there are from the start on."""
+        for stack in stacks:
+            self._add(limits, stack, costs, link)
+
+    def _add(self, limits: Limits, stack: PolicyStack, costs: CostModel, link: LinkSpeed | None) -> Member:
+        """One more replica."""
+        plane = ControlPlane(
+            limits,
+            stack,
+            replica=len(self.replicas),
+            cost=predicted(costs),
+            recorder=self._recorder,
+            check=self._check,
+        )
+        replica = Member(self.env, plane, ComputedPace(costs, limits.plan_lead_ns), self._on_end)
+        replica.movements = self._movements
+        replica.together = self._together
+        replica.watched = self._watched
+        if link is not None:
+            self._network.add(link)
+        self.replicas.append(replica)
+        return replica
+
+    def _roster_changed(self) -> None:
+        """Other replicas take requests than before."""
+        self._routable = [replica for replica in self.replicas if replica.takes_requests]
 
     def run(self, arrivals: Iterable[Arrival], until_ns: int | None = None) -> int:
         """Simulate until every request has ended, or until `until_ns`. Returns the simulated time in nanoseconds.
@@ -112,9 +137,13 @@ class Simulation:
             self.env.run(until=until_ns)
         finally:
             gc.set_threshold(*thresholds)
+            self._before_close()
             for replica in self.replicas:
                 replica.plane.close()
         return max(int(self.env.now), *(replica.now for replica in self.replicas))
+
+    def _before_close(self) -> None:
+        """The run is over: see that whoever is nowhere yet is on a replica, whose control plane records it."""
 
     def _source(self, arrivals: Iterable[Arrival]) -> Generator[simpy.Event, None, None]:
         env = self.env
@@ -129,10 +158,14 @@ class Simulation:
     def _admit(self, arrival: Arrival) -> None:
         if arrival.timeout_ns is not None:
             self._after(arrival.timeout_ns, lambda: self._client_leaves(arrival.request))
+        self._dispatch(arrival)
+
+    def _dispatch(self, arrival: Arrival) -> None:
+        """To its replica, or to nobody."""
         if self._router is None:
             self.replicas[0].receive(arrival)
             return
-        request, alive = arrival.request, [replica for replica in self.replicas if not replica.failed]
+        request, alive = arrival.request, self._candidates(arrival.request)
         # Of the prompt alone: keys of blocks that its output will fill would give its length away.
         keys = arrival.keys[: request.num_prompt_tokens // self._block_size]
         route = self._router.route(request, keys, alive, int(self.env.now)) if alive else None
@@ -148,6 +181,10 @@ class Simulation:
             self._admit_with_kv(arrival, keys, route, target, self._movements)
         else:
             target.receive(arrival)
+
+    def _candidates(self, request: Request) -> list[Member]:
+        """The replicas that the router may choose from for this request."""
+        return self._routable
 
     def _admit_with_kv(
         self, arrival: Arrival, keys: Sequence[bytes], route: Route, target: SimulatedReplica, movements: Movements
@@ -175,6 +212,15 @@ class Simulation:
         if self._movements is not None:
             self._movements.fail(replica)
         self.replicas[replica].fail()
+        self._roster_changed()
+
+    def cut_link(self, replica: int) -> None:
+        """A replica can send no KV any more: what it has sent away, or would, goes on where it is."""
+        self._network.cut(replica)
+
+    def mend_link(self, replica: int) -> None:
+        """It can again."""
+        self._network.mend(replica)
 
     def at(self, time_ns: int, do: Callable[[], None]) -> None:
         """Have something happen at a time, such as `cancel` or `fail`."""
@@ -190,8 +236,7 @@ class Simulation:
             yield self.env.timeout(router.rebalance_ns)
             if not (self._more_to_come or self._num_alive):
                 return
-            alive = [replica for replica in self.replicas if not replica.failed]
-            for move in router.rebalance(alive, int(self.env.now)):
+            for move in router.rebalance(self._routable, int(self.env.now)):
                 source, target = (self.replicas[self._checked(i)] for i in (move.source, move.target))
                 movements.migrate(move, source, target)
 

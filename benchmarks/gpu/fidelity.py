@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=540, help="seconds for all of it (default: %(default)s)")
     parser.add_argument("--profile-seconds", type=float, default=100)
     parser.add_argument("--cell-seconds", type=float, default=20, help="of arrivals (default: %(default)s)")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="of all models, in place of the usual one")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="the fidelity.tar of a call before")
     parser.add_argument("--trace", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--device", default="cuda")
@@ -92,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     models = ["tiny"] if options.small else options.models.split(",")
     started = time.monotonic()
-    results = out_folder() / "fidelity"
+    results = options.results or out_folder() / "fidelity"
     if options.resume is not None:
         unpack(options.resume, results.parent)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; what was measured is in fidelity.tar"))

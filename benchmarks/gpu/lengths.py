@@ -1,7 +1,9 @@
-"""Prompt and output lengths of the Azure 2023 conversation trace, from a file or from the generator fitted to it."""
+"""Prompt and output lengths of the Azure 2023 conversation trace, from a file or from the generator fitted to it; and
+when requests arrive."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 TRACE_ROWS = 1000  # as many as any work needs
@@ -38,3 +40,12 @@ def prepare(trace: Path, out: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(workload, out)
     return len(workload)
+
+
+def poisson_ns(rate: float, count: int) -> list[int]:
+    """Arrival times in nanoseconds, the first one a gap after zero."""
+    draw, now, times = random.Random(1), 0.0, []
+    for _ in range(count):
+        now += draw.expovariate(rate)
+        times.append(int(now * 1e9))
+    return times

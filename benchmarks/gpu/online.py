@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 
 import numpy as np
 
 from benchmarks.gpu.engines import MIXED, Bench
+from benchmarks.gpu.lengths import poisson_ns
 from benchmarks.gpu.reference import PERCENTILES
 from benchmarks.gpu.works import Details, Figures, Sizes
 from runtime.sequence import Output
@@ -35,15 +35,6 @@ class Listener:
         if output.finish_reason is not None:
             self.error = output.error
             self._ended.release()
-
-
-def poisson_ns(rate: float, count: int) -> list[int]:
-    """Arrival times in nanoseconds, the first one a gap after zero."""
-    draw, now, times = random.Random(1), 0.0, []
-    for _ in range(count):
-        now += draw.expovariate(rate)
-        times.append(int(now * 1e9))
-    return times
 
 
 class Feeder(threading.Thread):

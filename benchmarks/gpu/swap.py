@@ -16,6 +16,7 @@ import torch
 from benchmarks.gpu.results import out_folder, revision, save
 from policies.model_shape import ModelShape
 from policies.plan import BlockCopy
+from policies.records import STEPS
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.shapes import default_capture_sizes, default_mixed_capture_sizes
@@ -94,7 +95,8 @@ def overcommitted(loaded: LoadedModel, cost: RooflineCost, preemption: str, smal
         start = time.perf_counter()
         engine.generate(prompts, SamplingParams(temperature=0, max_tokens=output, ignore_eos=True))
         seconds = time.perf_counter() - start
-    swapped = [sum(int(row[at]) for row in counts.steps) for at in (-4, -3)]  # type: ignore[call-overload]
+    places = [list(STEPS).index(name) for name in ("swapped_out", "swapped_in")]
+    swapped = [sum(int(row[at]) for row in counts.steps) for at in places]  # type: ignore[call-overload]
     return {
         "output_tokens_per_s": count * output / seconds,
         "seconds": seconds,

@@ -39,6 +39,7 @@ from experiments.replaying import replay_run, simulate_record
 from experiments.spec import RunSpec, check_spec
 from experiments.workloads import Workload
 from policies.costing import decode_ns, prefill_ns
+from policies.records import REQUESTS
 from policies.replica_state import Limits
 from policies.stack import StackSpec
 from runtime.engine import Engine
@@ -300,7 +301,7 @@ class _Fetched:
         self.tokens = 0
 
     def request(self, row: tuple[Any, ...]) -> None:
-        self.tokens += row[-1]
+        self.tokens += row[list(REQUESTS).index("fetched_tokens")]
 
     def step(self, row: tuple[Any, ...]) -> None:
         """Not counted."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from experiments.bench.measuring import Measured
 from experiments.bench.prompts import cap_of
 from experiments.bench.spec import BenchSpec
-from experiments.simulated import request_details
+from experiments.coming import request_details
 from experiments.workloads import Workload
 from policies.request import Slo
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from experiments.attribution import attribute, can_attribute
 from experiments.cli import options
 from experiments.cli.app import app, console
 from experiments.cli.options import make_parent
@@ -19,7 +21,7 @@ from experiments.compare import compare as compare_runs
 from experiments.compare import with_objectives
 from experiments.divergence import diff_decisions
 from experiments.records import check_free, read_run
-from experiments.render import comparison_table
+from experiments.render import attribution_table, comparison_table
 from policies import registry
 
 
@@ -31,7 +33,8 @@ def compare(
     json: Annotated[Path | None, typer.Option(help="Save the figures as numbers in this file.")] = None,
     goodput: options.Goodput = None,
 ) -> None:
-    """Put two runs side by side: latencies, throughput, errors, decisions.
+    """Put two runs side by side: latencies, throughput, errors, decisions; and of a simulation by a calibration, which
+    part of it the errors come from.
 
     Example: diptych compare runs/chat-mixed-real runs/chat-mixed-sim --plots plots --goodput ttft:500
     """
@@ -43,8 +46,12 @@ def compare(
         plots.mkdir(parents=True, exist_ok=True)
     comparison = with_objectives(compare_runs(*runs), slo)
     console.print(comparison_table(comparison))
+    found = attribute(*runs) if can_attribute(*runs) else None
+    if found is not None:
+        console.print(attribution_table(found))
     if json is not None:
-        json.write_text(comparison.to_json() + "\n", encoding="utf-8")
+        content = comparison.as_dict() | ({} if found is None else {"attribution": found.as_dict()})
+        json.write_text(dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         console.print(f"Numbers: {json}")
     if plots is not None:
         from experiments.plots import save_figures  # matplotlib is slow to import

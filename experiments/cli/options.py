@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.cli.app import complain, console
 from experiments.cli.failures import INTERRUPTED
+from experiments.pool_spec import read_pool
 from experiments.spec import RunSpec, SpecError, check_spec, read_spec
 from policies import registry
 
@@ -37,6 +38,15 @@ Preemption = Annotated[str | None, typer.Option(help="Whom to take memory from."
 Eviction = Annotated[str | None, typer.Option(help="Which idle cached block goes.")]
 Offload = Annotated[str | None, typer.Option(help="Which cached prefixes are kept in host memory.")]
 Router = Annotated[str | None, typer.Option(help="Which replica gets a request.")]
+Autoscaler = Annotated[str | None, typer.Option(help="How many replicas there are, with time.")]
+Pool = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pool",
+        help="Replicas that are alike, in place of --replicas: NAME,replicas=2,device=h200,role=prefill,"
+        "limits.max_num_seqs=64,policies.scheduler=sarathi/chunk_size=512; may be repeated.",
+    ),
+]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder, GGUF file, hub id or preset.")]
 TensorParallel = Annotated[
     int | None,
@@ -90,6 +100,12 @@ def gather(context: typer.Context, **fields: object) -> RunSpec:
             _put(over, field.strip(), yaml.safe_load(text))
         except yaml.YAMLError as error:
             raise SpecError(f"--set {setting}: the value is not valid YAML") from error
+    pools = context.params.get("pools")
+    if pools:
+        try:
+            _put(over, "pools", [read_pool(text) for text in pools])
+        except ValueError as error:
+            raise SpecError(f"--pool: {error}") from None
     spec = context.params.get("spec")
     if spec is not None:
         return read_spec(spec, over)

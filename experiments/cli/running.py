@@ -24,7 +24,7 @@ from experiments.workloads import make_workload
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.shapes import StepShape
-from simulator.costs.base import CostModel
+from simulator.costs.base import CostModel, predicted
 from simulator.costs.fitted import FittedCost
 
 
@@ -81,6 +81,10 @@ def simulate(
     model: options.Model = None,
     device: Annotated[str | None, typer.Option(help="h100-sxm, h200, a100-80gb, l4, cpu, or a file of one.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="A file that `diptych profile` wrote.")] = None,
+    residuals: Annotated[
+        int | None,
+        typer.Option(metavar="SEED", help="Draw the errors of --calibration's fit; several seeds give a band."),
+    ] = None,
     replicas: Annotated[int | None, typer.Option(help="How many, behind --router.")] = None,
     link: Annotated[str | None, typer.Option(help="Between replicas, for routers that move KV: 50GB/s.")] = None,
     scheduler: options.Scheduler = None,
@@ -91,6 +95,8 @@ def simulate(
     offload: options.Offload = None,
     host_memory: options.HostMemory = None,
     router: options.Router = None,
+    pools: options.Pool = None,
+    autoscaler: options.Autoscaler = None,
     settings: options.Set = None,
     out: options.Out = None,
     overwrite: options.Overwrite = False,
@@ -109,6 +115,7 @@ def simulate(
         cost__device=device,
         cost__calibration=None if calibration is None else str(calibration),
         cost__kind=None if calibration is None else "fitted",
+        cost__residuals=residuals,
     )
     _simulate(specification, out or default_folder(specification, "sim"), overwrite, check)
 
@@ -120,6 +127,7 @@ def limits_of(folder: Path) -> Limits:
 
 def share_outside(costs: CostModel, run: Run) -> float:
     """Share of a run's steps whose cost a fitted model had to extrapolate; 0 for a model that was not measured."""
+    costs = predicted(costs)
     if not isinstance(costs, FittedCost):
         return 0.0
     steps = run.columns("steps", StepShape._fields)
@@ -167,13 +175,16 @@ def _simulate(spec: RunSpec, folder: Path, overwrite: bool, check: bool, limits:
     started = time.perf_counter()
     with interruptible(folder), progress("simulating", len(workload)) as bar:
         every = max(1, len(workload) // 200)  # a bar that moves costs more than a simulated step
-        ended = 0
+        ended = until_ns = 0
 
         def on_end(request: Request) -> None:
-            nonlocal ended
+            nonlocal ended, until_ns
+            until_ns = max(until_ns, request.finish_ns or 0)
+            if request.id >= len(workload):
+                return  # a further try
             ended += 1
-            if ended % every == 0 and request.finish_ns is not None:
-                speed = request.finish_ns / 1e9 / (time.perf_counter() - started)
+            if ended % every == 0:
+                speed = until_ns / 1e9 / (time.perf_counter() - started)
                 bar.update(TaskID(0), completed=ended, description=f"simulating, {speed:,.3g} x real time")
 
         simulated_ns = run_simulated(

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from experiments.attribution import attribute
 from experiments.compare import Comparison, compare
 from experiments.divergence import diff_decisions
 from experiments.fidelity.capacity import capacity, card, saturated
@@ -99,6 +100,7 @@ def evaluate_cell(folder: Path, name: str) -> dict[str, Any]:
         comparison = compare(run, simulated, decisions=False)
         sustained = [saturated(run), saturated(simulated)] if Cell.parse(name).load is None else None
         figures = figures_of(comparison)
+        attributed = attribute(run, simulated, costs)
         spreads = {key: spread.p90_ape for key, spread in comparison.spreads.items() if spread.p90_ape is not None}
     cell = Cell.parse(name)
     return {
@@ -116,6 +118,7 @@ def evaluate_cell(folder: Path, name: str) -> dict[str, Any]:
             "different": 0 if divergence is None else divergence.num_steps,
         },
         "steps": step_errors(run, costs),
+        "attribution": {latency: attributed.shares(latency) for latency in attributed.latencies},
         "sustained": sustained,
         "figures": figures,
         "per_request_p90": spreads,

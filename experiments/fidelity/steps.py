@@ -117,8 +117,8 @@ def _finish(run: Run, predicted: list[int]) -> dict[str, list[float]]:
 
 
 class Periods(NamedTuple):
-    """Of each step that began while another ran: nanoseconds from the other's end to its own. `device_ns`: of every
-    step by index, what it has the device for, as predicted."""
+    """Of each step that began while another ran: nanoseconds from the other's end to its own, in order. `device_ns`: of
+    every step by index, what it has the device for, as predicted."""
 
     steps: NDArray[np.int64]
     predicted: Float64

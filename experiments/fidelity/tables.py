@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from experiments.attribution import QUEUEING, TERMS
+from experiments.compare import TITLES
 from experiments.fidelity.choices import decided
 from experiments.fidelity.sim_half import FIGURES
 
@@ -25,7 +27,7 @@ TAU, REGRET, CAPACITY = 0.95, 0.01, 0.02
 def markdown(found: Mapping[str, Any]) -> str:
     """Every level, and below them what failed."""
     lines: list[str] = []
-    for part in (_origin, _decisions, _steps, _host, _free, _capacities, _rankings, _failed):
+    for part in (_origin, _decisions, _steps, _host, _free, _attribution, _capacities, _rankings, _failed):
         lines += part(found)
     return "\n".join(lines) + "\n"
 
@@ -161,6 +163,20 @@ def _free(found: Mapping[str, Any]) -> Iterator[str]:
         "Within target or floor: " + ", ".join(f"{FIGURES[key]} {met} of {total}" for key, met in counts.items()) + "."
     )
     yield ""
+
+
+def _attribution(found: Mapping[str, Any]) -> Iterator[str]:
+    cells = _cells(found)
+    named = {name for _, cell in cells for parts in cell["attribution"].values() for name in parts}
+    heads = [name for name in (*TERMS, QUEUEING) if name in named]
+    yield "What the errors of the means come from, in percents of the real mean: of the steps, given the real plans, by"
+    yield "term; beyond that other plans, which is queueing."
+    rows = []
+    for title, cell in cells:
+        for latency, parts in cell["attribution"].items():
+            texts = (f"{parts[name]:+.1%}" if name in parts else "–" for name in ("error", *heads))
+            rows.append([title, TITLES[latency], *texts])
+    yield from _table(["run", "mean", "error", *heads], rows, left=2)
 
 
 def relative_error(cell: Mapping[str, Any], key: str) -> float | None:

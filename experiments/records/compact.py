@@ -1,8 +1,8 @@
 """Records made small, to be kept beside code: the same rows in a fraction of the bytes.
 
-Times hardly change from row to row and are stored as differences. Block keys, which nothing can compress, are replaced
-by numbers: only which of them are equal decides anything on one replica, and so a replay of the copy takes the same
-decisions.
+Whole numbers mostly count on from row to row and are stored as differences. Block keys, which nothing can compress, are
+replaced by numbers: only which of them are equal decides anything on one replica, and so a replay of the copy takes the
+same decisions.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ _LEVEL = 19
 
 def write_compact(table: pa.Table, path: Path) -> None:
     """One Parquet file, as small as it gets."""
-    differences = {
-        field.name: "DELTA_BINARY_PACKED"
-        for field in table.schema
-        if pa.types.is_integer(field.type) and field.name.endswith("_ns")
-    }
+    differences = {field.name: "DELTA_BINARY_PACKED" for field in table.schema if pa.types.is_integer(field.type)}
     plain = [field.name for field in table.schema if field.name not in differences and not _nested(field.type)]
     unfinished = path.absolute().with_name(path.name + ".tmp")
     pq.write_table(

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from experiments.records.earlier import with_squares, without_squares
 from experiments.records.environment import KINDS
-from experiments.records.schema import SCHEMAS, RunError, check_columns, filled, tables_of
+from experiments.records.schema import OPTIONAL, SCHEMAS, RunError, check_columns, filled, tables_of
 
 
 class Run:
@@ -48,6 +48,29 @@ class Run:
     def limits(self) -> dict[str, Any]:
         """`policies.replica_state.Limits` as a dict."""
         return dict(self.info.get("limits") or {})
+
+    @property
+    def pools(self) -> list[dict[str, Any]]:
+        """What run.json says of each pool of replicas: `name`, `role`, `replicas` (at the start), `limits`, `stack`,
+        `cost`, ...; none where all replicas are alike."""
+        return list(self.info.get("pools") or [])
+
+    def limits_of(self, replica: int) -> dict[str, Any]:
+        """The limits of one replica."""
+        pool = self.pool_of(replica)
+        return self.limits if pool is None else dict(pool["limits"])
+
+    def pool_of(self, replica: int) -> dict[str, Any] | None:
+        """The entry of `pools` of one replica; None where all are alike."""
+        return self._pools_by_replica.get(replica)
+
+    @cached_property
+    def _pools_by_replica(self) -> dict[int, dict[str, Any]]:
+        if not self.pools or "replicas" not in self.info["tables"]:
+            return {}
+        pools = {pool["name"]: pool for pool in self.pools}
+        rows = self.columns("replicas", ["replica", "pool"]).to_pylist()
+        return {row["replica"]: pools[row["pool"]] for row in rows if row["pool"] in pools}
 
     @property
     def clairvoyant(self) -> bool:
@@ -136,8 +159,8 @@ def _read_info(path: Path) -> dict[str, Any]:
     if not isinstance(info, dict) or info.get("kind") not in KINDS:
         raise RunError(f"{path} is no run's description: it needs a kind, one of {', '.join(KINDS)}")
     known = tables_of(info["kind"])
-    tables = info.setdefault("tables", list(known))
-    if not isinstance(tables, list) or not set(known) - {"decisions"} <= set(tables) <= set(known):
+    tables = info.setdefault("tables", [table for table in known if table != "replicas"])
+    if not isinstance(tables, list) or not set(known) - set(OPTIONAL) <= set(tables) <= set(known):
         raise RunError(f"{path} is no run's description: tables must be some of {', '.join(known)}")
     for entry in ("spec", "limits"):
         if not isinstance(info.get(entry, {}), dict):

@@ -29,6 +29,9 @@ CLIENT: dict[str, str] = {
 CLIENT_TABLES: dict[str, dict[str, str]] = {"requests": records.REQUESTS, "client": CLIENT}
 """What a client of a server writes. There a request's status may also be `failed`, and its before_step is -1."""
 
+CLUSTER_TABLES: dict[str, dict[str, str]] = {"replicas": records.REPLICAS}
+"""What a simulation of a cluster writes beside those, where replicas differ or come and go."""
+
 _TYPES = {
     "int64": pa.int64(),
     "int32": pa.int32(),
@@ -51,14 +54,18 @@ def _field(column: str, kind: str) -> pa.Field:
 
 SCHEMAS: dict[str, pa.Schema] = {
     table: pa.schema([_field(column, kind) for column, kind in columns.items()])
-    for table, columns in (TABLES | CLIENT_TABLES).items()
+    for table, columns in (TABLES | CLUSTER_TABLES | CLIENT_TABLES).items()
 }
 """Table name -> Arrow schema. A type that ends in `?` may be null; no other."""
 
 
+OPTIONAL = ("decisions", "replicas")
+"""Tables that a run may lack: it was recorded without decisions, or all of its replicas were alike and stayed."""
+
+
 def tables_of(kind: str) -> tuple[str, ...]:
     """The tables that a run of a kind may have."""
-    return tuple(CLIENT_TABLES if kind == "client" else TABLES)
+    return tuple(CLIENT_TABLES if kind == "client" else TABLES | CLUSTER_TABLES)
 
 
 def to_table(table: str, rows: Sequence[Sequence[object]]) -> pa.Table:

@@ -26,7 +26,7 @@ from policies.records import DecodeSteps
 
 Row = Sequence[object]
 
-ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072, "client": 4096}
+ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072, "client": 4096, "replicas": 4096}
 """Rows of a row group in the final files. Requests carry their block keys: tens of kilobytes each for long prompts."""
 
 PART_ROWS = {"requests": 1024, "steps": 65_536, "decisions": 131_072}
@@ -51,6 +51,7 @@ class RunWriter:
         overwrite: replace a run that the folder holds.
         decisions: False leaves decisions.parquet away. A client's run (`info["kind"]`) has neither steps nor decisions,
             and its requests come by `request_seen`.
+        replicas: True writes replicas.parquet, from `replica_changed`.
         flush_seconds: age at which rows go to disk (None: only by row count).
 
     `close` makes the run complete. Used as a context manager, leaving by an exception keeps the parts instead: the
@@ -67,10 +68,12 @@ class RunWriter:
         *,
         overwrite: bool = False,
         decisions: bool = True,
+        replicas: bool = False,
         flush_seconds: float | None = 5.0,
     ) -> None:
         self.folder = Path(folder)
-        self.tables = [table for table in tables_of(str(info.get("kind"))) if decisions or table != "decisions"]
+        left_out = {"decisions": not decisions, "replicas": not replicas}
+        self.tables = [table for table in tables_of(str(info.get("kind"))) if not left_out.get(table)]
         text = _run_json(info, self.tables)
         self._parts = self.folder / "parts"
         self._make_folder(text, overwrite)
@@ -78,6 +81,7 @@ class RunWriter:
         self._steps: list[Row] = []
         self._decisions: list[Row] | None = [] if "decisions" in self.tables else None
         self._client: list[Row] = []
+        self._replicas: list[Row] = []
         self._packed: dict[str, list[pa.Table]] = {"steps": [], "decisions": []}
         self._pack_steps_at, self._pack_decisions_at = (min(PACKED_AT, PART_ROWS[table]) for table in self._packed)
         self._num_requests = 0  # rows so far
@@ -143,6 +147,10 @@ class RunWriter:
             self._packed[table].append(packed)
             del rows[:count]  # not a new list: rows may be appended to this one meanwhile
 
+    def replica_changed(self, time_ns: int, replica: int, pool: str, event: str) -> None:
+        """A replica starts, serves, drains, stops or has failed."""
+        self._replicas.append((time_ns, replica, pool, event))
+
     def request_seen(self, row: Row, client_row: Row) -> None:
         """A request of a client's run has ended, or the run has: its rows of requests and client.
 
@@ -174,6 +182,7 @@ class RunWriter:
                 self._write_part(table, pa.concat_tables(self._packed[table]).combine_chunks())
                 self._packed[table].clear()
         for table, rows, count in (
+            ("replicas", self._replicas, len(self._replicas)),
             ("client", self._client, len(self._client)),
             ("requests", self._requests, num_requests - self._written),
         ):

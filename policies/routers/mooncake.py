@@ -117,7 +117,8 @@ class Mooncake:
         plan = self._choose(self._plans(request, keys, prefills, now))
         together = prefills == decodes
         decode = plan.replica if together else min((self._load_ns(request, r), r.id) for r in decodes)[1]
-        if self._misses(request, plan, decode, now):
+        cost = next(replica.cost for replica in decodes if replica.id == decode) or self._cost
+        if self._misses(request, plan, decode, cost, now):
             return None
         self._send(request, Sent(request, plan.replica, decode, now + plan.ttft_ns), plan.prefill_ns)
         return Route(plan.replica, None if together else decode, plan.kv_from)
@@ -142,10 +143,11 @@ class Mooncake:
         best = max(matches.values())
         holder = min(replica for replica, match in matches.items() if match == best)
         plans = []
-        for replica, local in matches.items():
+        for one in prefills:
+            replica, local = one.id, matches[one.id]
             fetch = self._threshold is not None and best > self._threshold * local
             uncached = num_uncached_tokens(request, best if fetch else local, self._block_size)
-            takes_ns = prefill_ns(self._cost, uncached, request.num_prompt_tokens - uncached)
+            takes_ns = prefill_ns(one.cost or self._cost, uncached, request.num_prompt_tokens - uncached)
             transfer_ns = self._transfer.transfer_ns(best - local) if fetch else 0
             queue_ns = self._backlogs[replica].left_ns(now) if replica in self._backlogs else 0
             plans.append(Plan(transfer_ns + queue_ns + takes_ns, takes_ns, replica, holder if fetch else None))
@@ -158,9 +160,9 @@ class Mooncake:
         """A step there with all that are assigned to it, this one included."""
         blocks = self._promised.at(replica) + num_blocks(request.num_prompt_tokens, self._block_size)
         running = max(self._promised.count(replica.id), replica.num_running)
-        return decode_ns(self._cost, running + 1, blocks * self._block_size)
+        return decode_ns(replica.cost or self._cost, running + 1, blocks * self._block_size)
 
-    def _misses(self, request: Request, plan: Plan, decode: int, now: int) -> bool:
+    def _misses(self, request: Request, plan: Plan, decode: int, cost: CostModel, now: int) -> bool:
         """Whether one of its objectives would be missed."""
         if self._reject == "never":
             return False
@@ -169,9 +171,9 @@ class Mooncake:
             ttft_ns, tbt_ns = (request.slo.ttft_ns, request.slo.tpot_ns) if request.slo.droppable else (None, None)
         if ttft_ns is not None and plan.ttft_ns > ttft_ns:
             return True
-        return tbt_ns is not None and self._tbt(request, decode, now, plan.ttft_ns) > tbt_ns
+        return tbt_ns is not None and self._tbt(request, decode, cost, now, plan.ttft_ns) > tbt_ns
 
-    def _tbt(self, request: Request, decode: int, now: int, ttft_ns: int) -> int:
+    def _tbt(self, request: Request, decode: int, cost: CostModel, now: int, ttft_ns: int) -> int:
         """A decode step of a replica with this request among those that decode there, now or then."""
         there = [sent for sent in self._sent.values() if sent.decode == decode]
         if self._reject == "now":
@@ -179,7 +181,7 @@ class Mooncake:
         else:
             decoding = [sent.request for sent in there if sent.decodes_at(now + ttft_ns, self._decode_ns)]
         context = request.num_prompt_tokens + sum(other.num_tokens for other in decoding)
-        return decode_ns(self._cost, len(decoding) + 1, context)
+        return decode_ns(cost, len(decoding) + 1, context)
 
     def _send(self, request: Request, sent: Sent, takes_ns: int) -> None:
         self._forget(request)  # should it be routed anew without having ended

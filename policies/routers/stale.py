@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from policies.contract import Replica, Route, Router
+from policies.contract import CostModel, PoolRole, Replica, Route, Router
 from policies.registry import find, make_inner, moves_kv, register
 from policies.request import Request
 
@@ -20,6 +20,10 @@ class Reading:
     num_outstanding_tokens: int
     num_blocks: int
     num_free_blocks: int
+    pool: str
+    role: PoolRole
+    cost: CostModel | None
+    max_num_seqs: int
 
     @classmethod
     def of(cls, replica: Replica) -> Reading:
@@ -32,6 +36,10 @@ class Reading:
             replica.num_outstanding_tokens,
             replica.num_blocks,
             replica.num_free_blocks,
+            replica.pool,
+            replica.role,
+            replica.cost,
+            replica.max_num_seqs,
         )
 
     def match(self, keys: Sequence[bytes]) -> int:

@@ -47,8 +47,8 @@ class Continuum(Mixed):
     `hints["tool"]` is the tool as a number; a call without is its program's last. The next call is known by `program`;
     the tool's duration is the time between. `remember`: so many programs and tools are kept, those heard of last.
     Where this departs: the paper's engine reads the tool off the output, here the client says it beforehand. The
-    default TTL, the order of victims, what is a deadlock, and `window` are ours. There is no host memory: to reload is
-    to compute again. A program has one pin, that of its call that ended last.
+    default TTL, the order of victims, what is a deadlock, and `window` are ours. To reload is taken
+    to be computing again, whatever is in host memory. A program has one pin, that of its call that ended last.
     Needs a cost model. As `mixed`, and O(log) a call, O(`window`) when one ends, O(pins log pins) in a deadlock.
     Source: Li et al., "Continuum", arXiv 2511.02230.
     """

@@ -12,7 +12,6 @@ one has had the next one from everybody, who had read this one before.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.kernels.launch import kernel, use_pdl
 
-WORDS_A_THREAD = int(os.environ.get("DIPTYCH_SUM_WORDS", "4"))
+WORDS_A_THREAD = 4
 """Fewer threads to a row wait for each other less; more load at a time."""
 
 

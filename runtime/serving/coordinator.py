@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from policies.contract import Router
+from policies.contract import CostModel, PoolRole, Router
 from policies.prefix import block_keys
 from policies.request import Request
 from runtime.serving.engine_client import (
@@ -51,6 +51,10 @@ class ServedReplica:
     the replica's last step. `match` knows the prompts that were sent here, as far back as the replica has blocks.
     """
 
+    pool = ""
+    role: PoolRole = "both"
+    cost: CostModel | None = None
+
     def __init__(self, number: int, engine: EngineProxy) -> None:
         self.id = number
         self.engine = engine
@@ -63,6 +67,10 @@ class ServedReplica:
         if self.engine.error is not None:
             return "dead"
         return "draining" if self.draining else "serving"
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.engine.info.limits.max_num_seqs
 
     @property
     def num_running(self) -> int:

@@ -49,6 +49,12 @@ class CostModel(Protocol):
         ...
 
 
+def predicted(costs: CostModel) -> CostModel:
+    """What policies are told of a cost model: itself, or where it draws at random (`simulator.costs.drawn`) what it
+    draws around."""
+    return getattr(costs, "around", costs)
+
+
 def regime(shape: StepShape) -> Regime:
     """Which kinds of work the step holds."""
     if not shape.num_chunks:

@@ -153,6 +153,9 @@ class HeldOutError(_Part):
     p50: FiniteFloat
     p90: FiniteFloat
     bias: FiniteFloat
+    quantiles: list[FiniteFloat] = []
+    """Evenly spaced ones, from the lowest to the highest, of (predicted - measured) / measured; none in calibrations of
+    earlier versions."""
 
 
 class Calibration(_Part):

@@ -125,6 +125,23 @@ class FittedCost:
         finish, finish_sample = prices.finish
         return StepCost(whole_ns(prepare), whole_ns(device), whole_ns(finish + finish_sample * samples))
 
+    def device_terms(self, shape: StepShape) -> dict[str, float]:
+        """Of what the device's time is made, in nanoseconds: `products` with whatever each step takes, `attention`,
+        `sampling`, and `copies` of KV to host memory and back. They sum to what `cost` rounds."""
+        fit, prices = self._fit_of(shape), self._prices_of(shape)
+        device, context = fit.device, shape.decode_context
+        by_size = prices.by_size[bisect_left(prices.sizes, shape.padded_tokens)] if context else 0.0
+        products = device["step"] + prices.tokens.at(shape.padded_tokens) + device["chunk_tokens"] * shape.chunk_tokens
+        attention = prices.longest.at(shape.max_context) + prices.context.at(context) + by_size * context
+        for name in ("num_decodes", "num_chunks", "chunk_pairs", "chunk_context"):
+            attention += device[name] * getattr(shape, name)
+        products += device["any_decode"] * (shape.num_decodes > 0) + device["any_chunk"] * (shape.num_chunks > 0)
+        found = {"products": products, "attention": attention, "sampling": device["num_samples"] * shape.num_samples}
+        if self._swap is not None and (shape.swapped_out or shape.swapped_in):
+            found["copies"] = self._swap.copies * ((shape.swapped_out > 0) + (shape.swapped_in > 0))
+            found["copies"] += self._swap.swapped_out * shape.swapped_out + self._swap.swapped_in * shape.swapped_in
+        return found
+
     def step_ns(self, shape: StepShape) -> int:
         return self.cost(shape).total_ns
 
@@ -139,6 +156,9 @@ class FittedCost:
         found = self._other_fit if not shape.graph else self._chunked_fit if shape.num_chunks else self._decode_fit
         assert found is not None
         return found
+
+    def _prices_of(self, shape: StepShape) -> _Prices:
+        return self._other if not shape.graph else self._chunked if shape.num_chunks else self._decode
 
     def inside(self, shape: StepShape) -> bool:
         """Whether steps of this kind, run this way, were measured with every size as small and as large."""

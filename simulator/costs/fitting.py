@@ -40,6 +40,8 @@ MIN_SWAPS = 4
 """Distinct amounts of swapped KV, fewer of which give no price."""
 MIN_SERVING = 100
 """Steps among a server's requests, fewer of which say nothing of a mean."""
+QUANTILES = 41
+"""Of the held-out errors, that are kept to draw from."""
 _FOLDS = 5
 _MODES = ("decode", "chunked", "other")
 
@@ -298,4 +300,7 @@ def _error(kind: Regime, part: Part, pairs: Sequence[tuple[float, float]]) -> He
         p50=float(p50),
         p90=float(p90),
         bias=float(predicted.sum() / max(measured.sum(), FLOOR_NS) - 1),
+        quantiles=np.quantile(
+            (predicted - measured) / np.maximum(measured, FLOOR_NS), np.linspace(0, 1, QUANTILES)
+        ).tolist(),
     )

@@ -108,10 +108,12 @@ def _loads(ordered: Sequence[StepSample], costs: np.ndarray, fit: LoadFit) -> np
 
 def delays(model: FittedCost, samples: Sequence[StepSample], fewest: int) -> DelayFit | None:
     """By how much the host was later than the model says, among a server's requests, where it works beside the device:
-    from the end of a step until the step after the next one is launched."""
+    from the end of a step until the step after the next one is launched. Not of steps that copy KV to host memory or
+    back, which is work of their own."""
     later = []
     for before, sample in zip(samples, samples[2:], strict=False):
-        if before.serving and sample.serving and before.finish_ns is not None:
+        copies = any(s.shape.swapped_out or s.shape.swapped_in for s in (before, sample))
+        if before.serving and sample.serving and before.finish_ns is not None and not copies:
             meant = model.cost(before.shape).finish_ns + model.cost(sample.shape).prepare_ns
             later.append(before.finish_ns + sample.prepare_ns - meant)
     if len(later) < fewest:

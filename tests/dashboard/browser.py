@@ -49,8 +49,9 @@ def served(root: Path) -> Iterator[str]:
 
 
 @contextmanager
-def chromium() -> Iterator[Any]:
-    """A browser of Playwright's. Raises RuntimeError, with what to install, where there is none."""
+def chromium(profile: Path | None = None, **options: Any) -> Iterator[Any]:
+    """A browser of Playwright's; with a folder for its profile a context, which keeps there what a user's browser does,
+    scripts in their compiled form included. Raises RuntimeError, with what to install, where there is none."""
     try:
         from playwright.sync_api import Error, sync_playwright
     except ImportError:
@@ -58,9 +59,11 @@ def chromium() -> Iterator[Any]:
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     with sync_playwright() as playwright:
         try:
-            browser = playwright.chromium.launch(
-                executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"]
-            )
+            options |= {"executable_path": found, "args": ["--no-sandbox", "--disable-dev-shm-usage"]}
+            if profile is None:
+                browser = playwright.chromium.launch(**options)
+            else:
+                browser = playwright.chromium.launch_persistent_context(profile, **options)
         except Error as error:
             why = str(error).splitlines()[0]
             raise RuntimeError(f"there is no Chromium; apt install chromium, or playwright install: {why}") from None

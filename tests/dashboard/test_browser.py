@@ -120,6 +120,17 @@ def test_the_timeline_is_zoomed_with_the_mouse_and_follows_a_request(page: Any, 
     assert in_url(page)["b"] == "model"
 
 
+def test_both_runs_go_along_from_page_to_page(page: Any, address: str) -> None:
+    """A new page's box would begin with the first run of the list."""
+    opened(page, f"{address}/timeline?a=model&b=gpu")
+    for name in ("Compare", "Timeline"):
+        page.get_by_role("link", name=name).click()
+        page.wait_for_url(f"**{'/timeline' if name == 'Timeline' else '/'}?a=*")
+        page.locator(".dp-tile" if name == "Compare" else ".st-key-traces").first.wait_for()
+        settled(page)
+        assert {key: in_url(page)[key] for key in ("a", "b")} == {"a": "model", "b": "gpu"}
+
+
 def test_policies_are_ranked_and_a_run_leads_to_its_timeline(page: Any, address: str) -> None:
     opened(page, f"{address}/policies?objective=p99_e2el_ms")
     assert in_url(page)["objective"] == "p99_e2el_ms"
@@ -146,8 +157,9 @@ def test_a_simulation_is_started_watched_and_cancelled(page: Any, address: str) 
     assert page.locator(".dp-tile").count() == 5
 
 
-TWO_LINES = "document.querySelector('.js-plotly-plot').calcdata.slice(0, 2).map(line => line.map(at => at.y || 0))"
-"""The first two lines of the page's first figure, as drawn."""
+TWO_LINES = """(document.querySelector('.js-plotly-plot')?.calcdata ?? [[], []])
+    .slice(0, 2).map(line => line.map(at => at.y || 0))"""
+"""The first two lines of the page's first figure, as drawn; empty while there is none."""
 
 
 @contextmanager

@@ -70,17 +70,30 @@ def test_all_runs_are_in_the_table_best_first_and_lead_to_their_timelines(root: 
     assert any('href="timeline?a=quick-real"' in body for body in bodies(app))
 
 
-def test_two_knobs_make_a_map_and_one_does_not(own: Path) -> None:
-    assert len(page(own).get("plotly_chart")) == 1
+def charts(app: AppTest) -> list[str]:
+    return [chart.key for chart in app.get("plotly_chart")]
+
+
+def test_two_knobs_make_a_map_and_two_loads_a_curve_and_one_does_not(own: Path) -> None:
+    assert charts(page(own)) == ["figure:pareto"]
     for at, (size, rate) in enumerate([(128, 1.0), (256, 1.0), (128, 2.0), (256, 2.0)]):
         fake_run(own / f"sweep{at}", random_requests(5, seed=at))
         turn(own / f"sweep{at}", f"sarathi,chunk_size={size}", rate)
     app = page(own, workload="all workloads")
-    assert len(app.get("plotly_chart")) == 2
+    assert charts(app) == ["figure:pareto", "figure:capacity", "figure:knobs"]
     assert [app.selectbox(key="x").value, app.selectbox(key="y").value] == [
         "policies.scheduler.chunk_size",
         "workload.rate",
     ]
+
+
+def test_only_runs_with_the_words_of_the_filter_are_left(root: Path) -> None:
+    app = page(root, only="Slow real")
+    assert [row[0] for row in table(app, "run")[1]] == ["slow-real"]
+    assert "No run of this workload has 'fast'" in page(root, only="fast").info[0].value
+    app.text_input(key="only").set_value("").run()
+    assert len(table(app, "run")[1]) == 5
+    assert "only" not in app.query_params
 
 
 def test_a_broken_run_is_named_and_the_others_are_shown(own: Path) -> None:

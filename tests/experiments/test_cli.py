@@ -27,6 +27,7 @@ from experiments.cli.options import interruptible
 from experiments.demo import Demo, demo_spec
 from experiments.profiling import profile
 from experiments.records import RunWriter, read_run
+from experiments.repeats import is_repeat
 from policies.schedulers.mixed import Mixed
 from runtime.engine import EngineDead
 from runtime.tokenizer import Tokenizer
@@ -294,6 +295,8 @@ def test_the_demo_shows_both_panels_under_two_policies_and_replays_them(
     status, out, err = diptych(monkeypatch, capsys, "demo", *quick)
     assert (status, err) == (0, "")
     assert out.count("decision replay: zero divergences") == 2
+    assert out.count("noise floor") == 2  # a column of the second policy's table, and what it says
+    assert is_repeat(read_run("demo/mixed-real"), read_run("demo/mixed-real-again"))
     assert "diptych dashboard demo" in out
     for policy in ("static", "mixed"):
         for panel in ("real", "sim", "replay"):

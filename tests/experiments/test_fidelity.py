@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from experiments.fidelity.archive import pack, unpack
-from experiments.fidelity.matrix import arrivals_at, works
+from experiments.fidelity.capacity import card
+from experiments.fidelity.matrix import BUSY, LOADS, POLICIES, USUAL, Cell, arrivals_at, ordered, works
 from experiments.fidelity.steps import StepError
+from experiments.records.environment import card_of
 from experiments.spec import SpecError
 from experiments.workloads import WorkloadSpec, make_workload
 
@@ -34,6 +36,29 @@ def test_requests_arrive_at_exactly_the_rate_asked_for_and_are_the_same_at_every
     one, other = made
     assert one.prompt_tokens.tolist() == other.prompt_tokens.tolist()
     assert one.output_tokens.tolist() == other.output_tokens.tolist()
+
+
+def test_the_matrix_is_whole_and_a_few_minutes_of_it_tell_every_workload_the_noise_and_the_ranking() -> None:
+    cells = list(ordered(works(max_model_len=4096, starved_blocks=1600)))
+    assert len(set(cells)) == len(cells)
+    assert {cell.name for cell in map(Cell.parse, [cell.name for cell in cells])} == {cell.name for cell in cells}
+    for i, cell in enumerate(cells):
+        assert cell.load is None or Cell(cell.work, None, "mixed") in cells[:i]
+    first = cells[:23]
+    # Loads on both sides of where objectives are missed come before the other workloads.
+    assert [cell.load for cell in first[:5]] == [None, USUAL, 1.5, 1.25, 1.1]
+    assert {cell.work for cell in first} == {"chat", "code", "prefix", "starved", "sharegpt"}
+    assert {(cell.load, cell.repeat) for cell in first if cell.repeat} == {(USUAL, 1), (BUSY, 1)}
+    assert {cell.policy for cell in first if cell.load == BUSY} == set(POLICIES)
+    chosen = {(cell.work, cell.load, cell.policy) for cell in cells}
+    assert all((work, load, policy) in chosen for work in ("chat", "bursts") for load in LOADS for policy in POLICIES)
+
+
+def test_cards_are_told_apart_without_being_named() -> None:
+    one, other = ({"gpus": [{"name": "NVIDIA H100 80GB HBM3", "card": card_of(uuid)}]} for uuid in ("a-1", "a-2"))
+    assert card(one) != card(other)
+    assert "a-1" not in card(one)
+    assert (card({"gpus": [{"name": "NVIDIA H100 80GB HBM3"}]}), card({})) == ("NVIDIA-H100-", "cpu")
 
 
 def test_an_archive_brings_back_the_records_and_leaves_out_what_is_unfinished(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from benchmarks import across_engines
 from experiments.fidelity.sim_half import evaluate_cell
 from experiments.fidelity.tables import markdown, relative_error
 from experiments.refitting import refit
@@ -17,7 +18,7 @@ from simulator.costs import FittedCost
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "fidelity"
 LARGE = RESULTS / "llama-3.1-8b"
-CELL = "code~capacity~mixed~0"
+CELL = "prefix~capacity~mixed~0"
 
 
 def test_a_kept_run_decides_alike_again_and_is_simulated_as_the_tables_say() -> None:
@@ -37,6 +38,21 @@ def test_a_kept_run_decides_alike_again_and_is_simulated_as_the_tables_say() -> 
 def test_the_page_has_the_tables_of_the_kept_validation(model: str) -> None:
     page = (Path(__file__).parents[2] / "docs" / "fidelity.md").read_text()
     assert markdown(json.loads((RESULTS / model / "fidelity.json").read_text())).strip() in page
+
+
+def test_the_page_has_the_table_of_vllms_figures() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fidelity.md").read_text()
+    kept = json.loads((RESULTS.parent / "across-engines.json").read_text())
+    assert across_engines.markdown(kept) in page
+
+
+def test_work_of_vllms_table_is_simulated_within_what_was_measured() -> None:
+    model = "llama-3.1-8b"
+    costs = FittedCost.load(next((RESULTS / model / "calibrations").glob("*.json")))
+    engine = across_engines.Engine(costs, "prefill_first")
+    (long, outside), (short, _) = (engine.seconds([(512, tokens)] * 8) for tokens in (129, 1))
+    kept = json.loads((RESULTS.parent / "across-engines.json").read_text())[model]["simulated"]["decode_ms_b8"]
+    assert (1e3 * (long - short) / 128, outside) == pytest.approx(kept)
 
 
 def test_the_kept_calibration_is_what_its_profiled_steps_give() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from benchmarks.schedulers import _noted, saturated, waiting_at_last_arrival
+from benchmarks import schedulers
+from benchmarks.schedulers import saturated, waiting_at_last_arrival
 from experiments.records import Run
 from tests.experiments.rows import write_run
+from tests.experiments.test_sweeps import PLUG_IN, Here
 
 
 def run_of(folder: Path, waiting: list[int], ends: list[int], arrivals: list[int]) -> Run:
@@ -42,9 +45,34 @@ def test_the_queue_is_counted_when_the_last_request_comes(tmp_path: Path, last: 
     assert waiting_at_last_arrival(run) == waiting
 
 
-def test_a_note_that_was_cut_off_is_left_out_and_those_around_it_are_not(tmp_path: Path) -> None:
-    notes = tmp_path / "notes.jsonl"
-    assert _noted(notes) == {}
-    first, second = ({"key": key, "row": {"load": 0.7}} for key in "ab")
-    notes.write_text(f'{json.dumps(first)}\n{{"key": "c", "row": {{"lo\n{json.dumps(second)}\n\n')
-    assert _noted(notes) == {"a": {"load": 0.7}, "b": {"load": 0.7}}
+def test_rows_are_the_runs_of_every_stack_at_every_load_and_one_that_cannot_take_it_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = "".join(f"{i / 10},200,10\n" for i in range(20))
+    (tmp_path / "trace.csv").write_text("Timestamp,Request tokens,Response tokens\n" + times)
+    trace = schedulers.Trace("a trace", "trace.csv", 20, {"a": 2.0, "b": 1.0})
+    stacks = [schedulers.REFERENCE, {"scheduler": "mixed", "queue": "plug_in:Mine,break_off=1"}]
+    here = Here()
+    for name, value in {
+        "TRACES": (trace,),
+        "LOADS": (0.5, 1.0),
+        "stacks": lambda: stacks,
+        "RUNS": tmp_path / "runs",
+        "LocalRunner": lambda processes: nullcontext(here),
+    }.items():
+        monkeypatch.setattr(schedulers, name, value)
+    (tmp_path / "plug_in.py").write_text(PLUG_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows, capacities = schedulers.measure(tmp_path, True, Console(quiet=True))
+    assert [(row.load, row.queue, row.error) for row in rows] == [
+        (load, stack["queue"], error)
+        for load in (0.5, 1.0)
+        for stack, error in zip(stacks, ("", "RuntimeError: not today"), strict=True)
+    ]
+    assert capacities["a trace"] > 0
+    assert rows[0].figures["completed"] == 2  # a tenth of the trace
+    assert rows[1].figures == {}
+    assert any("not today" in line for line in schedulers.markdown(rows, capacities))
+    ran = len(here.ran)
+    assert schedulers.measure(tmp_path, True, Console(quiet=True)) == (rows, capacities)
+    assert len(here.ran) == ran + 2  # those that failed are tried again

@@ -24,6 +24,10 @@ class Loaded:
     num_prefill_tokens: int = 0
     cached: set[bytes] = field(default_factory=set)
     num_incoming_blocks: int = 0
+    pool: str = ""
+    role: str = "both"
+    cost: Any = None
+    max_num_seqs: int = 256
 
     def match(self, keys: Sequence[bytes]) -> int:
         return next((i for i, key in enumerate(keys) if key not in self.cached), len(keys))

@@ -72,7 +72,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
         table += self.take(length - len(hit))
         for depth in range(len(hit), length):
             new = self.where(chain[depth]) is None
-            assert self.pool.register(table[depth], chain[depth], depth, self.clock) is new
+            assert (self.pool.register(table[depth], chain[depth], depth, self.clock) is not None) is new
             if new:
                 self.key[table[depth]] = chain[depth]
 

@@ -94,6 +94,17 @@ def test_two_that_hit_the_same_host_blocks_in_one_step_fetch_them_each_and_both_
     desk.run(Plan(decode_all=True), one, two)
 
 
+def test_what_is_being_fetched_is_not_given_up_for_what_is_evicted_to_make_room_for_it() -> None:
+    desk = Desk(Limits(5, 4, 4, 32, 40, num_host_blocks=3), offload="write_back")
+    run_whole(desk, 13, FIRST[:3])
+    run_whole(desk, 17, OTHER)
+    again = desk.submit(14, 3, FIRST[:3])
+    assert [block.id for block in desk.plane.view.probe(again).host] == [2, 1, 0]
+    step = desk.run(Plan(chunks=[(again, 2)]))
+    fetch, kept = step.copies  # two of the other's blocks are lost, as the host is full of what is fetched
+    assert (fetch.out, fetch.host, kept.out, kept.host) == (False, (2, 1, 0), True, (0,))
+
+
 def test_write_through_copies_a_block_with_the_step_after_the_one_that_fills_it_and_evicts_for_nothing() -> None:
     desk = Desk(LIMITS, offload="write_through")
     first = desk.submit(9, 3, FIRST[:2])

@@ -18,8 +18,8 @@ from policies.stack import StackSpec
 from runtime.engine import Engine, EngineDead
 from runtime.parallel.leader import Leader
 from runtime.sampling.params import SamplingParams
-from runtime.weights import DEFAULT_MODEL, LoadedModel, load_model
-from tests.runtime.engines import Listener, Rows, greedy, serve, submit_together, tokens_of
+from runtime.weights import LoadedModel, load_model
+from tests.runtime.engines import Listener, Rows, greedy, serve, submit_together, tokens_of, transformers_model
 from tests.runtime.tiny_models import TINY
 
 EXPERTS = {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
@@ -70,11 +70,19 @@ def test_tokens_of_each_family_equal_those_of_one_rank(ranks: Leader, folders: d
         assert generate(load_model(folders[family], ranks=ranks), lag=1) == alone, family
 
 
-def test_tokens_of_the_default_model_equal_those_of_one_rank(ranks: Leader, smollm2: LoadedModel) -> None:
+@pytest.fixture(scope="module")
+def smollm2_folder(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The default model as safetensors: each rank would take long to read the vocabulary in a GGUF file."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    transformers_model(smollm2).to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
+def test_tokens_of_the_default_model_equal_those_of_one_rank(ranks: Leader, smollm2_folder: str) -> None:
     """Of its nine heads and three KV heads two ranks have 6 and 3, and four have 2, 1, 3 and 3."""
     prompts = [[1, 504, 3575, 282, 4649, 314], list(range(300, 340))]
     found = []
-    for loaded in (smollm2, load_model(DEFAULT_MODEL, ranks=ranks)):
+    for loaded in (load_model(smollm2_folder), load_model(smollm2_folder, ranks=ranks)):
         with serve(loaded, num_blocks=16) as engine:
             found.append(tokens_of(engine.generate(prompts, greedy(8))))
     assert found[0] == found[1]

@@ -15,8 +15,9 @@ from simulator.costs import FittedCost
 from simulator.costs.calibration import DelayFit, LoadFit
 from simulator.costs.earlier import upgraded
 from simulator.costs.features import DeviceFeatures
-from simulator.costs.fitting import fit
+from simulator.costs.fitting import MIN_SERVING, fit
 from simulator.costs.history import LoadMeter
+from simulator.costs.history_fit import delays
 from simulator.costs.samples import StepSample, samples_from_steps
 from simulator.pace import ComputedPace
 from tests.simulator.test_costs_fitted import steps
@@ -140,6 +141,20 @@ def test_how_late_the_host_is_in_the_mean_depends_on_what_it_has_to_spare() -> N
     assert all(a >= b >= 0 for a, b in pairwise(found))
 
 
+def test_a_host_that_copies_kv_is_not_late_for_it() -> None:
+    # Steps that swap take the host 2 ms longer: work of their own, which other steps do not wait for.
+    plain = late_samples()
+    swapping = [
+        replace(sample, shape=sample.shape._replace(swapped_in=16 + i % 4), prepare_ns=sample.prepare_ns + 2_000_000)
+        for i, sample in enumerate(plain)
+    ]
+    model = fit(plain)
+    both = delays(model, [*plain, *swapping], MIN_SERVING)
+    assert both is not None
+    assert both == delays(model, plain, MIN_SERVING)
+    assert delays(model, swapping, MIN_SERVING) is None
+
+
 def test_a_simulated_device_waits_for_its_host_by_the_mean_delay() -> None:
     calibration = fit([replace(sample, serving=False) for sample in late_samples()]).calibration
     assert calibration.delay is None
@@ -161,14 +176,14 @@ def test_a_step_that_is_coasted_takes_what_a_launched_one_takes() -> None:
     one, other, now = ComputedPace(costs), ComputedPace(costs), 0
     for index in range(50):
         shape = shape_of(SIZES[index % 5], 1030)
-        assert one.coast(shape, now, 0, False) is None
-        assert one.coast(shape, now, now + 4_000_000 * (index % 2), True) is None  # nothing has changed
-        coasted = one.coast(shape, now, float("inf"), True)
+        for horizon, watched in ((0.0, False), (float(now + 4_000_000 * (index % 2)), True)):
+            assert one.coast(iter([shape]), 1, now, horizon, watched, False) == ([], False)  # nothing has changed
+        (coasted,), _ = one.coast(iter([shape]), 1, now, float("inf"), True, False)
         step, plan = Step(index, 0, shape=shape), other.plan_at(index, now)
         assert plan is not None
         other.launch(step, plan)
         timing = other.end_of(step)
-        assert coasted == (plan, *timing)
+        assert coasted == (plan, timing.launch_ns, timing.end_ns, timing.device_ns)
         now = timing.end_ns
         other.reported(step, now)
 

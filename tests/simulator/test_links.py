@@ -108,7 +108,7 @@ def test_an_idle_link_takes_the_bytes_over_the_bandwidth_and_the_latency(bandwid
 
 def test_each_replica_has_a_link_of_its_own_and_the_latency_comes_after_the_last_byte() -> None:
     env = simpy.Environment()
-    network = Network(env, 3, LinkSpeed(1e9, 10, latency_ns=3))
+    network = Network(env, [LinkSpeed(1e9, 10, latency_ns=3)] * 3)
     seen: list[tuple[str, int, bool]] = []
 
     def watch(name: str, source: int, blocks: int):
@@ -123,7 +123,7 @@ def test_each_replica_has_a_link_of_its_own_and_the_latency_comes_after_the_last
 
 def test_what_a_failed_replica_sends_or_is_sent_does_not_arrive_and_the_rest_goes_faster() -> None:
     env = simpy.Environment()
-    network = Network(env, 3, LinkSpeed(1e9, 10))
+    network = Network(env, [LinkSpeed(1e9, 10)] * 3)
     seen: list[tuple[str, int, bool]] = []
 
     def watch(name: str, source: int, target: int):
@@ -138,10 +138,32 @@ def test_what_a_failed_replica_sends_or_is_sent_does_not_arrive_and_the_rest_goe
     assert seen == [("to 1", 40, False), ("from 1", 40, False), ("to 2", 120, True)]
 
 
+def test_over_a_link_that_is_down_nothing_arrives_until_it_is_up_again_and_others_are_not_affected() -> None:
+    env = simpy.Environment()
+    network = Network(env, [LinkSpeed(1e9, 10)] * 3)
+    seen: list[tuple[str, int, bool]] = []
+
+    def watch(name: str, source: int, target: int, at: int):
+        yield env.timeout(at)
+        arrived = yield network.send(source, target, 10).done
+        seen.append((name, int(env.now), arrived))
+
+    for name, source, target, at in (("on its way", 0, 1, 0), ("meanwhile", 0, 2, 60), ("later", 0, 2, 90),
+                                     ("other way", 1, 0, 0), ("elsewhere", 2, 1, 0)):  # fmt: skip
+        env.process(watch(name, source, target, at))
+    env.run(until=40)
+    network.cut(0)
+    env.run(until=80)
+    network.mend(0)
+    env.run()
+    assert seen == [("on its way", 40, False), ("meanwhile", 60, False), ("other way", 100, True),
+                    ("elsewhere", 100, True), ("later", 190, True)]  # fmt: skip
+
+
 @pytest.mark.parametrize("latency", [0, 5])
 def test_who_is_aborted_in_the_moment_of_its_end_leaves_nobody_behind_on_its_link(latency: int) -> None:
     env = simpy.Environment()
-    network = Network(env, 2, LinkSpeed(1e9, 10, latency_ns=latency))
+    network = Network(env, [LinkSpeed(1e9, 10, latency_ns=latency)] * 2)
     moment = env.timeout(30)  # the last byte of the first leaves then; before the network looks
     first, second, third = (network.send(0, 1, blocks) for blocks in (1, 2, 4))
     moment.callbacks.append(lambda _: network.abort(first))

@@ -179,3 +179,14 @@ def test_several_servers_have_the_mean_of_erlangs_c(servers: int, load: float) -
     one = mean_time(queues.fcfs((sizes / servers).tolist(), arrivals), arrivals, sizes) - 1 / servers
     expected = (queues.mean_of_servers(servers, load) - 1) / (load / (1 - load) / servers)
     assert several / one == pytest.approx(expected, rel=0.02)
+
+
+def test_two_queues_in_tandem_have_the_mean_of_two_queues_by_themselves() -> None:
+    """Burke, Jackson: what leaves a queue of exponential services is a Poisson stream, so the times add up."""
+    random, count = np.random.default_rng(6), 1_000_000
+    first, second = (queues.sizes_of("exponential", count, random) * mean for mean in (0.5, 0.7))
+    ends = at = np.cumsum(random.exponential(1, count))
+    for sizes in (first, second):
+        before = np.cumsum(sizes) - sizes
+        ends = np.maximum.accumulate(ends - before) + before + sizes  # Lindley
+    assert float(np.mean(ends - at)) == pytest.approx(0.5 / (1 - 0.5) + 0.7 / (1 - 0.7), rel=0.02)

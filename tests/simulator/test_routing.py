@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -42,8 +42,14 @@ def simulated(router: str, num_replicas: int, requests: list[Request]) -> list[i
     return [request.first_scheduled_ns or 0 for request in requests]
 
 
-def plain(router: str, num_replicas: int, requests: list[Request]) -> list[int]:
-    """The same, as queues before servers and nothing else: the real router, and a tenth of the time."""
+def plain(
+    router: str,
+    num_replicas: int,
+    requests: list[Request],
+    look: Callable[[int, list[Loaded]], None] = lambda i, replicas: None,
+) -> list[int]:
+    """The same, as queues before servers and nothing else: the real router, and a tenth of the time. `look` is called
+    with every request's number and the replicas as it finds them."""
     policy = registry.make("router", router, seed=1)
     replicas = [Loaded(i) for i in range(num_replicas)]
     free_at, starts = [0] * num_replicas, []
@@ -53,6 +59,7 @@ def plain(router: str, num_replicas: int, requests: list[Request]) -> list[int]:
             end, i, target = heapq.heappop(ends)
             replicas[target].num_running -= 1  # with those that wait
             policy.on_end(requests[i], target, end)
+        look(request.id, replicas)
         target = policy.route(request, [], replicas, request.arrival_ns).replica
         replicas[target].num_running += 1
         starts.append(max(request.arrival_ns, free_at[target]))
@@ -93,12 +100,22 @@ def test_random_routing_waits_as_long_as_in_m_m_1_queues() -> None:
     assert mean_wait("random", 4, 0.5, 40_000) == pytest.approx(1, rel=0.03)
 
 
-def test_two_choices_among_many_wait_as_long_as_in_the_limit() -> None:
-    """Vvedenskaya et al., Mitzenmacher: mean time in system with d = 2 and n -> infinity, sum over i of rho^(2^i - 2).
+def test_two_choices_among_many_wait_as_long_and_queue_as_much_as_in_the_limit() -> None:
+    """Vvedenskaya et al., Mitzenmacher: with d = 2 and n -> infinity a share of rho^(2^i - 1) of the servers has i
+    requests or more, and the mean time in system is the sum over i of rho^(2^i - 2). By chance: rho^i."""
+    num_replicas, count, warm = 200, 40_000, 8_000
+    requests, found = drawn(num_replicas, 0.8, count), []
 
-    64 replicas should be within 4 %."""
-    limit = sum(0.8 ** (2**i - 2) for i in range(1, 9))
-    assert 1 + mean_wait("power_of_two", 64, 0.8, 40_000) == pytest.approx(limit, rel=0.04)
+    def look(i: int, replicas: list[Loaded]) -> None:
+        if i >= warm and i % num_replicas == 0:
+            found.append([replica.num_running for replica in replicas])
+
+    waits = np.array(plain("power_of_two", num_replicas, requests, look)) - [r.arrival_ns for r in requests]
+    mean = 1 + np.mean(waits[warm:]) / (np.mean([r.num_prompt_tokens for r in requests]) * TOKEN_NS)
+    assert mean == pytest.approx(sum(0.8 ** (2**i - 2) for i in range(1, 9)), rel=0.02)
+    shares = [np.mean(np.array(found) >= i) for i in (1, 2, 3, 4)]
+    assert shares[:3] == pytest.approx([0.8 ** (2**i - 1) for i in (1, 2, 3)], rel=0.02)
+    assert shares[3] == pytest.approx(0.8**15, rel=0.1)
 
 
 def test_with_old_figures_the_shortest_queue_herds_and_two_choices_do_not() -> None:

@@ -345,6 +345,10 @@ def chaos(
             simulation.at(arrival.request.arrival_ns + job[4], lambda i=arrival.request.id: simulation.cancel(i))
     for when, replica in failures:
         simulation.at(when, lambda replica=replica: simulation.fail(replica))
+    if seed % 2:  # a link is down for a while, or for good
+        simulation.at(4_000 * seed, lambda: simulation.cut_link(seed % 3))
+        if seed != 3:
+            simulation.at(9_000 * seed, lambda: simulation.mend_link(seed % 3))
     simulation.run(arrivals)
     assert not any(open_routes.values()), "the router was not told of every end"
     for replica in simulation.replicas:
