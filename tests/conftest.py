@@ -19,6 +19,7 @@ SLOW = (
     "experiments/test_cli.py",  # real commands, many of them processes
     "experiments/test_fidelity_command.py",  # real runs
     "experiments/test_library_replay.py",
+    "experiments/test_published.py",  # several simulations each
     "experiments/test_replay.py",  # real runs
     "experiments/test_write_a_policy.py",
     "experiments/workloads/test_describing.py",  # whole traces
