@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
+from weakref import WeakKeyDictionary, ref
 
 import pandas as pd
 import streamlit as st
@@ -15,9 +16,10 @@ from dashboard.objectives import objectives
 from dashboard.picking import pick_two, readable_runs
 from dashboard.store import Entry, fingerprint, open_run
 from dashboard.ui import downloads, figure, note, plain, segments, table, tile, tiles, verdict
+from experiments.attribution import Attribution, attribute, can_attribute
 from experiments.compare import Comparison, compare, format_figure, with_objectives
 from experiments.metrics import per_request
-from experiments.records import RunError
+from experiments.records import Run, RunError
 from experiments.render import difference_heading, headings
 from experiments.repeats import is_repeat, noise_floor
 from experiments.series import LATENCY_COLUMNS, matched, request_pairs, samples
@@ -89,7 +91,33 @@ def _draw(comparison: Comparison, noise: dict[str, float], repeats: int, a: str,
     _draw_latencies(comparison, both if len(both[0]) else frames)
     if len(both[0]):
         _draw_requests(comparison, both, a, b)
+    _draw_attribution(comparison)
     _draw_table(comparison, noise)
+
+
+def _draw_attribution(comparison: Comparison) -> None:
+    """Which term of the cost model, or queueing, the error of each mean latency is due to."""
+    if not can_attribute(comparison.a, comparison.b):
+        return
+    found = _attributed(comparison.a, comparison.b)
+    if not found.busy:  # with lag 0 no step begins where another one ends: its terms are not known
+        return
+    st.header("Where the error comes from")
+    table(found.heads(), found.rows())
+    downloads("attribution", None, lambda: pd.DataFrame(found.rows(), columns=found.heads()))
+    with st.expander("The worst steps and requests"):
+        for line in found.notes():
+            note(line[0].upper() + line[1:] + ".")
+
+
+def _attributed(real: Run, simulated: Run) -> Attribution:
+    known = _ATTRIBUTED.setdefault(real, {})
+    if ref(simulated) not in known:
+        known[ref(simulated)] = attribute(real, simulated)
+    return known[ref(simulated)]
+
+
+_ATTRIBUTED: WeakKeyDictionary[Run, dict[ref[Run], Attribution]] = WeakKeyDictionary()
 
 
 def _draw_tiles(comparison: Comparison, noise: dict[str, float], repeats: int) -> None:

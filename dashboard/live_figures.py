@@ -48,7 +48,7 @@ def live_figure(frames: Mapping[str, pd.DataFrame], error: pd.DataFrame, window_
     )  # fmt: skip
     figure.update_xaxes(range=[-window_s, 0], nticks=6)
     figure.update_xaxes(title_text="seconds before now", row=3, col=1)
-    figure.update_yaxes(title_standoff=10, title_font_size=11)
+    figure.update_yaxes(title_standoff=10, title_font_size=11, tickformat=",~g")
     below = figure.layout.yaxis7.domain[1]
     return laid_out(figure, 660).update_layout(
         legend2={"orientation": "h", "yanchor": "bottom", "y": below + 0.005, "x": 0, "title": {"text": ""}}

@@ -46,5 +46,6 @@ def rows(measured: Measured, workload: Workload, spec: BenchSpec) -> tuple[tuple
         "decode_runs": [],
         "block_keys": [],
         "moves": [],
+        "fetched_tokens": 0,
     }
     return tuple(row.values()), (i, measured.due_ns, measured.chunk_ns)

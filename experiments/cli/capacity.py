@@ -39,6 +39,10 @@ def capacity(
         str | None, typer.Option(help="Ask this server, from outside; with --panel both after the simulator.")
     ] = None,
     model_name: Annotated[str | None, typer.Option(help="As the server names it; its first one.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="For a server: a folder with tokenizer.json; else it is asked.")
+    ] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Send a server random token ids below it.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.", envvar="OPENAI_API_KEY")] = None,
     workload: options.Workload = None,
     requests: options.Requests = None,
@@ -88,7 +92,7 @@ def capacity(
                 answers["sim"] = _search("simulated", panel_ask("sim"), start, tolerance=tolerance, most=probes)
                 start = answers["sim"].low or start
             if panel in ("real", "both"):
-                server = None if base_url is None else _server(base_url, model_name, api_key)
+                server = None if base_url is None else _server(base_url, model_name, tokenizer, vocab_size, api_key)
                 real = (
                     panel_ask("real")
                     if server is None
@@ -127,10 +131,18 @@ def _check(asked: tuple[Objective, ...], limits: dict[str, float], spec: RunSpec
         raise SpecError("capacity sets the rate: leave workload.arrivals=at-once and workload.time_scale out")
 
 
-def _server(base_url: str, model: str | None, api_key: str | None) -> dict[str, Any]:
+def _server(
+    base_url: str, model: str | None, tokenizer: Path | None, vocab_size: int | None, api_key: str | None
+) -> dict[str, Any]:
+    """What a benchmark is told of the server."""
     from experiments.cli.bench import models
 
-    return {"base_url": base_url, "model": model or models(base_url, api_key, 0.0)[0]}
+    return {
+        "base_url": base_url,
+        "model": model or models(base_url, api_key, 0.0)[0],
+        "tokenizer": None if tokenizer is None else str(tokenizer),
+        "vocab_size": vocab_size,
+    }
 
 
 def _search(name: str, ask: Ask, start: float, **how: Any) -> Found:

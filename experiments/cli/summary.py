@@ -12,9 +12,7 @@ from experiments.compare import format_figure
 from experiments.economy import economy
 from experiments.metrics import outline, summarize
 from experiments.records import Run
-
-MANY_TOKENS = 10_000_000
-"""Output tokens of a run beyond which they are not looked at one by one: it would take more than a gigabyte."""
+from experiments.sweeps.measuring import MANY_TOKENS
 
 
 def startup_line(seconds: dict[str, float]) -> str:

@@ -14,10 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from experiments.records.schema import to_table
-from policies.records import STEPS, DecodeSteps
+from policies.records import DecodeSteps
 
 Row = Sequence[object]
-_NAMES = list(STEPS)
 _TIMES = ("plan_ns", "launch_ns", "end_ns", "device_ns")
 
 
@@ -31,12 +30,12 @@ def steps_table(rows: Sequence[Row]) -> pa.Table:
         firsts[i], lengths[i] = run.first, len(run.times)
     of, later = _unfolded(lengths)
     table = to_table("steps", firsts).take(pa.array(of))
-    growth: dict[int, npt.NDArray[np.int64]] = {}
-    for i, run in runs:
-        for column, more in run.growth():
-            growth.setdefault(column, np.zeros(len(rows), np.int64))[i] = more
-    for column, more_of in growth.items():
-        table = _set(table, _NAMES[column], _values(table, _NAMES[column]) + later * more_of[of])
+    decodes, tokens = _values(table, "num_decodes").astype(np.int64), _values(table, "chunk_tokens").astype(np.int64)
+    one = np.ones_like(decodes)
+    growth = {"step": one, "decode_clock": one, "decode_context": decodes}
+    growth |= {"chunk_context": tokens, "chunk_pairs": tokens * tokens}
+    for name, more in growth.items():
+        table = _set(table, name, _values(table, name) + later * more)
     # What each step of a run has of its own.
     mine = np.isin(of, [i for i, _ in runs])
     times = _flat(chain.from_iterable(run.times) for _, run in runs).reshape(-1, len(_TIMES))

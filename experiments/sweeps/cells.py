@@ -21,7 +21,6 @@ from policies import registry
 from policies.registry import PolicyError, PolicySpec
 
 NAME_LENGTH = 60
-NESTED = ("workload", "policies", "limits", "model", "cost", "link")
 
 
 @dataclass(frozen=True)

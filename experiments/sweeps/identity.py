@@ -22,6 +22,10 @@ ELSEWHERE = tuple(
 """Folders of experiments/ that no cell runs."""
 
 
+FILES = ("name", "calibration", "device")
+"""Fields that may name a file: a trace, a calibration, a device; in a pool of a cluster, too."""
+
+
 def digest(value: Any) -> str:
     """SHA-256 of JSON values, the same whatever the order of their keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
@@ -30,18 +34,19 @@ def digest(value: Any) -> str:
 def cell_key(spec: RunSpec, panel: str, like: str | None) -> str:
     """Of what a cell runs. `like`: the key of the real run that a simulation takes its limits from."""
     described = spec.model_dump(mode="json", exclude={"target"})
-    return digest({"spec": described, "panel": panel, "files": dict(sorted(_files(spec))), "like": like})
+    return digest({"spec": described, "panel": panel, "files": dict(sorted(_files(described))), "like": like})
 
 
-def _files(spec: RunSpec) -> Iterator[tuple[str, str]]:
+def _files(described: Any, field: str = "") -> Iterator[tuple[str, str]]:
     """The files that a specification names, with their contents' digests; of a model its name alone."""
-    names = [spec.workload.name]
-    if spec.cost is not None:
-        names += [name for name in (spec.cost.calibration, spec.cost.device) if name]
-    for name in names:
-        path = Path(name)
-        if path.is_file():
-            yield name, _content(path, path.stat().st_mtime_ns)
+    if isinstance(described, dict):
+        for name, value in described.items():
+            yield from _files(value, name)
+    elif isinstance(described, list):
+        for value in described:
+            yield from _files(value)
+    elif field in FILES and isinstance(described, str) and (path := Path(described)).is_file():
+        yield described, _content(path, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,12 +12,15 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from dashboard.ui import plain
+from experiments.attribution import attribute
 from experiments.cli import look
 from experiments.compare import compare, format_figure
 from experiments.metrics import per_request
 from experiments.records import read_run
 from tests.dashboard.reading import bodies, opened, table
 from tests.experiments.fake_run import constant, fake_run, random_requests
+from tests.experiments.test_attribution import Off
+from tests.experiments.test_fidelity_simulated import record
 
 APP = Path(__file__).resolve().parents[2] / "dashboard" / "app.py"
 
@@ -186,3 +189,16 @@ def test_goodput_by_objectives_of_the_url_is_that_of_the_command_line(
     assert any("Goodput within limits (req/s)" in body for body in bodies(app))
     assert [box.value for box in app.number_input] == [ttft, None, 2500.0]
     assert "slo-tpot" not in app.query_params
+
+
+def test_what_an_error_comes_from_is_shown_of_a_real_run_and_its_simulation_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path / "real", 1.0, Off(attention=1.2))
+    record(tmp_path / "sim", 1.0)
+    without = page(tmp_path, monkeypatch, a="real", b="sim")
+    assert not any("queueing" in body for body in bodies(without))
+    about = tmp_path / "real" / "run.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "kind": "real"}))
+    found = attribute(read_run(tmp_path / "real"), read_run(tmp_path / "sim"))
+    assert table(page(tmp_path, monkeypatch, a="real", b="sim"), "mean") == (found.heads(), found.rows())
