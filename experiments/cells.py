@@ -36,11 +36,11 @@ def _of_sweep(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Of the cells that ended well. What was varied stands between `cell` and `panel`."""
     columns = list(table.columns)
     varied = columns[1 : columns.index("panel")]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in table[table["status"] == "ok"].to_dict("records"):
         knobs = {str(field): _number(row[field]) for field in varied if row[field] is not None}
         names = [str(value) for field, value in knobs.items() if isinstance(value, str) and field != "seed"]
-        figures = {key: value for key, value in row.items() if key not in varied}
+        figures = {str(key): value for key, value in row.items() if key not in varied}
         rows.append({**figures, "policy": " + ".join(names) or "all", "kind": row["panel"], "knobs": knobs})
     return rows
 
