@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -29,7 +30,7 @@ def command_line() -> str:
     load_commands()
     group: Any = typer.main.get_command(app)
     parts = ["# The command line", "Every command is also explained by its own `--help`."]
-    for name, command in sorted(group.commands.items()):
+    for name, command in _commands(group):
         context = command.make_context(name, [], resilient_parsing=True)
         usage = " ".join(command.collect_usage_pieces(context))
         parts += [f"## diptych {name}", f"```\ndiptych {name} {usage}\n```", _prose(command.help or "")]
@@ -37,6 +38,13 @@ def command_line() -> str:
         rows = [_row(*record) for record in shown if record is not None]
         parts.append("\n".join(["| option | what it does |", "| --- | --- |", *rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def _commands(group: Any, of: str = "") -> Iterator[tuple[str, Any]]:
+    """The commands of a group with those of groups in it, each by its whole name."""
+    for name, command in sorted(group.commands.items()):
+        yield of + name, command
+        yield from _commands(command, f"{of}{name} ") if hasattr(command, "commands") else ()
 
 
 def record_columns() -> str:

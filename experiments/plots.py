@@ -59,9 +59,9 @@ def latency_figure(frames: Mapping[str, pd.DataFrame], difference: bool = False)
             for place, (label, ascending) in enumerate(values.items()):
                 x, y = cdf(ascending)
                 axis.step(x, y, where="post", label=label, **line_style(place))
-            _latency_axis(axis, "x", f"{title} (ms)", values)
+            latency_axis(axis, "x", f"{title} (ms)", values)
             axis.set_ylim(0, 1.01)
-            _say_if_empty(axis, values)
+            say_if_empty(axis, values)
             if difference:
                 _draw_difference(rows[1, at], title, *list(values.values())[:2])
         rows[0, 0].set_ylabel("share of requests")
@@ -77,7 +77,7 @@ def _draw_difference(axis: Axes, title: str, a: np.ndarray, b: np.ndarray) -> No
     axis.plot(percentiles, 100 * difference, **line_style(1))
     axis.set_xlabel(f"percentile of {title}")
     axis.set_xlim(0, 100)
-    _say_if_empty(axis, {"difference": difference})
+    say_if_empty(axis, {"difference": difference})
 
 
 def timeline_figure(frames: Mapping[str, pd.DataFrame]) -> Figure:
@@ -92,7 +92,7 @@ def timeline_figure(frames: Mapping[str, pd.DataFrame]) -> Figure:
             axis.set_ylabel(title)
             axis.set_ylim(bottom=0)
             axis.margins(x=0.01)
-            _say_if_empty(axis, {label: frame[column].to_numpy() for label, frame in frames.items()})
+            say_if_empty(axis, {label: frame[column].to_numpy() for label, frame in frames.items()})
         axes[-1].set_xlabel("time since the run began (s)")
         _legend(figure, axes[0])
         return figure
@@ -112,11 +112,11 @@ def scatter_figure(a: pd.DataFrame, b: pd.DataFrame, label_a: str, label_b: str)
             if len(pairs):
                 ends = (values["both"][0], values["both"][-1])
                 axis.plot(ends, ends, color="#555555", linewidth=1, label="no error")
-            _latency_axis(axis, "x", label_a, values)
-            _latency_axis(axis, "y", label_b, values)
+            latency_axis(axis, "x", label_a, values)
+            latency_axis(axis, "y", label_b, values)
             axis.set_title(f"{title} (ms), {len(pairs):,} requests")
             axis.set_box_aspect(1)
-            _say_if_empty(axis, values)
+            say_if_empty(axis, values)
         return figure
 
 
@@ -158,7 +158,7 @@ def _draw_state(axis: Axes, frame: pd.DataFrame, column: str, label: str, place:
         )
 
 
-def _latency_axis(axis: Axes, which: str, text: str, values: Mapping[str, np.ndarray]) -> None:
+def latency_axis(axis: Axes, which: str, text: str, values: Mapping[str, np.ndarray]) -> None:
     """An axis from zero, or logarithmic where the values span decades."""
     merged = np.sort(np.concatenate([*values.values(), np.zeros(0)]))
     target = axis.xaxis if which == "x" else axis.yaxis
@@ -183,6 +183,6 @@ def _legend(figure: Figure, axis: Axes) -> None:
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3))
 
 
-def _say_if_empty(axis: Axes, values: Mapping[str, np.ndarray]) -> None:
+def say_if_empty(axis: Axes, values: Mapping[str, np.ndarray]) -> None:
     if not any(len(v) for v in values.values()):
         axis.text(0.5, 0.5, "no data", transform=axis.transAxes, ha="center", va="center", color="#777777")

@@ -76,21 +76,25 @@ def heat_figure(cells: pd.DataFrame, x: str, y: str, objective: str) -> Figure:
         image = axis.imshow(
             values, cmap="cividis" if of.lower_is_better else "cividis_r", aspect="auto", origin="lower"
         )
-        middle = np.nanmean(values) if not np.isnan(values).all() else 0.0
         for (row, column), value in np.ndenumerate(values):
             if not np.isnan(value):
-                light = (value < middle) == of.lower_is_better
+                red, green, blue, _ = image.cmap(image.norm(value))
+                dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
                 axis.text(
                     column,
                     row,
                     format_figure(float(value)),
                     ha="center",
                     va="center",
-                    color="white" if light else "black",
+                    color="white" if dark else "black",
                 )
-        axis.set_xticks(range(values.shape[1]), [str(value) for value in cells.columns])
-        axis.set_yticks(range(values.shape[0]), [str(value) for value in cells.index])
+        axis.set_xticks(range(values.shape[1]), [_tick(value) for value in cells.columns])
+        axis.set_yticks(range(values.shape[0]), [_tick(value) for value in cells.index])
         axis.grid(False)
         axis.set(xlabel=x, ylabel=y)
         figure.colorbar(image, ax=axis, label=of.label)
         return figure
+
+
+def _tick(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -19,9 +19,11 @@ SLOW = (
     "experiments/test_cli.py",  # real commands, many of them processes
     "experiments/test_fidelity_command.py",  # real runs
     "experiments/test_library_replay.py",
+    "experiments/test_published.py",  # several simulations each
     "experiments/test_replay.py",  # real runs
     "experiments/test_write_a_policy.py",
-    "experiments/workloads/test_workload_traces.py",  # whole traces
+    "experiments/workloads/test_describing.py",  # whole traces
+    "experiments/workloads/test_workload_traces.py",
     "policies/test_library.py",  # every policy through every property
     "runtime/kernels",  # Triton's interpreter
     "runtime/serving",  # servers and their engine processes

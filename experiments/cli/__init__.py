@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 
 from experiments.cli.app import app, complain
 from experiments.cli.failures import INTERRUPTED, one_line, terse_logging
@@ -29,9 +30,17 @@ def main() -> None:
         sys.exit(2)
 
 
+COMMANDS = (
+    *("bench", "capacity", "demo", "look", "plotting", "profiling", "published", "running", "serving", "sweeping"),
+    *("tracing", "tuning", "validating"),
+)
+"""Modules that add commands."""
+
+
 def load_commands() -> None:
     """Import the modules that add their commands to `app`. Not on import of this one: it takes its time."""
-    from experiments.cli import bench, capacity, demo, look, profiling, running, serving, sweeping, tuning, validating  # noqa: F401
+    for name in COMMANDS:
+        import_module(f"experiments.cli.{name}")
 
 
 def _run(args: list[str]) -> None:

@@ -88,3 +88,21 @@ class _Chains:
         ended = position * self.hash_block // self.block_size
         ends = (position + 1) * self.hash_block // self.block_size
         return longer, _split(shake_128(longer).digest(KEY_BYTES * (ends - ended)))
+
+
+def reblocked(workload: Workload, block: int) -> Workload:
+    """The workload with prefix blocks of another size: whoever shared tokens still does, in whole blocks of that size.
+
+    Blocks that reach past a request's hash_ids get none. Raises ValueError where there are no hash_ids.
+    """
+    if workload.hash_ids is None:
+        raise ValueError(f"{workload.name} has no prefix blocks (hash_ids) to cut anew")
+    if block < 1:
+        raise ValueError(f"block_size is {block}; it must be at least 1 token")
+    chains = _Chains(workload.hash_block, block)
+    numbers: dict[bytes, int] = {}
+    ids = [
+        tuple(numbers.setdefault(key, len(numbers)) for key in chains.keys(of)[: -(-prompt // block)])
+        for of, prompt in zip(workload.hash_ids, workload.prompt_tokens.tolist(), strict=True)
+    ]
+    return workload.replace(hash_ids=ids, hash_block=block).note("reblocked", block=block)

@@ -27,7 +27,7 @@ import gzip
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -64,11 +64,17 @@ def write_jsonl(workload: Workload, path: str | Path) -> None:
         "hash_block": workload.hash_block,
         "provenance": workload.provenance,
     }
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding="utf-8", newline="\n") as file:
+    with open_for_writing(path) as file:
         file.write(json.dumps(header, allow_nan=False) + "\n")
         for values in zip(*columns.values(), strict=True):
             file.write(json.dumps(dict(zip(columns, values, strict=True)), allow_nan=False) + "\n")
+
+
+def open_for_writing(path: Path) -> TextIO:
+    """Text, gzipped if the name ends in `.gz`."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    file: TextIO = opener(path, "wt", encoding="utf-8", newline="\n")
+    return file
 
 
 def _column_names(workload: Workload) -> list[str]:

@@ -7,11 +7,16 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TextIO
 
 from experiments.workloads.errors import TraceError
+
+LINES_A_REPORT = 2_000
+on_read: ContextVar[Callable[[int], object] | None] = ContextVar("on_read", default=None)
+"""Told, every so many lines, how many bytes of the file have been read: for a progress bar."""
 
 
 def open_text(path: str | Path) -> TextIO:
@@ -44,13 +49,22 @@ def _refuse_constant(name: str) -> None:
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    line = 0
+    line, tell = 0, on_read.get()
     with open_text(path) as file:
         try:
             for line, text in enumerate(file, 1):
                 yield line, text
+                if tell is not None and line % LINES_A_REPORT == 0:
+                    tell(_position(file))
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
             raise TraceError(path, line + 1, f"unreadable ({error}); expected UTF-8 text or gzip") from error
+
+
+def _position(file: TextIO) -> int:
+    """Bytes read of the file itself, compressed where it is."""
+    binary: Any = file.buffer
+    opened: Any = binary.fileobj if isinstance(binary, gzip.GzipFile) else binary
+    return int(opened.tell())
 
 
 def csv_lines(path: str | Path) -> Iterator[tuple[int, list[str]]]:

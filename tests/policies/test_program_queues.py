@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from policies import registry
 from policies.alarms import Alarms
-from policies.key_queue import KeyQueue
 from policies.plan import Chunk, Report, Step
 from policies.program_queue import ProgramQueue
 from policies.queues.atlas import Atlas
@@ -25,6 +24,7 @@ from tests.policies.harness import STEP_NS, Drive, Job
 from tests.policies.programs import Call, ProgramDrive, chains
 
 HERE = "tests.policies.test_program_queues:"
+PUBLISHED = "experiments.published.agentix.charged:"
 LIMITS = Limits(400, 4, 2, 64, 110, prefix_caching=False, lag=0)
 FIGURE_2 = chains((4, 3, 1, 1), (3, 3, 4), (1, 2), (4,))
 """Programs A, B, C, D of the paper's figure 2; lengths of calls in units of time, which are steps here."""
@@ -38,25 +38,6 @@ def queue_of(drive: Drive) -> ProgramQueue:
     return queue
 
 
-class ChargedAtOnce(KeyQueue):
-    """Least service of the program, of the call that runs, too; at equal service, whoever runs goes on."""
-
-    def __init__(self, goes_on: bool = True) -> None:
-        super().__init__()
-        self._goes_on = goes_on
-        self._ended: dict[int | None, int] = {}
-        self._service = ServiceTime()
-
-    def rank(self, request: Request) -> tuple[float, ...]:
-        served = self._ended.get(request.program, 0) + self._service.of(request)
-        return (served, self._goes_on and request.state is not State.RUNNING)
-
-    def on_report(self, report: Report) -> None:
-        self._service.on_report(report)
-        for request, _, _ in report.finished:
-            self._ended[request.program] = self._ended.get(request.program, 0) + self._service.of(request)
-
-
 @pytest.mark.parametrize(
     ("scheduler", "queue", "waits"),
     [
@@ -64,8 +45,8 @@ class ChargedAtOnce(KeyQueue):
         ("preemptive,mode=keep", "fcfs", 18),
         ("preemptive,mode=keep", "mlfq,quantum_ms=0.004,alpha_ms=0", 18),  # as published; no call outlives a quantum
         ("preemptive,mode=keep", "mlfq,quantum_ms=0.001,alpha_ms=0", 15),
-        ("preemptive,mode=keep", f"{HERE}ChargedAtOnce", 12),  # PLAS as published
-        ("preemptive,mode=keep", f"{HERE}ChargedAtOnce,goes_on=false", 13),
+        ("preemptive,mode=keep", f"{PUBLISHED}ChargedAtOnce", 12),  # PLAS as published
+        ("preemptive,mode=keep", f"{PUBLISHED}ChargedAtOnce,goes_on=false", 13),
         ("preemptive,mode=keep", f"plas,{FINE},demote=false", 14),
         ("mixed", f"plas,{FINE},demote=false", 14),
         ("preemptive,mode=keep", f"plas,{FINE}", 14),

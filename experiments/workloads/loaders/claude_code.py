@@ -37,26 +37,28 @@ def read(path: str | Path) -> TraceRows:
     Raises:
         TraceError: naming the line, what is wrong and what was expected.
     """
-    rows = TraceRows(str(path), NAME, session=[], hash_ids=[], gap_ns=[])
+    rows = TraceRows(str(path), NAME, session=[], hash_ids=[], gap_ns=[], gap_known=[], nested=[], one_clock=False)
     numbering: dict[tuple[int, int], int] = {}  # (session, local id) -> id across sessions
     for number, (line, session) in enumerate(json_lines(path)):
         block = whole_number(rows.path, line, "block_size", json_field(rows.path, line, session, "block_size"))
         if block < 1 or rows.hash_block not in (0, block):
             raise TraceError(path, line, f"block_size is {block}; expected one size in the whole file")
         rows.hash_block = block
-        for call in _calls(rows.path, line, session):
+        for nested, call in _calls(rows.path, line, session):
             _add_call(rows, line, number, call, numbering)
+            if rows.nested is not None:
+                rows.nested.append(nested)
     return rows
 
 
-def _calls(path: str, line: int, entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """The model calls of a session, those of nested sub-agents included."""
+def _calls(path: str, line: int, entry: dict[str, Any], nested: bool = False) -> list[tuple[bool, dict[str, Any]]]:
+    """The model calls of a session, each with whether it is a sub-agent's."""
     listed = json_field(path, line, entry, "requests")
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise TraceError(path, line, "requests is not a list of objects; expected the calls of a session")
-    calls: list[dict[str, Any]] = []
+    calls: list[tuple[bool, dict[str, Any]]] = []
     for item in listed:
-        calls += _calls(path, line, item) if item.get("type") == "subagent" else [item]
+        calls += _calls(path, line, item, True) if item.get("type") == "subagent" else [(nested, item)]
     return calls
 
 
@@ -72,8 +74,15 @@ def _add_call(
         expected = f"expected at most one each {rows.hash_block} tokens"
         raise TraceError(path, line, f"{len(local)} hash_ids for {prompt} tokens; {expected}")
     rows.add(line, time, prompt, output)
-    if rows.session is not None and rows.hash_ids is not None and rows.gap_ns is not None:
+    if (
+        rows.session is not None
+        and rows.hash_ids is not None
+        and rows.gap_ns is not None
+        and rows.gap_known is not None
+    ):
+        think = call.get("think_time")
         rows.session.append(session)
-        rows.gap_ns.append(max(0, nanoseconds(path, line, "think_time", call.get("think_time") or 0, 1_000_000_000)))
+        rows.gap_ns.append(max(0, nanoseconds(path, line, "think_time", think or 0, 1_000_000_000)))
+        rows.gap_known.append(think is not None)
         ids = (numbering.setdefault((session, block), len(numbering)) for block in local)
         rows.hash_ids.append(tuple(ids))

@@ -27,7 +27,7 @@ from experiments.workloads.loaders.rows import (
 
 NAME = "mooncake"
 DEFAULT_BLOCK = 512
-_BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+_BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 8, 4, 2, 1)
 _FIELDS = {"timestamp", "input_length", "output_length", "hash_ids"}
 
 
@@ -72,7 +72,7 @@ def add_row(rows: TraceRows, line: int, row: dict[str, Any], arrival_ns: int) ->
 def find_block(rows: TraceRows, block: int | None, default: int) -> int:
     """The block size that explains the number of ids of every row.
 
-    That is `block` if given, else `default` if it fits, else the smallest power of two that does.
+    That is `block` if given, else `default` if it fits, else the smallest power of two that does (from 16 on first).
     """
     prompts = np.array(rows.prompt_tokens, np.int64)
     counts = np.array([len(ids) for ids in rows.hash_ids or []], np.int64)

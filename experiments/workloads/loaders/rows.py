@@ -28,7 +28,9 @@ INT64_MAX = 2**63 - 1
 class TraceRows:
     """A trace as its file has it: columns of plain integers, in the file's order, nothing dropped.
 
-    `arrival_ns` counts from the source's own origin. `line` is where each row came from.
+    `arrival_ns` counts from the source's own origin. `line` is where each row came from. `gap_known`: whether the
+    source says the gap (else 0 stands there). `nested`: whether a call is a sub-agent's. `one_clock`: times of
+    different sessions can be compared.
     """
 
     path: str
@@ -42,8 +44,11 @@ class TraceRows:
     turn: list[int] | None = None
     hash_ids: list[tuple[int, ...]] | None = None
     gap_ns: list[int] | None = None
+    gap_known: list[bool] | None = None
+    nested: list[bool] | None = None
     hash_block: int = 0
     has_arrivals: bool = True
+    one_clock: bool = True
 
     def add(self, line: int, arrival_ns: int, prompt_tokens: int, output_tokens: int) -> None:
         """Append the columns that every format has."""
