@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # A machine with a card may have PyTorch and no way to install anything: the GPU targets take what is there.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-RUNS ?= demo
+RUNS ?=
 
 .PHONY: help demo test check lint gpu-test gpu-bench bench screenshots docs clean
 help:            ## list the targets
@@ -49,7 +49,7 @@ bench: $(VENV)/.base           ## the benchmarks that need no GPU
 	$(BIN)/python -m benchmarks.load_generator
 	$(BIN)/python -m benchmarks.eviction
 
-screenshots: $(VENV)/.dev      ## pictures of the dashboard for docs/, over the runs of RUNS=demo; needs a Chromium
+screenshots: $(VENV)/.dev      ## pictures of the dashboard for docs/, over recorded runs or those of RUNS=FOLDER; needs a Chromium
 	$(BIN)/python -m benchmarks.screenshots $(RUNS)
 
 docs: $(VENV)/.dev             ## the documentation as a site, in build/site

@@ -1,6 +1,7 @@
-"""Pictures of the dashboard's pages for the documentation: `python -m benchmarks.screenshots FOLDER`.
+"""Pictures of the dashboard's pages for the documentation: `python -m benchmarks.screenshots [FOLDER]`.
 
-FOLDER holds run folders, as `diptych demo` leaves them. The page "Live" is that of a small random model, served on this
+FOLDER holds run folders, as `diptych demo` leaves them; by default runs that were recorded on an H100 for
+docs/fidelity.md, beside simulations of them. The page "Live" is that of a small random model, served on this
 machine's CPU, and of its twin with step times that are measured first. Needs Playwright and a Chromium, as
 tests/dashboard does.
 """
@@ -9,17 +10,21 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from experiments.fidelity.sim_half import calibration_of
 from experiments.profiling import profile
+from experiments.records import read_run
+from experiments.replaying import simulate_record
 from experiments.spec import check_spec
 from tests.dashboard.browser import chromium, served, settled
 from tests.runtime.serving.conftest import make_model
@@ -33,12 +38,29 @@ PAGES = {
     "try": "try?n=400&rate=12&scheduler=sarathi,chunk_size=256&seed=1",
     "live": "live?window=30&server=",
 }
+RECORDS = Path(__file__).parent / "results" / "fidelity"
+SHOWN = {
+    "llama-3.1-8b": ("chat~0.85~mixed~0", "chat~0.95~mixed~0", "chat~1.1~mixed~0", "chat~1.5~mixed~0"),
+    "qwen3-0.6b": tuple(f"chat~0.95~{name}~0" for name in ("edf", "mixed", "prefill_first", "sarathi", "sjf")),
+}
+"""Runs of `RECORDS`, by model: one policy at several loads, and several policies at one."""
 LIMITS = {"num_blocks": 96, "max_num_seqs": 8, "max_model_len": 512}
 """Of the server that the page "Live" shows."""
 PROFILED_S = 10
 """How long its steps are measured, for its twin."""
 WATCHED_S = 30
 """How long the live page is watched before its picture is taken."""
+
+
+def recorded_runs(folder: Path) -> None:
+    """Fill a folder with the runs of `SHOWN`, and a simulation of each by its calibration."""
+    for model, names in SHOWN.items():
+        for name in names:
+            work, load, policy, _ = name.split("~")
+            label = f"{model}-{work}-{float(load):.0%}-{policy}".replace("%", "")
+            shutil.copytree(RECORDS / model / "runs" / name, folder / f"{label}-real")
+            run = read_run(folder / f"{label}-real")
+            simulate_record(run, calibration_of(RECORDS / model, run), folder / f"{label}-sim")
 
 
 @contextmanager
@@ -103,14 +125,18 @@ def take(page: Any, url: str, name: str, file: Path, width: int) -> None:
 def main() -> None:
     """Take them all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="run folders (default: recorded on an H100)")
     parser.add_argument("--out", type=Path, default=Path("docs/dashboard"))
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--pages", nargs="*", default=list(PAGES), choices=list(PAGES))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with served(arguments.folder) as address, chromium() as browser:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as opened:
+        if arguments.folder is None:
+            recorded_runs(Path(scratch))
+        address = opened.enter_context(served(arguments.folder or Path(scratch)))
+        browser = opened.enter_context(chromium())
         context = browser.new_context(color_scheme="dark" if arguments.dark else "light", reduced_motion="reduce")
         context.set_default_timeout(300_000)  # a busy machine is slow
         page = context.new_page()
