@@ -27,11 +27,12 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -301,13 +302,23 @@ def measure(kind: Kind, names: Names, waiting: int, samples: int) -> Row | None:
     )
 
 
-def measure_all(samples: int, console: Console) -> list[Row]:
-    """Every stack, and the naive reference with fewer samples, as it is slow."""
+def measure_all(samples: int, console: Console, kept: Path | None) -> list[Row]:
+    """Every stack, and the naive reference with fewer samples, as it is slow. `kept`: a file to which each case goes as
+    it is measured, and whose cases are not measured again."""
     cases = [(kind, names, waiting) for names in stacks() for kind in kinds_of(names) for waiting in WAITING]
-    rows = []
+    done: dict[tuple[object, ...], dict[str, object] | None] = {}
+    if kept is not None and kept.exists():
+        done = {tuple(case): row for case, row in map(json.loads, kept.read_text().splitlines())}
+        console.print(f"{len(done)} of {len(cases)} cases were measured before: {kept}")
     for kind, names, waiting in track(cases, "timing", console=console, transient=True):
-        rows.append(measure(kind, names, waiting, samples if names[0] != NAIVE else samples // 4))
-    return [row for row in rows if row is not None]
+        case = (kind.name, *names, waiting)
+        if case not in done:
+            row = measure(kind, names, waiting, samples if names[0] != NAIVE else samples // 4)
+            done[case] = None if row is None else asdict(row)
+            if kept is not None:
+                with kept.open("a") as file:
+                    file.write(json.dumps((case, done[case])) + "\n")
+    return [Row(**row) for row in done.values() if row is not None]
 
 
 def stacks() -> list[Names]:
@@ -383,11 +394,12 @@ def show(rows: list[Row], console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="save the figures here")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="save the figures here; what is stopped goes on")
     parser.add_argument("--quick", action="store_true", help="20 steps of each kind instead of 100")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)  # a file has room for whole figures
-    rows = measure_all(20 if options.quick else 100, console)
+    kept = None if options.json is None else options.json.with_suffix(".partial")
+    rows = measure_all(20 if options.quick else 100, console, kept)
     show(rows, console)
     if options.json is not None:
         settings = {
@@ -400,6 +412,7 @@ def main() -> None:
             "why": WHY,
         }
         save(options.json, "plan_time", settings, rows)
+        options.json.with_suffix(".partial").unlink()
         console.print(f"saved to {options.json}")
 
 
