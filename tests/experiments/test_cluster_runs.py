@@ -127,6 +127,9 @@ def test_a_flag_says_a_pool() -> None:
     }
     with pytest.raises(ValueError, match="write NAME,FIELD=VALUE"):
         read_pool("p,replicas")
+    for text in ("p,limits.lag=[1", "p,limits=4,limits.lag=1"):
+        with pytest.raises(ValueError, match=r"write it as limits\.max_num_seqs=64"):
+            read_pool(text)
 
 
 def test_the_command_simulates_pools(
