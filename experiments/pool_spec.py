@@ -61,7 +61,5 @@ def read_pool(text: str) -> dict[str, Any]:
                 inside = inside.setdefault(group, {})
             inside[last] = value.replace("/", ",") if groups == ["policies"] else yaml.safe_load(value)
         except (yaml.YAMLError, AttributeError, TypeError):  # the group has been given as a value
-            raise ValueError(
-                f"cannot read {pair!r} in {text!r}; write FIELD=VALUE, as limits.max_num_seqs=64"
-            ) from None
+            raise ValueError(f"cannot read {pair!r} in {text!r}; write it as limits.max_num_seqs=64") from None
     return pool
