@@ -81,12 +81,12 @@ def test_few_rows_that_stand_for_many_go_to_disk_as_those_many_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PART_ROWS, "steps", 50)
-    runs = [row for row in some(3, 200) if isinstance(row, DecodeSteps)]
+    runs = [row for row in some(3, 110) if isinstance(row, DecodeSteps)]
     with RunWriter(tmp_path, fake_info(), flush_seconds=None) as writer:
         for run in runs:
             writer.decode_steps(run)
         kept = sum(pq.read_metadata(path).num_rows for path in (tmp_path / "parts").glob("steps-*.parquet"))
-        assert kept > sum(len(run.times) for run in runs) - 60
+        assert len(runs) < 50 < kept
     assert read_run(tmp_path).table("steps").equals(steps_table(runs))
 
 
