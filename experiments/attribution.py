@@ -135,7 +135,8 @@ class Attribution:
 
 
 def can_attribute(real: Run, simulated: Run) -> bool:
-    """Whether the second is a simulation by a fitted cost model, and the first a whole record of one replica."""
+    """Whether the second is a simulation by a fitted cost model, and the first a whole record of one replica in which
+    steps ran one after another (under `lag=0` each begins on an idle device, and nothing can be said of it)."""
     cost = simulated.info.get("cost") or {}
     return (
         real.kind == "real"
@@ -144,7 +145,14 @@ def can_attribute(real: Run, simulated: Run) -> bool:
         and real.has_steps
         and real.complete
         and real.steps["replica"].nunique() == 1
+        and _any_in_a_row(real.steps)
     )
+
+
+def _any_in_a_row(table: pd.DataFrame) -> bool:
+    """Whether any step was planned while another ran."""
+    ran = table[(table["num_decodes"] > 0) | (table["num_chunks"] > 0)]
+    return bool((ran["plan_ns"].to_numpy()[1:] < ran["end_ns"].to_numpy()[:-1]).any())
 
 
 def attribute(real: Run, simulated: Run, costs: FittedCost | None = None) -> Attribution:
@@ -156,14 +164,14 @@ def attribute(real: Run, simulated: Run, costs: FittedCost | None = None) -> Att
     table = real.steps
     ran = table[(table["num_decodes"] > 0) | (table["num_chunks"] > 0)].reset_index(drop=True)
     errors, measured = _step_errors(real, costs, ran)
-    total = measured.sum()
+    total = measured.sum() or 1.0  # of no two steps in a row: all errors are 0
     shapes = _shapes(ran)
     kinds = np.array([regime(shape) for shape in shapes])
     off = sum(errors.values(), np.zeros(len(ran)))
     return Attribution(
-        busy=float(total / max(1, ran["end_ns"].iloc[-1] - ran["plan_ns"].iloc[0])),
+        busy=float(measured.sum() / max(1, ran["end_ns"].iloc[-1] - ran["plan_ns"].iloc[0])),
         terms={name: float(values.sum() / total) for name, values in errors.items()},
-        kinds=[_kind(str(kind), kinds, measured, off) for kind in sorted(set(kinds.tolist()))],
+        kinds=[_kind(str(kind), kinds, measured, off, total) for kind in sorted(set(kinds.tolist()))],
         latencies=_latencies(real, simulated, ran, errors),
         different_limits=sorted(
             name for name in {*real.limits, *simulated.limits} if real.limits.get(name) != simulated.limits.get(name)
@@ -225,10 +233,10 @@ def _by_price(
     return {name: np.where(exact, f * values, 0.0) for f, (name, values) in zip(factors, terms.items(), strict=True)}
 
 
-def _kind(kind: str, kinds: NDArray[np.str_], measured: Float64, off: Float64) -> Kind:
+def _kind(kind: str, kinds: NDArray[np.str_], measured: Float64, off: Float64, total: float) -> Kind:
     chosen = (kinds == kind) & (measured > 0)
     time = measured[chosen].sum()
-    return Kind(kind, int(chosen.sum()), float(time / measured.sum()), float(off[chosen].sum() / time) if time else 0.0)
+    return Kind(kind, int(chosen.sum()), float(time / total), float(off[chosen].sum() / time) if time else 0.0)
 
 
 def _latencies(

@@ -56,7 +56,10 @@ def read_pool(text: str) -> dict[str, Any]:
             raise ValueError(f"cannot read {pair!r} in {text!r}; write NAME,FIELD=VALUE, as fast,replicas=2")
         *groups, last = field.split(".")
         inside = pool
-        for group in groups:
-            inside = inside.setdefault(group, {})
-        inside[last] = value.replace("/", ",") if groups == ["policies"] else yaml.safe_load(value)
+        try:
+            for group in groups:
+                inside = inside.setdefault(group, {})
+            inside[last] = value.replace("/", ",") if groups == ["policies"] else yaml.safe_load(value)
+        except (yaml.YAMLError, AttributeError, TypeError):  # the group has been given as a value
+            raise ValueError(f"cannot read {pair!r} in {text!r}; write it as limits.max_num_seqs=64") from None
     return pool

@@ -94,7 +94,8 @@ def run_simulated(
     with RunWriter(
         folder, info, overwrite=overwrite, decisions=spec.decisions, replicas=changes, flush_seconds=flush_seconds
     ) as writer:
-        coming = arrivals_of(workload, limits, patience)
+        caching = any(pool.limits.prefix_caching for pool in pools)
+        coming = arrivals_of(workload, replace(limits, prefix_caching=caching), patience)
         options: dict[str, Any] = {
             "recorder": writer,
             "on_end": on_end,

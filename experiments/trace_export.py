@@ -28,7 +28,7 @@ def trace_events(run: Run) -> Iterator[dict[str, Any]]:
         yield {"ph": "M", "name": "process_name", "pid": replica, "args": {"name": name}}
         yield {"ph": "M", "name": "thread_name", "pid": replica, "tid": 0, "args": {"name": "steps"}}
         columns = list(_COLUMNS)
-        num_blocks, before = int(run.limits["num_blocks"]), 0
+        num_blocks, before = int(run.limits_of(replica)["num_blocks"]), 0
         for row in zip(*(rows[column].tolist() for column in columns), strict=True):
             at = dict(zip(columns, row, strict=True))
             counters = {

@@ -203,9 +203,11 @@ class Transfers:
 
     def borrow(self, request: Request, keys: Sequence[bytes], now: int) -> int:
         """Blocks for a whole chain. Answers how many of them are to be moved: those that are not cached here; 0 and
-        nothing held if that is none, or there is no room."""
+        nothing held if that is none, there is no room, or prefixes are not cached here."""
         self._touch(now)
         pool = self._state.pool
+        if not self._state.limits.prefix_caching:
+            return 0
         hits = pool.lookup(keys)
         missing = len(keys) - len(hits)
         if not missing or missing + num_idle(hits) > pool.num_free:

@@ -223,6 +223,7 @@ class Cluster(Simulation):
             return
         members = self._pool_of[replica]
         if members.pool.autoscaler is not None:
-            members.pool.autoscaler.on_end(request, replica, int(self.env.now))
+            now = max(int(self.env.now), self.replicas[replica].now)  # a replica may be ahead
+            members.pool.autoscaler.on_end(request, replica, now)
         for each in self._pools if self._num_draining else ():  # it may have ended in another pool
             self._stop_the_idle(each)

@@ -60,7 +60,7 @@ def in_panel(
 
     def ask(rate: float) -> Probe:
         content = {
-            "base": base.model_dump(mode="json", exclude_defaults=True),
+            "base": base.model_dump(mode="json", exclude_unset=True),
             "panel": panel,
             "variables": {"grid": {"workload.rate": [rate]}, "seeds": seeds},
         }

@@ -19,6 +19,7 @@ from experiments.spec import SpecError
 from experiments.sweeps import Cell, Sweep, read_sweep, run_sweep, state_of
 from experiments.sweeps.summary import known_metrics
 from experiments.sweeps.table import value_text
+from policies.registry import nearest
 
 SHOWN = 40
 """Rows of a table on the screen; all of them are in the files."""
@@ -112,6 +113,11 @@ def _list(asked: Sweep, folder: Path, keep_outdated: bool) -> None:
 
 def _show(asked: Sweep, table: Any) -> None:
     metrics = known_metrics(asked, table)
+    for metric in asked.spec.metrics or ():
+        if metric not in table:
+            complain(
+                f"metrics: runs have no figure {metric}; {nearest(metric, list(table))}results.csv has all of them"
+            )
     fields = [*asked.spec.variables.fields, *(name for name in ("seed", "panel") if name in table)]
     shown = Table()
     for field in fields:

@@ -84,6 +84,7 @@ class RunWriter:
         self._replicas: list[Row] = []
         self._packed: dict[str, list[pa.Table]] = {"steps": [], "decisions": []}
         self._pack_steps_at, self._pack_decisions_at = (min(PACKED_AT, PART_ROWS[table]) for table in self._packed)
+        self._folded = 0  # steps that rows stand for which are no rows of their own yet, at most
         self._num_requests = 0  # rows so far
         self._settled = 0  # leading request rows whose last step's row is here too
         self._written = 0  # request rows on disk
@@ -133,6 +134,12 @@ class RunWriter:
         """The decisions of steps that change nothing but counts, and that they were reported."""
         self.decision(steps)
         self.step(steps)
+        self._folded += len(steps.times)
+        if self._folded >= PART_ROWS["steps"]:  # few rows, but each may stand for thousands
+            self._folded = 0
+            if self._decisions is not None:
+                self._pack("decisions", self._decisions)
+            self._pack("steps", self._steps)
 
     def _pack(self, table: str, rows: list[Row]) -> None:
         with self._lock:

@@ -37,7 +37,7 @@ class Job:
     """A cell to run, in any process of this machine or another one.
 
     Attributes:
-        spec: the run, as JSON values.
+        spec: the fields of the run that were given, as JSON values.
         like: run.json's limits of the real run that a simulation takes over.
         code: what `identity.code_key` must be where it runs: cells of one table are of one code.
     """
@@ -67,6 +67,7 @@ def perform(job: Job, folder: Path) -> dict[str, Any]:
     }
     try:
         spec = RunSpec.model_validate(job.spec)
+        note["spec"] = spec.model_dump(mode="json")
         if code_key(job.panel, spec) != job.code:
             raise SpecError("this worker has another version of the code; give all of them the same one")
         _run(job, spec, folder)

@@ -83,11 +83,15 @@ def checked(model: Any, content: Mapping[str, Any], lines: Lines) -> Any:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place, message = first["loc"], first["msg"].removeprefix("Value error, ")
+        errors = error.errors()
+        # Of what may be one thing or another, a name that nobody knows says most.
+        first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+        message = first["msg"].removeprefix("Value error, ")
+        place = tuple(part for part in first["loc"] if "[" not in str(part))  # nor is it said which of them it is
         if first["type"] == "extra_forbidden":
             known = _fields_at(model, place[:-1])
-            message = f"unknown field; {registry.nearest(str(place[-1]), known)}known: {', '.join(known)}"
+            near = registry.nearest(str(place[-1]), known)
+            message = f"unknown field; {near}" + (f"known: {', '.join(known)}" if known else "leave it out")
         elif first["type"] not in ("missing", "value_error") and not isinstance(
             first.get("input"), dict | list | tuple
         ):
@@ -98,8 +102,9 @@ def checked(model: Any, content: Mapping[str, Any], lines: Lines) -> Any:
 
 def _fields_at(model: Any, place: tuple[str | int, ...]) -> list[str]:
     for name in place:
-        model = model.model_fields[name].annotation
-    return list(model.model_fields)
+        model = getattr(model, "model_fields", {}).get(name)
+        model = None if model is None else model.annotation
+    return list(getattr(model, "model_fields", ()))
 
 
 class _Expansion:

@@ -58,8 +58,9 @@ def _content(path: Path, changed: int) -> str:
 def code_key(panel: str, spec: RunSpec) -> str:
     """Of this project's code for a panel, and of the files of a user's own policies."""
     own = []
-    for role in type(spec.policies).model_fields:
-        module, colon, _ = PolicySpec.parse(getattr(spec.policies, role)).name.partition(":")
+    stacks = [spec.policies, *(spec.of_pool(i).policies for i in range(len(spec.pools)))]
+    for policy in (getattr(stack, role) for stack in stacks for role in type(stack).model_fields):
+        module, colon, _ = PolicySpec.parse(policy).name.partition(":")
         found = importlib.util.find_spec(module) if colon else None
         if found is not None and found.origin is not None and Path(found.origin).is_file():
             own.append(_content(Path(found.origin), Path(found.origin).stat().st_mtime_ns))
@@ -70,6 +71,6 @@ def code_key(panel: str, spec: RunSpec) -> str:
 def _project(panel: str) -> str:
     files = [path for room in ROOMS[panel] for path in (ROOT / room).rglob("*.py")]
     contents = hashlib.sha256()
-    for path in sorted(path for path in files if path.parent.name not in ELSEWHERE):
+    for path in sorted(path for path in files if not set(path.parents) & set(ELSEWHERE)):
         contents.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return contents.hexdigest()

@@ -120,7 +120,8 @@ def _job(cell: Cell, measure: Measure, places: Path) -> Job | dict[str, Any]:
         if note is None or note.get("status") != "ok":
             return {"status": "failed", "error": f"the real run that it is to be like has failed: {cell.like}"}
         like = json.loads((places / cell.like / "run.json").read_text(encoding="utf-8"))["limits"]
-    spec = cell.spec.model_dump(mode="json")
+    # What is given alone: a calibration's limits stand in for those that are not, and a pool's fields for the run's.
+    spec = cell.spec.model_dump(mode="json", exclude_unset=True)
     code = code_key(cell.panel, cell.spec)
     return Job(cell.name, cell.values, cell.seed, cell.panel, spec, cell.key, code, measure, like)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from simulator.costs.base import CostModel, StepCost
 from simulator.costs.calibration import SwapFit
 from simulator.costs.fitted import FittedCost
 from tests.experiments.command import diptych
-from tests.experiments.test_fidelity_simulated import MEASURED, record
+from tests.experiments.test_fidelity_simulated import LIMITS, MEASURED, record
 
 
 class Off:
@@ -128,3 +129,18 @@ def test_compare_shows_it_for_a_simulation_of_a_real_run_alone(
     status, out, _ = diptych(monkeypatch, capsys, "compare", str(tmp_path / "a"), str(tmp_path / "sim"))
     assert status == 0
     assert "come from" not in out
+
+
+def test_nothing_is_ascribed_where_every_step_begins_on_an_idle_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    limits = replace(LIMITS, lag=0, plan_lead_ns=None)
+    record(tmp_path / "real", 1.5, Off(attention=1.2), limits)
+    record(tmp_path / "sim", 1.5, limits=limits)
+    path = tmp_path / "real" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "real"}))
+    args = ("compare", str(tmp_path / "real"), str(tmp_path / "sim"), "--json", str(tmp_path / "c.json"))
+    status, out, _ = diptych(monkeypatch, capsys, *args)
+    assert status == 0
+    assert "come from" not in out
+    assert "attribution" not in json.loads((tmp_path / "c.json").read_text())

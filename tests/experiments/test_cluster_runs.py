@@ -33,6 +33,18 @@ POOLS = [
 ]
 
 
+@pytest.mark.parametrize("cached", [0, 1])
+def test_a_pool_that_caches_prefixes_does_so_wherever_it_stands(cached: int, tmp_path: Path) -> None:
+    pools = [{"name": "plain", "limits": {"prefix_caching": False}}]
+    pools.insert(cached, {"name": "cached"})
+    run_simulated(
+        spec(workload={"name": "prefix-chat", "n": 30, "rate": 20}, limits={"num_blocks": 4000}, pools=pools),
+        tmp_path / "run",
+    )
+    hits = read_run(tmp_path / "run").requests.groupby("replica")["cached_tokens"].sum()
+    assert hits[cached] > 0 == hits[1 - cached]
+
+
 def test_each_pool_is_recorded_and_has_what_it_says_and_what_the_run_says(tmp_path: Path) -> None:
     run_simulated(spec(pools=POOLS), tmp_path / "run", check=True)
     run = read_run(tmp_path / "run")
@@ -127,6 +139,9 @@ def test_a_flag_says_a_pool() -> None:
     }
     with pytest.raises(ValueError, match="write NAME,FIELD=VALUE"):
         read_pool("p,replicas")
+    for text in ("p,limits.lag=[1", "p,limits=4,limits.lag=1"):
+        with pytest.raises(ValueError, match=r"write it as limits\.max_num_seqs=64"):
+            read_pool(text)
 
 
 def test_the_command_simulates_pools(

@@ -21,11 +21,13 @@ from experiments.metrics import summarize
 from experiments.records import read_run
 from experiments.simulated import run_simulated
 from experiments.spec import SpecError
-from experiments.sweeps import Measure, Window, read_sweep, run_cells, run_sweep, state_of
+from experiments.sweeps import Measure, Window, identity, read_sweep, run_cells, run_sweep, state_of
 from experiments.sweeps.cell_run import Job, perform_in
+from experiments.sweeps.identity import code_key
 from experiments.sweeps.measuring import measured
 from experiments.sweeps.table import differences
 from tests.experiments.command import diptych
+from tests.experiments.test_fidelity_simulated import LIMITS, MEASURED
 
 BASE: dict[str, Any] = {
     "workload": {"name": "fixed", "n": 12, "rate": 40, "prompt_tokens": 20, "output_tokens": 5},
@@ -84,6 +86,49 @@ def test_what_is_finished_is_kept_and_the_table_is_the_same_as_without_a_stop(tm
     assert note["spec"] == sweep.cells[0].spec.model_dump(mode="json")
     assert note["key"] == sweep.cells[0].key
     assert {"diptych", "git", "software"} <= set(note["versions"])
+
+
+def test_a_cell_has_the_limits_of_its_calibration_and_its_pools_what_the_run_gives_them(tmp_path: Path) -> None:
+    MEASURED.calibration.save(tmp_path / "calibration.json")
+    workload = {"name": "fixed", "n": 2, "rate": 1.0}
+    fitted = {"workload": workload, "cost": {"kind": "fitted", "calibration": str(tmp_path / "calibration.json")}}
+    scaled = {
+        "workload": workload,
+        "cold_start_s": 3,
+        "price_per_hour": 2.0,
+        "pools": [{"name": "a"}],
+        "policies": {"autoscaler": "target_load"},
+    }
+    found = []
+    for name, base in (("fitted", fitted), ("scaled", scaled)):
+        sweep = read_sweep({"base": {"target": "sim", **base}})
+        run_sweep(sweep, tmp_path / name, runner=Here())
+        run_simulated(sweep.cells[0].spec, tmp_path / f"{name} alone")
+        cell, alone = read_run(tmp_path / name / "cells" / sweep.cells[0].name), read_run(tmp_path / f"{name} alone")
+        assert cell.limits == alone.limits
+        assert cell.info.get("pools") == alone.info.get("pools")
+        found.append(cell)
+    assert found[0].limits["max_num_seqs"] == LIMITS.max_num_seqs
+    assert [(pool["cold_start_ns"], pool["price_per_hour"]) for pool in found[1].info["pools"]] == [(3 * 10**9, 2.0)]
+
+
+def test_the_code_of_a_cell_is_that_of_its_pools_policies_too_and_not_that_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine_in_a_pool.py").write_text(PLUG_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    pool = {"name": "a", "policies": {"queue": "mine_in_a_pool:Mine"}}
+    (cell,) = read_sweep({"base": {"workload": {"name": "fixed", "n": 2}, "pools": [pool]}}).cells
+    before = code_key("sim", cell.spec)
+    (tmp_path / "mine_in_a_pool.py").write_text(PLUG_IN + "# otherwise\n")
+    assert code_key("sim", cell.spec) != before
+    seen: list[Path] = []
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: seen.append(path) or read(path))
+    identity._project.__wrapped__("sim")
+    folders = {path.relative_to(identity.ROOT).parts[:2] for path in seen}
+    assert ("experiments", "records") in folders
+    assert not folders & {("experiments", "cli"), ("experiments", "published")}
 
 
 def test_more_cells_run_only_what_is_new_and_other_code_runs_again(

@@ -77,6 +77,7 @@ def test_one_objective_has_one_best_figure_and_a_point_that_fails_is_passed_over
     [
         ({"search": {"limits.max_num_seqs": {"low": 4, "high": 4}}}, "must be below high"),
         ({"search": {"limits.max_num_sequences": [1]}}, "unknown field"),
+        ({"search": {"limits.max_num_seqs": {"low": 4, "hihg": 8}}}, "search.limits.max_num_seqs.hihg: unknown field"),
         ({"search": {"policies.queue": ["fifo"]}}, "there is no queue 'fifo'"),
         ({"objectives": []}, "objectives"),
         ({"objectives": [{"metric": "x", "better": "more"}]}, "'lower' or 'higher'"),

@@ -6,11 +6,13 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from experiments.records import RunWriter, read_run
 from experiments.records.schema import RunError, to_table
 from experiments.records.unfolding import decisions_table, steps_table
+from experiments.records.writer import PART_ROWS
 from policies.records import STEPS, DecodeSteps
 from tests.experiments.fake_run import fake_info
 
@@ -73,6 +75,19 @@ def test_a_writer_takes_runs_of_steps_among_rows(
     run = read_run(tmp_path)
     assert run.table("steps").equals(steps_table(rows))
     assert run.table("decisions").equals(decisions_table([row for row in rows if isinstance(row, DecodeSteps)]))
+
+
+def test_few_rows_that_stand_for_many_go_to_disk_as_those_many_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PART_ROWS, "steps", 50)
+    runs = [row for row in some(3, 110) if isinstance(row, DecodeSteps)]
+    with RunWriter(tmp_path, fake_info(), flush_seconds=None) as writer:
+        for run in runs:
+            writer.decode_steps(run)
+        kept = sum(pq.read_metadata(path).num_rows for path in (tmp_path / "parts").glob("steps-*.parquet"))
+        assert len(runs) < 50 < kept
+    assert read_run(tmp_path).table("steps").equals(steps_table(runs))
 
 
 def test_a_number_that_is_none_is_told_with_its_column() -> None:

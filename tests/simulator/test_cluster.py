@@ -159,6 +159,20 @@ def test_a_failed_replica_is_replaced_and_who_comes_meanwhile_waits_for_the_next
     assert [r.finish_ns for r in requests[1:]] == [33 * MS, 33 * MS]
 
 
+def test_an_autoscaler_is_told_the_time_of_an_end_also_where_a_replica_is_ahead_of_the_simulation() -> None:
+    told: dict[bool, list[tuple[int, int]]] = {}
+    for together in (True, False):
+        scaler = Wants(2, every_ns=50 * MS)
+        ends = told[together] = []
+        scaler.on_end = lambda request, replica, now, ends=ends: ends.append((request.id, now))  # type: ignore[method-assign,misc]
+        pools = [pool(ConstantCost(MS), 2, autoscaler=scaler)]
+        cluster = Cluster(pools, make_router("round_robin", block_size=4), together=together)
+        requests = [Request(i, i * 7 * MS, 4, 9 + i) for i in range(8)]
+        cluster.run([Arrival(r, r.max_tokens) for r in requests])
+        assert ends == [(r.id, r.finish_ns) for r in sorted(requests, key=lambda r: (r.finish_ns, r.id))]
+    assert told[True] == told[False]
+
+
 def test_who_waits_for_a_replica_may_go_away_or_be_there_at_the_end() -> None:
     def plan(cluster: Cluster) -> None:
         cluster.at(5 * MS, lambda: cluster.fail(0))
