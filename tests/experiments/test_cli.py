@@ -124,7 +124,7 @@ def test_compare_makes_no_folder_before_it_has_read_both_runs(
 
 def test_every_command_shows_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert diptych(monkeypatch, capsys, "--help")[0] == 0
-    assert len(app.registered_commands) == 13
+    assert len(app.registered_commands) == 17
     for command in app.registered_commands:
         assert command.callback is not None
         name = command.name or command.callback.__name__.replace("_", "-")

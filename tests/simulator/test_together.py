@@ -122,7 +122,7 @@ def test_who_follows_from_an_end_comes_at_the_same_time_with_steps_taken_togethe
 def test_most_steps_of_decodes_alone_are_not_asked_for(scheduler: str, lag: int) -> None:
     limits = Limits(**{**_fields(LIMITS), "num_blocks": 400, "lag": lag})
     rows, repeated = run(StackSpec(scheduler), limits, arrivals(5), together=True)
-    alone = sum(len(row) > 20 and row[6] > 0 and row[9] == 0 for row in rows)  # type: ignore[operator]
+    alone = sum(len(row) == len(STEPS) and row[6] > 0 and row[9] == 0 for row in rows)  # type: ignore[operator]
     assert repeated > 0.5 * alone
 
 
@@ -150,7 +150,7 @@ def test_steps_are_taken_together_while_the_first_in_line_waits_for_room(
     together, repeated = run(stack, limits, crowd(), together=True)
     one_by_one, _ = run(stack, limits, crowd(), together=False)
     assert together == one_by_one
-    steps = [row for row in together if len(row) > 30]
+    steps = [row for row in together if len(row) == len(STEPS)]
     waiting = sum(row[STEP["num_waiting"]] > 0 and row[STEP["num_chunks"]] == 0 for row in steps)  # type: ignore[operator]
     idle = sum(row[STEP["num_waiting"]] == 0 and row[STEP["num_chunks"]] == 0 for row in steps)
     assert waiting > 20
@@ -181,7 +181,7 @@ def test_chunks_that_go_on_are_taken_together_with_the_decodes_beside_them(lag: 
         together, repeated = run(stack, limits, long_prompts(seed), together=True)
         one_by_one, _ = run(stack, limits, long_prompts(seed), together=False)
         assert together == one_by_one
-        steps = [row for row in together if len(row) > 30]
+        steps = [row for row in together if len(row) == len(STEPS)]
         alone = sum(row[STEP["num_chunks"]] == 0 for row in steps)
         assert blocks < 400 or repeated > 0.95 * alone
 
@@ -251,7 +251,7 @@ def test_a_policy_that_listens_hears_of_every_step(lag: int) -> None:
         simulation.run(arrivals(5))
         found.append(rows.rows)
         if listens:
-            ran = [row[1] for row in rows.rows if len(row) > 30 and row[STEP["padded_tokens"]]]  # type: ignore[operator]
+            ran = [row[1] for row in rows.rows if len(row) == len(STEPS) and row[STEP["padded_tokens"]]]  # type: ignore[operator]
             assert queue.heard == ran
             assert simulation.replicas[0].plane.num_asked < 0.7 * len(ran)
     assert found[0] == found[1]
@@ -270,7 +270,7 @@ def test_where_nobody_listens_most_steps_make_no_step_object(monkeypatch: pytest
     monkeypatch.setattr(Step, "__init__", counted)
     limits = Limits(**{**_fields(LIMITS), "num_blocks": 400, "prefix_caching": cached})
     rows, _ = run(StackSpec("sarathi", admission="watermark"), limits, arrivals(5), together=True)
-    assert 0 < made < 0.5 * sum(len(row) > 30 for row in rows)
+    assert 0 < made < 0.5 * sum(len(row) == len(STEPS) for row in rows)
 
 
 def test_a_plan_that_repeats_is_taken_no_more_often_than_it_says() -> None:
