@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
 
 LEVEL = 0.95
 
@@ -37,7 +36,14 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     if len(known) < 2:
         return Interval(float(known.mean()), None, len(known))
     spread = float(known.std(ddof=1)) / len(known) ** 0.5
-    return Interval(float(known.mean()), float(stdtrit(len(known) - 1, (1 + level) / 2)) * spread, len(known))
+    return Interval(float(known.mean()), t_quantile(len(known) - 1, (1 + level) / 2) * spread, len(known))
+
+
+def t_quantile(degrees: int, share: float) -> float:
+    """The value below which this share of Student's t distribution lies."""
+    from scipy.special import stdtrit  # slow to import, and every command begins with importing this module
+
+    return float(stdtrit(degrees, share))
 
 
 def paired(one: Sequence[float], other: Sequence[float], level: float = LEVEL) -> Interval:

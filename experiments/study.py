@@ -131,10 +131,11 @@ def knobs(spec: Mapping[str, Any]) -> Iterator[tuple[str, str | float]]:
             continue
         yield f"policies.{role}", policy.name
         for knob, value in policy.knobs.items():
-            yield f"policies.{role}.{knob}", _number(value)
+            yield f"policies.{role}.{knob}", number(value)
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
+    """A knob's value as a number, where it is one, else as text."""
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -158,10 +158,8 @@ class SimulatedReplica:
                     self.plane.submit(arrival.request, now, arrival.keys, hands_off=arrival.hands_off)
                     self._endings.expect(arrival)
         if self._cancellations:
-            cancelled, self._cancellations = (
-                self._cancellations,
-                [],
-            )  # so may who is cancelled, whom a failed one refuses
+            # So may who is cancelled, whom a failed one refuses.
+            cancelled, self._cancellations = self._cancellations, []
             for request_id in sorted(cancelled):
                 self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
         if self.movements is not None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
+from experiments.intervals import t_quantile
 from experiments.records import Run
 from experiments.sweeps.measuring import bounds
 from experiments.sweeps.spec import Window
@@ -65,7 +65,7 @@ def drift_of(arrivals: NDArray[np.int64], ends: NDArray[np.int64], window: Windo
     rest = number - number.mean() - slope * away
     error = float(np.sqrt(rest @ rest / (BATCHES - 2) / (away @ away)))
     rate = (len(kept) - 1) / seconds[-1]
-    least = slope - float(stdtrit(BATCHES - 2, LEVEL)) * error
+    least = slope - t_quantile(BATCHES - 2, LEVEL) * error
     growth = slope * float(seconds[-1]) / float(np.sqrt(1 + number.mean()))
     return Drift(slope / rate, least / rate, rate - slope, growth)
 

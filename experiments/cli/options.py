@@ -24,6 +24,13 @@ Check = Annotated[
     bool,
     typer.Option(help="Verify the control plane's invariants after every step (slow), and Little's law at the end."),
 ]
+ResultFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the results (sweeps/FILE).")]
+Processes = Annotated[
+    int | None, typer.Option(help="Simulations at once (one a core). Real runs go one by one.", min=1)
+]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Run them on a Ray cluster: auto, or its head's HOST:PORT.")
+]
 Workload = Annotated[
     str | None,
     typer.Option("--workload", "-w", help="A generator (chat, code, prefix-chat, ...) or a trace file."),

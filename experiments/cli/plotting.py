@@ -81,7 +81,7 @@ def curve(
     """
     import pandas as pd
 
-    from experiments.cells import gather, label_of
+    from experiments.figure_rows import gather, label_of
     from experiments.paper import curve_figure
 
     def make() -> Figure:
@@ -116,7 +116,7 @@ def pareto(
     """
     import pandas as pd
 
-    from experiments.cells import gather
+    from experiments.figure_rows import gather
     from experiments.paper import pareto_figure
     from experiments.study import OBJECTIVES
 
@@ -144,7 +144,7 @@ def heat(
 
     Example: diptych plot heat sweeps/chunks --x policies.scheduler.chunk_size --y workload.rate -o chunks.pdf
     """
-    from experiments.cells import gather
+    from experiments.figure_rows import gather
     from experiments.study import OBJECTIVES, grid
     from experiments.study_plots import heat_figure
 
@@ -214,7 +214,7 @@ def _named(known: dict[str, str], given: str, flag: str) -> str:
 
 
 def _check_figures(rows: Sequence[dict[str, Any]], wanted: Sequence[str]) -> None:
-    from experiments.cells import figures_of
+    from experiments.figure_rows import figures_of
 
     known = figures_of(rows)
     for name in wanted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +12,9 @@ from rich.table import Table
 
 from experiments.cli.app import app, complain, console
 from experiments.cli.failures import INTERRUPTED
-from experiments.cli.options import progress
+from experiments.cli.options import Processes, RayAddress, ResultFolder, progress
 from experiments.compare import format_figure
+from experiments.records.environment import usable_cores
 from experiments.spec import SpecError
 from experiments.sweeps import Cell, Sweep, read_sweep, run_sweep, state_of
 from experiments.sweeps.summary import known_metrics
@@ -28,14 +28,9 @@ SHOWN = 40
 @app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(help="A YAML file: base, variables, and how runs are measured.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the results (sweeps/FILE).")] = None,
-    processes: Annotated[
-        int | None, typer.Option(help="Simulations at once (one a core). Real runs go one by one.", min=1)
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Run the cells on a Ray cluster: auto, or its head's HOST:PORT."),
-    ] = None,
+    out: ResultFolder = None,
+    processes: Processes = None,
+    ray: RayAddress = None,
     keep_outdated: Annotated[
         bool, typer.Option("--keep-outdated", help="Keep finished cells that were run by other code than this.")
     ] = False,
@@ -53,8 +48,7 @@ def sweep(
     if dry_run:
         _list(asked, folder, keep_outdated)
         return
-    if ray is not None and processes is not None:
-        raise SpecError("--ray runs as many cells at once as the cluster has room for; leave --processes out")
+    check_places(ray, processes)
     failed: list[str] = []
     done = 0
     with progress("sweeping", len(asked.cells)) as bar:
@@ -72,7 +66,7 @@ def sweep(
                 asked,
                 folder,
                 runner=None if ray is None else on_cluster(ray),
-                processes=processes or cores(),
+                processes=processes or usable_cores(),
                 keep_outdated=keep_outdated,
                 say=say,
             )
@@ -94,9 +88,10 @@ def on_cluster(ray: str) -> Any:
     return connected(ray)
 
 
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def check_places(ray: str | None, processes: int | None) -> None:
+    """Raise SpecError where runs are to go to two places."""
+    if ray is not None and processes is not None:
+        raise SpecError("--ray runs as many cells at once as the cluster has room for; leave --processes out")
 
 
 def _list(asked: Sweep, folder: Path, keep_outdated: bool) -> None:

@@ -10,9 +10,9 @@ from rich.progress import TaskID
 
 from experiments.cli.app import app, complain, console
 from experiments.cli.failures import INTERRUPTED
-from experiments.cli.options import progress
-from experiments.cli.sweeping import cores, on_cluster
-from experiments.spec import SpecError
+from experiments.cli.options import Processes, RayAddress, ResultFolder, progress
+from experiments.cli.sweeping import check_places, on_cluster
+from experiments.records.environment import usable_cores
 from experiments.sweeps import LocalRunner
 from experiments.sweeps.cell_run import write_json
 from experiments.tuning.search import Trial, read_tuning, search
@@ -21,14 +21,9 @@ from experiments.tuning.search import Trial, read_tuning, search
 @app.command()
 def tune(
     file: Annotated[Path, typer.Argument(help="A YAML file: base, search, objectives.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the results (sweeps/FILE).")] = None,
-    processes: Annotated[
-        int | None, typer.Option(help="Simulations at once (one a core). Real runs go one by one.", min=1)
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Run the trials on a Ray cluster: auto, or its head's HOST:PORT."),
-    ] = None,
+    out: ResultFolder = None,
+    processes: Processes = None,
+    ray: RayAddress = None,
 ) -> None:
     """Search policies' knobs and any other fields of a run for what is best by one figure, or by two: the Pareto front.
 
@@ -38,12 +33,11 @@ def tune(
     Example: diptych tune examples/tune.yaml -o sweeps/chunk-size
     """
     asked = read_tuning(file)
-    if ray is not None and processes is not None:
-        raise SpecError("--ray runs as many cells at once as the cluster has room for; leave --processes out")
+    check_places(ray, processes)
     folder = out or Path("sweeps") / file.stem
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "tune.json", {"tune": {**asked.spec.model_dump(mode="json"), "base": asked.base}})
-    with LocalRunner(processes or cores()) as local, progress("tuning", asked.spec.trials) as bar:
+    with LocalRunner(processes or usable_cores()) as local, progress("tuning", asked.spec.trials) as bar:
         runner: Any = local if ray is None else on_cluster(ray)
 
         def say(trial: Trial) -> None:

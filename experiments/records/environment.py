@@ -104,8 +104,12 @@ def _version(package: str) -> str | None:
 
 
 def _host() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"platform": platform.platform(), "cpu": _cpu_model(), "cores": cores}
+    return {"platform": platform.platform(), "cpu": _cpu_model(), "cores": usable_cores()}
+
+
+def usable_cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from experiments.workloads.client_statistics import describe_clients
 from experiments.workloads.describing_others import describe_other
@@ -162,4 +161,6 @@ def _rank_correlation(inputs: Int64, outputs: Int64) -> float | None:
     """Spearman's; None where either is constant."""
     if len(inputs) < 2 or np.ptp(inputs) == 0 or np.ptp(outputs) == 0:
         return None
+    from scipy.stats import spearmanr  # slow to import, and every command begins with importing this module
+
     return float(spearmanr(inputs, outputs).statistic)

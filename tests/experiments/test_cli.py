@@ -577,3 +577,12 @@ def test_the_version_says_revision_python_torch_and_device(
     device = r"NVIDIA .*" if torch.cuda.is_available() else "cpu: .+"
     versions = rf"Python 3\.\d+\.\d+, torch {re.escape(torch.__version__)}"
     assert re.fullmatch(rf"diptych \d+\.\d+\.\d+, revision \S+, {versions}, device {device}\n", out)
+
+
+def test_the_command_line_begins_without_what_is_slow_to_import() -> None:
+    script = (
+        "import sys; from experiments.cli import load_commands; load_commands(); "
+        "print(*{name.split('.')[0] for name in sys.modules} & {'torch', 'scipy', 'matplotlib', 'streamlit', 'optuna'})"
+    )
+    begun = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert begun.stdout.split() == []

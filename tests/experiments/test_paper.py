@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.cells import figures_of, gather, label_of
+from experiments.figure_rows import figures_of, gather, label_of
 from experiments.paper import COLUMN, PAGE, cdf_figure, curve_figure, pareto_figure, save
 from experiments.records import RunError
 from experiments.simulated import run_simulated

@@ -20,19 +20,29 @@ from policies.stack import PolicyStack
 from tests.policies.harness import Log
 
 
-class ByHand:
-    """Keeps its queue as a plain list, so that a request that comes back twice shows; `answer` makes the plan."""
+class PlainQueue:
+    """The half of a scheduler that waits: a plain list, so that a request that comes back twice shows."""
 
     def __init__(self) -> None:
         self.queue: list[Request] = []
-        self.reports: list[Report] = []
-        self.answer: Callable[[View, int], Plan] = lambda view, now: Plan()
 
     def add(self, request: Request, now: int) -> None:
         self.queue.append(request)
 
     def remove(self, request: Request, now: int) -> None:
         self.queue = [other for other in self.queue if other is not request]
+
+    def on_report(self, report: Report) -> None:
+        """Nobody is charged."""
+
+
+class ByHand(PlainQueue):
+    """`answer` makes the plan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reports: list[Report] = []
+        self.answer: Callable[[View, int], Plan] = lambda view, now: Plan()
 
     def on_report(self, report: Report) -> None:
         self.reports.append(report)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from policies.contract import View
-from policies.plan import BlockCopy, Mode, Plan, Report
+from policies.plan import BlockCopy, Mode, Plan
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.stack import StackSpec
@@ -17,6 +17,7 @@ from runtime.engine import Engine
 from runtime.host_memory import HostMemory
 from runtime.kv_cache import PagedKVCache
 from runtime.model_config import ModelConfig
+from tests.policies.byhand import PlainQueue
 from tests.runtime.engines import Rows, greedy, serve, submit_together, tiny, tokens_of
 
 TOKENS = 40
@@ -70,21 +71,12 @@ def test_blocks_come_back_bit_for_bit_in_other_places(dtype: torch.dtype, head_d
     host.close()
 
 
-class TurnsByTwos:
+class TurnsByTwos(PlainQueue):
     """Runs two requests at a time, and every few steps swaps those out for the next two: memory is never short."""
 
     def __init__(self) -> None:
-        self.queue: list[Request] = []
+        super().__init__()
         self.swaps_in_prefill = 0
-
-    def add(self, request: Request, now: int) -> None:
-        self.queue.append(request)
-
-    def remove(self, request: Request, now: int) -> None:
-        self.queue = [other for other in self.queue if other is not request]
-
-    def on_report(self, report: Report) -> None:
-        """Nobody is charged."""
 
     def plan(self, view: View, now: int) -> Plan:
         draft = view.draft()

@@ -7,34 +7,26 @@ import random
 import pytest
 
 from policies.contract import View
-from policies.plan import Mode, Plan, Report
+from policies.plan import Mode, Plan
 from policies.prefix import block_keys, root_key
 from policies.replica_state import Limits
-from policies.request import Request, State
+from policies.request import State
 from policies.stack import StackSpec
 from runtime.engine import Engine
+from tests.policies.byhand import PlainQueue
 from tests.runtime.engines import Listener, Rows, greedy, tiny, tokens_of
 
 AMPLE = Limits(600, 8, 8, 64, 256, lag=1)
 Tokens = list[tuple[int, ...]]
 
 
-class AtRandom:
+class AtRandom(PlainQueue):
     """Admits, swaps out, stops for recomputation, runs all or nobody: as a seeded stream says."""
 
     def __init__(self, seed: int) -> None:
-        self.queue: list[Request] = []
+        super().__init__()
         self.modes: set[Mode] = set()
         self._random = random.Random(seed)
-
-    def add(self, request: Request, now: int) -> None:
-        self.queue.append(request)
-
-    def remove(self, request: Request, now: int) -> None:
-        self.queue = [other for other in self.queue if other is not request]
-
-    def on_report(self, report: Report) -> None:
-        """Nobody is charged."""
 
     def plan(self, view: View, now: int) -> Plan:
         draft, chance = view.draft(), self._random

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.records import RunError, read_run
-from experiments.study import OBJECTIVES, study_row
+from experiments.study import OBJECTIVES, number, study_row
 
 RESULTS = "results.parquet"
 """What a sweep's folder has."""
@@ -38,18 +38,11 @@ def _of_sweep(table: pd.DataFrame) -> list[dict[str, Any]]:
     varied = columns[1 : columns.index("panel")]
     rows: list[dict[str, Any]] = []
     for row in table[table["status"] == "ok"].to_dict("records"):
-        knobs = {str(field): _number(row[field]) for field in varied if row[field] is not None}
+        knobs = {str(field): number(row[field]) for field in varied if row[field] is not None}
         names = [str(value) for field, value in knobs.items() if isinstance(value, str) and field != "seed"]
         figures = {str(key): value for key, value in row.items() if key not in varied}
         rows.append({**figures, "policy": " + ".join(names) or "all", "kind": row["panel"], "knobs": knobs})
     return rows
-
-
-def _number(value: Any) -> Any:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return str(value)
 
 
 def figures_of(rows: Sequence[dict[str, Any]]) -> list[str]:
