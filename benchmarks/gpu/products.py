@@ -83,6 +83,7 @@ def model(name: str, layers: int, hidden: int, queries: int, qkv: int, inner: in
 
 MODELS = (
     model("Llama-3.1-8B", 32, hidden=4096, queries=4096, qkv=6144, inner=14336, vocabulary=128256),
+    model("Llama-3.1-8B, half", 32, hidden=4096, queries=2048, qkv=3072, inner=7168, vocabulary=64128),
     model("Qwen3-0.6B", 28, hidden=1024, queries=2048, qkv=4096, inner=3072, vocabulary=151936),
 )
 

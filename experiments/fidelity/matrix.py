@@ -165,7 +165,8 @@ def ordered(works: Mapping[str, Work], repeats: int = 3) -> Iterator[Cell]:
     wanted += [Cell(first, BUSY, policy) for policy in POLICIES]
     wanted += [Cell(work, USUAL, policy) for work in works for policy in works[work].policies]
     wanted += [Cell(first, load, usual) for load in LADDER]
-    wanted += [Cell(work, load, usual) for load in (None, *LADDER) for work in works]
+    below_first = sorted(LADDER, key=lambda load: load > 1)  # targets are for what a replica can take
+    wanted += [Cell(work, load, usual) for load in (None, *below_first) for work in works]
     wanted += [Cell(work, USUAL, usual, 1) for work in works]
     wanted += [Cell(first, LOADS[-1], policy) for policy in POLICIES]
     wanted += [Cell(work, BUSY, policy) for work in works for policy in POLICIES]

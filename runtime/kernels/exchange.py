@@ -22,6 +22,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.kernels.launch import kernel, use_pdl
 
+WORDS_A_THREAD = 8
+"""Fewer threads to a row wait for each other less; more load at a time."""
+
 
 def words_of(hidden: int, dtype: torch.dtype) -> int:
     """4-byte words in a row."""
@@ -62,7 +65,7 @@ def sum_add_norm_(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     _sum_norm_kernel[(rows,)](
         x, total, weight, out, mail.inboxes, mail.counters, mail.broken, words, hidden, eps, mail.rank,
         len(mail.inboxes), mail.capacity, block, 4 // x.element_size(), residual is not None, pdl,
-        num_warps=min(max(block // 128, 1), 16), launch_pdl=pdl,
+        num_warps=min(max(block // (32 * WORDS_A_THREAD), 1), 16), launch_pdl=pdl,
     )  # fmt: skip
     return out, total
 
@@ -102,10 +105,20 @@ def _receive(inbox, sequence, mask, broken):
     word = tl.load(inbox, mask, 0, volatile=True)
     late = tl.sum(((((word >> 32).to(tl.int32)) != sequence) & mask).to(tl.int32))
     while late > 0:
+        stop = tl.load(broken, volatile=True)  # on its way together with the words
         word = tl.load(inbox, mask, 0, volatile=True)
         late = tl.sum(((((word >> 32).to(tl.int32)) != sequence) & mask).to(tl.int32))
-        late = tl.where(tl.load(broken, volatile=True) != 0, 0, late)
+        late = tl.where(stop != 0, 0, late)
     return word.to(tl.int32)
+
+
+@triton.jit
+def _inboxes(inboxes, SIZE: tl.constexpr):
+    """The addresses of all inboxes, asked for before there is anything to send."""
+    found = ()  # type: tuple
+    for rank in tl.static_range(SIZE):
+        found = found + (tl.multiple_of(tl.load(inboxes + rank).to(tl.pointer_type(tl.int64)), 16),)  # noqa: RUF005
+    return found
 
 
 @kernel
@@ -139,6 +152,7 @@ def _sum_norm_kernel(
     at = row.to(tl.int64) * WORDS + column
     words = tl.pointer_type(tl.int32)
     scale = tl.load(weight.to(words) + column, mask, 0)
+    to = _inboxes(inboxes, SIZE)
     if PDL:
         gdc_wait()
     sequence = tl.load(counters + row) + 1
@@ -149,18 +163,16 @@ def _sum_norm_kernel(
     numbered = (sequence.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
     for peer in tl.static_range(SIZE):
         if peer != RANK:
-            inbox = tl.multiple_of(tl.load(inboxes + peer).to(tl.pointer_type(tl.int64)), 16)
-            tl.store(inbox + RANK * 2 * CAPACITY + half, numbered, mask)
+            tl.store(to[peer] + RANK * 2 * CAPACITY + half, numbered, mask)
 
     if HAS_RESIDUAL:
         before = tl.load(residual.to(words) + at, mask, 0)
-    own = tl.multiple_of(tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64)), 16)
     low = tl.zeros([BLOCK], tl.float32)
     high = tl.zeros([BLOCK], tl.float32)
     for sender in tl.static_range(SIZE):
         word = mine
         if sender != RANK:
-            word = _receive(own + sender * 2 * CAPACITY + half, sequence, mask, broken)
+            word = _receive(to[RANK] + sender * 2 * CAPACITY + half, sequence, mask, broken)
         if PER_WORD == 2:
             add_low, add_high = _halves(word, DTYPE)
             low += add_low
@@ -217,6 +229,8 @@ def _merge_kernel(
     """One program a row, which exchanges two words: the best score of a rank, and its token."""
     if PDL:
         gdc_launch_dependents()
+    to = _inboxes(inboxes, SIZE)
+    if PDL:
         gdc_wait()
     row = tl.program_id(0)
     chunk = tl.arange(0, BLOCK)
@@ -234,14 +248,12 @@ def _merge_kernel(
     numbered = (sequence.to(tl.int64) << 32) | (word.to(tl.int64) & 0xFFFFFFFF)
     for peer in tl.static_range(SIZE):
         if peer != RANK:
-            inbox = tl.multiple_of(tl.load(inboxes + peer).to(tl.pointer_type(tl.int64)), 16)
-            tl.store(inbox + RANK * 2 * CAPACITY + at, numbered, both)
-    own = tl.multiple_of(tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64)), 16)
+            tl.store(to[peer] + RANK * 2 * CAPACITY + at, numbered, both)
     best_score = tl.full((), float("-inf"), tl.float32)
     best_token = tl.full((), VOCAB - 1, tl.int32)
     for sender in tl.static_range(SIZE):
         if sender != RANK:
-            word = _receive(own + sender * 2 * CAPACITY + at, sequence, both, broken)
+            word = _receive(to[RANK] + sender * 2 * CAPACITY + at, sequence, both, broken)
             that_score = tl.sum(tl.where(which == 0, word, 0)).to(tl.float32, bitcast=True)
             that_token = tl.sum(tl.where(which == 1, word, 0))
             best_score, best_token = _better(that_score, that_token, best_score, best_token)
