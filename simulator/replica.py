@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import simpy
@@ -286,9 +287,9 @@ class SimulatedReplica:
         for number, end in self._disk.ends(step.disk, now):
             callbacks = self._env.timeout(end - self._env.now).callbacks
             assert callbacks is not None  # of an event that has not come
-            callbacks.append(lambda _, number=number: self._has_come(number))
+            callbacks.append(partial(self._has_come, number))
 
-    def _has_come(self, number: int) -> None:
+    def _has_come(self, number: int, event: simpy.Event) -> None:
         self._from_disk.append(number)
         self.wake()
 
