@@ -29,8 +29,9 @@ from policies.shapes import StepShape
 if TYPE_CHECKING:
     from policies.replica_state import ReplicaState
 
-MOST_WRITES = 64
-"""So many blocks are on their way to disk at once; none of them can be evicted from host memory meanwhile."""
+MOST_WRITES = 128
+"""So many blocks are on their way to disk at once, half of host memory at most, as none of them can be evicted there
+meanwhile."""
 CLEAN = 2
 """One host block of so many is to be free, or on disk too."""
 
@@ -112,15 +113,15 @@ class DiskTier:
         if since is not None:
             self.pool.expire(since)
         host, unwritten = self._state.host, self._unwritten
-        few = -(-host.num_blocks // CLEAN)
+        few, most = -(-host.num_blocks // CLEAN), min(MOST_WRITES, max(1, host.num_blocks // 2))
         while unwritten and host.num_unused + host.num_cached - len(unwritten) < few:
-            if len(self._writes) >= MOST_WRITES:
+            if len(self._writes) >= most:
                 return
             key, block = next(iter(unwritten.items()))
             del unwritten[key]
             if self._wanted.pop(key, None) is not None or self._policy.on_evict(block, now):
                 self._write(block, now)
-        while self._wanted and len(self._writes) < MOST_WRITES:
+        while self._wanted and len(self._writes) < most:
             key, block = next(iter(self._wanted.items()))
             del self._wanted[key], unwritten[key]
             self._write(block, now)

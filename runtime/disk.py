@@ -1,7 +1,7 @@
 """The disk tier: a folder of files, each of which holds one KV block of all layers as it lies in host memory.
 
 A file is written under another name and then renamed, so that none is ever there in part. It begins with what it is of:
-the model and the shape of a block, the block's prefix key, and a hash of its bytes. What is read back and does not
+the model and the shape of a block, the block's prefix key, and a checksum of its bytes. What is read back and does not
 agree with that, is too short, or is not there at all, is no block, and the control plane is told so; as it is told
 where the disk is full. A few threads do this beside the steps; nothing is flushed to the medium, as no file outlives
 its server: the folder is cleared at the start and at the end.
@@ -16,6 +16,7 @@ import itertools
 import os
 import struct
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +25,9 @@ from typing import Protocol
 from policies.plan import DiskCopy
 from runtime.model_config import ModelError
 
-_HEAD = struct.Struct("<8s32s32sQ32s")  # magic, identity, hash of the key, bytes, hash of the bytes
+_HEAD = struct.Struct("<8s32s32sQI")  # magic, identity, hash of the key, bytes, checksum of the bytes
 _MAGIC = b"diptych1"
-_THREADS = 4
+_THREADS = min(8, max(2, os.cpu_count() or 2))
 _SUFFIX = ".kv"
 TRIED_BYTES = 64 << 20
 """How much is written and read to see how fast that goes."""
@@ -46,8 +47,8 @@ class BadBlock(Exception):
     """What is on disk is not the block that was asked for; the message says why in a word or two."""
 
 
-def _digest(data: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(data, digest_size=32).digest()
+def _head(identity: bytes, key: bytes, data: memoryview) -> bytes:
+    return _HEAD.pack(_MAGIC, identity, hashlib.sha256(key).digest(), len(data), zlib.crc32(data))
 
 
 def write_block(path: Path, identity: bytes, key: bytes, data: memoryview) -> None:
@@ -55,7 +56,7 @@ def write_block(path: Path, identity: bytes, key: bytes, data: memoryview) -> No
     part = path.with_suffix(".part")
     try:
         with part.open("wb", buffering=0) as file:
-            for piece in (_HEAD.pack(_MAGIC, identity, _digest(key), len(data), _digest(data)), data):
+            for piece in (_head(identity, key, data), data):
                 left = memoryview(piece)
                 while left:
                     left = left[file.write(left) :]
@@ -71,10 +72,10 @@ def read_block(path: Path, identity: bytes, key: bytes, data: memoryview) -> Non
         head = file.read(_HEAD.size)
         if len(head) < _HEAD.size:
             raise BadBlock("truncated")
-        magic, whose, of, size, digest = _HEAD.unpack(head)
+        magic, whose, of, size, checksum = _HEAD.unpack(head)
         if magic != _MAGIC or whose != identity or size != len(data):
             raise BadBlock("another model")
-        if of != _digest(key):
+        if of != hashlib.sha256(key).digest():
             raise BadBlock("another block")
         left = data
         while left:
@@ -82,7 +83,7 @@ def read_block(path: Path, identity: bytes, key: bytes, data: memoryview) -> Non
             if not count:
                 raise BadBlock("truncated")
             left = left[count:]
-    if _digest(data) != digest:
+    if zlib.crc32(data) != checksum:
         raise BadBlock("damaged")
 
 
