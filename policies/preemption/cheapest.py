@@ -16,8 +16,8 @@ class Cheapest(RankedVictim):
     with the square of the context. swap, where the host has room: copying the blocks that the context fills there and
     back, which grows with their number. So the choice depends on the model, the card and its link. A request that frees
     nothing goes last.
-    What is freed is counted only of those who would cost less than the best found if they shared no block: of one or two
-    where few blocks are shared, of all at worst. Needs a cost model.
+    What is freed is counted only of those who would cost less than the best found if they shared no block: of one or
+    two where few blocks are shared, of all at worst. Needs a cost model.
     Who was admitted first is spared (`policies.victims`).
     Source: Kwon et al., SOSP 2023, section 7.3, compares recomputation and swapping by block size and context length.
     """
