@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from policies.decoding import go_on
+from policies.plan import FOREVER
 from policies.recording import Recording
 from policies.records import Row, Times
 from policies.replica_state import ReplicaState
@@ -26,13 +27,14 @@ def coast(
     index: int,
     most: int,
     time: Timed,
-    chunk: tuple[Request, int] | None = None,
+    prefill: Request | None = None,
+    tokens: int = 0,
 ) -> tuple[int, Row | None]:
     """Take up to `most` steps from the one with this index on, as many as `time` has times for and as there are unused
-    blocks for. With a `chunk`, each computes so many tokens of this request, which has the blocks. Returns how many;
-    and of the last one, if it is open, the row that is to be recorded at its end (empty if nothing is recorded)."""
+    blocks for; with a `prefill`, each computes so many `tokens` of this request, which has the blocks. Returns how many
+    they are; and of the last one, if it is open, the row to be recorded at its end (empty if nothing is recorded)."""
     group, pool, limits = state.group, state.pool, state.limits
-    decodes, tokens = len(group.members), 0 if chunk is None else chunk[1]
+    decodes = len(group.members)
     sizes = (limits.capture_sizes, limits.mixed_capture_sizes)
     padded, graph = padded_batch(decodes, int(tokens > 0), tokens, *sizes)
     taken, last = 0, None
@@ -45,20 +47,20 @@ def coast(
         if not asked:
             break
         context, longest = group.context + decodes, group.longest + 1
-        start = 0 if chunk is None else chunk[0]._computed
+        start = 0 if prefill is None else prefill._computed
         # What a step leaves behind at its end are filled blocks that others may hit; where none are kept, nothing.
         shapes = growing(decodes, context, longest, start, tokens, padded, graph)
         times, is_open = time(shapes, asked, not limits.prefix_caching)
         if not times:
             break
-        unused = _advance(state, times, index + taken, chunk)
+        unused = _advance(state, times, index + taken, prefill, tokens)
         if recording is not None:
             longest_of: Sequence[int] = range(longest, longest + len(times))
-            if chunk is not None:
+            if prefill is not None:
                 longest_of = [max(own, start + (i + 1) * tokens) for i, own in enumerate(longest_of)]
             first = next(growing(decodes, context, longest, start, tokens, padded, graph))
             clock = group.clock - len(times) + 1
-            row = recording.coasted(index + taken, times, first, clock, unused, longest_of, chunk, is_open)
+            row = recording.coasted(index + taken, times, first, clock, unused, longest_of, prefill, is_open)
             last = row if is_open else None
         elif is_open:
             last = ()
@@ -68,10 +70,21 @@ def coast(
     return taken, last
 
 
-def _advance(state: ReplicaState, times: Sequence[Times], index: int, chunk: tuple[Request, int] | None) -> list[int]:
+def chunks_that_go_on(state: ReplicaState, prefill: Request | None, tokens: int) -> int:
+    """In how many steps so many tokens of this prefill can be computed that has the blocks for them and goes on
+    afterwards, with two tokens at least: one alone is computed like a decode. No end of them without a prefill."""
+    if prefill is None:
+        return FOREVER
+    within = len(prefill._blocks) * state.block_size - prefill._computed
+    return max(0, min(within, prefill.num_pending_tokens - 2) // tokens)
+
+
+def _advance(
+    state: ReplicaState, times: Sequence[Times], index: int, prefill: Request | None, tokens: int
+) -> list[int]:
     """The blocks and counts of these steps. Returns the unused blocks after each."""
     group, pool, size = state.group, state.pool, state.limits.block_size
-    plain = not state.limits.prefix_caching and chunk is None
+    plain = not state.limits.prefix_caching and prefill is None
     unused = []
     for i, (planned, _, end, _) in enumerate(times):
         clock = group.clock
@@ -83,8 +96,8 @@ def _advance(state: ReplicaState, times: Sequence[Times], index: int, chunk: tup
         unused.append(pool.num_unused)
         if plain:
             continue
-        if chunk is not None:
-            go_on(state, *chunk, index + i, planned)
+        if prefill is not None:
+            go_on(state, prefill, tokens, index + i, planned)
         if state.limits.prefix_caching:
             for request in group.at_block_boundary():
                 depth = request.num_computed_tokens // size - 1

@@ -151,11 +151,11 @@ class Recording:
         clock: int,
         unused: Sequence[int],
         longest: Sequence[int],
-        chunk: tuple[Request, int] | None,
+        prefill: Request | None,
         is_open: bool,
     ) -> Row:
         """Steps that change nothing but counts (`policies.coasting`), from the one with this index, shape and decode
-        clock on: each one's times, the unused blocks after it and its longest context, and the chunk that goes on.
+        clock on: each one's times, the unused blocks after it and its longest context, and the prefill that goes on.
 
         `is_open`: the last one has not ended yet. Then its row is answered, for `ended_step`."""
         state = self._state
@@ -164,7 +164,7 @@ class Recording:
             *(self._replica, index, *times[0], *first[:11], clock, 0, 0, 0, unused[0], state.pool.num_idle),
             *(*after, state.host.num_unused, 0, 0, state.host.num_cached, *NO_COPIES),
         )
-        steps = DecodeSteps(row, times, unused, longest, -1 if chunk is None else chunk[0].id)
+        steps = DecodeSteps(row, times, unused, longest, -1 if prefill is None else prefill.id)
         if not is_open:
             self._decode_steps(steps)
             return row
