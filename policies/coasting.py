@@ -82,24 +82,23 @@ def chunks_that_go_on(state: ReplicaState, prefill: Request | None, tokens: int)
 def _advance(
     state: ReplicaState, times: Sequence[Times], index: int, prefill: Request | None, tokens: int
 ) -> list[int]:
-    """The blocks and counts of these steps. Returns the unused blocks after each."""
-    group, pool, size = state.group, state.pool, state.limits.block_size
-    plain = not state.limits.prefix_caching and prefill is None
-    unused = []
+    """The blocks and counts of these steps, for which there are unused blocks. Returns how many are left after each."""
+    group, size, caching = state.group, state.block_size, state.limits.prefix_caching
+    at_boundary, allocate = group.at_block_boundary, state.pool.allocate_one
+    unused, left = [], state.pool.num_unused
     for i, (planned, _, end, _) in enumerate(times):
         clock = group.clock
-        for request in group.at_block_boundary():
+        for request in at_boundary():
             blocks = request._blocks
             if request._computed + clock >= len(blocks) * size:
-                blocks.append(pool.allocate_one(planned))
+                blocks.append(allocate(planned))
+                left -= 1
         group.clock = clock + 1
-        unused.append(pool.num_unused)
-        if plain:
-            continue
+        unused.append(left)
         if prefill is not None:
             go_on(state, prefill, tokens, index + i, planned)
-        if state.limits.prefix_caching:
-            for request in group.at_block_boundary():
+        if caching:
+            for request in at_boundary():
                 depth = request.num_computed_tokens // size - 1
                 if depth < len(request._keys):
                     state.register(request, depth, end)

@@ -326,14 +326,11 @@ class ControlPlane:
         state.last_reported = step.index
         if report.finished:
             self.repeating.somebody_ended()
-        if step.chunks or step.joined or step.decodes:
-            firsts = [chunk.request for chunk in step.chunks if chunk.samples]
-            for request in (*firsts, *step.joined, *step.decodes):
-                if request.first_token_ns is None and not request.state.ended:
-                    request.first_token_ns = report.end_ns
-                if request.hands_off and request.state in (State.WAITING, State.SWAPPED):  # preempted meanwhile
-                    request.max_tokens += 1  # so it gets one more here
-                    request._tokens_elsewhere -= 1
+        for request, _, _, samples in step.chunks:
+            if samples:
+                self._got_a_token(request, report.end_ns)
+        for request in (*step.joined, *step.decodes) if step.decodes else step.joined:
+            self._got_a_token(request, report.end_ns)
         for request, depth, block in step.filled:
             held = request._blocks
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
@@ -354,6 +351,14 @@ class ControlPlane:
         if self._recording is not None:
             self._recording.reported(report, num_finished)
         self._verify()
+
+    @staticmethod
+    def _got_a_token(request: Request, now: int) -> None:
+        if request.first_token_ns is None and not request.state.ended:
+            request.first_token_ns = now
+        if request._tokens_elsewhere > 0 and request.state in (State.WAITING, State.SWAPPED):  # preempted meanwhile
+            request.max_tokens += 1  # so it gets one more here
+            request._tokens_elsewhere -= 1
 
     # What an operator does to a replica that is running. All of it comes after the submissions and cancellations that
     # precede the next plan, and stands among that plan's decisions, so that a replay does it again.

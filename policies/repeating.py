@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from policies.draft import TOKEN_BUDGET
+from policies.draft import NO_BLOCKS, TOKEN_BUDGET
 from policies.plan import Plan, Step
 from policies.replica_state import ReplicaState
 from policies.request import Request
@@ -15,13 +15,13 @@ _NO_CHUNK: NextChunk = (None, 0)
 class Repeating:
     """The last plan, and how often it may be taken again. What comes in from outside ends that (`stop`)."""
 
-    __slots__ = ("_for_tokens", "_state", "left", "plan")
+    __slots__ = ("_for_blocks", "_for_tokens", "_state", "left", "plan")
 
     def __init__(self, state: ReplicaState) -> None:
         self._state = state
         self.plan = Plan()
         self.left = 0
-        self._for_tokens = False  # whether the first who waits does so for want of nothing but tokens
+        self._for_tokens = self._for_blocks = False  # whether the first who waits does so for want of nothing else
 
     def begin(self, plan: Plan, step: Step) -> None:
         """The policy was asked: this is its plan, and the step that was made of it."""
@@ -30,7 +30,10 @@ class Repeating:
         state = self._state
         if state.tier is not None and not state.tier.keeps_nothing:
             self.left = 0  # before each plan it is looked what is to be copied, and what is too old
-        self._for_tokens = bool(plan.blocked) and plan.blocked[0][1] == TOKEN_BUDGET
+        reason = plan.blocked[0][1] if plan.blocked else ""
+        self._for_tokens, self._for_blocks = reason == TOKEN_BUDGET, reason == NO_BLOCKS
+        if self._for_blocks and step.grown and not state.pool.num_unused:
+            self.left = 0  # as in `has_blocks`
 
     def stop(self) -> None:
         """The next plan may be another one."""
@@ -65,7 +68,8 @@ class Repeating:
     def has_blocks(self, chunk: NextChunk) -> bool:
         """Whether there are blocks for every decode and this chunk."""
         state, (request, tokens) = self._state, chunk
-        free, more = state.pool.num_free, 0
+        # What is evicted may be of the first who waits, which then begins with less and may need fewer.
+        free, more = state.pool.num_unused if self._for_blocks else state.pool.num_free, 0
         if request is not None:
             more = max(0, state.blocks_of(request._computed + tokens) - len(request._blocks))
         return state.num_decoding + more <= free or len(state.decodes_that_need_a_block()) + more <= free
