@@ -1,4 +1,4 @@
-"""Repeated steps in which nothing changes but counts: nobody joins, leaves, ends or reaches a cap.
+"""Repeated steps in which nothing changes but counts: nobody ends or reaches a cap, nor joins after the first of them.
 
 No policy hears of them, so only where none wants to. Each is timed as any other; what is left out is to make a plan, a
 step, a report and a row of it. What is recorded of many of them is what they share, and what each has of its own.
@@ -34,7 +34,7 @@ def coast(
     blocks for; with a `prefill`, each computes so many `tokens` of this request, which has the blocks. Returns how many
     they are; and of the last one, if it is open, the row to be recorded at its end (empty if nothing is recorded)."""
     group, pool, limits = state.group, state.pool, state.limits
-    decodes = len(group.members)
+    decodes, loose = len(group.members) + len(state.loose), state.loose.values()
     sizes = (limits.capture_sizes, limits.mixed_capture_sizes)
     padded, graph = padded_batch(decodes, int(tokens > 0), tokens, *sizes)
     taken, last = 0, None
@@ -47,12 +47,17 @@ def coast(
         if not asked:
             break
         context, longest = group.context + decodes, group.longest + 1
+        for request in loose:  # who are with the group from the first step on
+            context += request._computed
+            longest = max(longest, request._computed + 1)
         start = 0 if prefill is None else prefill._computed
         # What a step leaves behind at its end are filled blocks that others may hit; where none are kept, nothing.
         shapes = growing(decodes, context, longest, start, tokens, padded, graph)
         times, is_open = time(shapes, asked, not limits.prefix_caching)
         if not times:
             break
+        if loose or state.left_group:
+            _regroup(state, recording, index + taken)
         unused = _advance(state, times, index + taken, prefill, tokens)
         if recording is not None:
             longest_of: Sequence[int] = range(longest, longest + len(times))
@@ -68,6 +73,16 @@ def coast(
         if is_open or len(times) < asked:
             break
     return taken, last
+
+
+def _regroup(state: ReplicaState, recording: Recording | None, index: int) -> None:
+    """With the step with this index, who is loose joins; of those who have left it is said."""
+    if recording is not None:
+        recording.regrouped(state.left_group, state.loose.values(), index)
+    state.left_group = []
+    for request in state.loose.values():
+        state.group.join(request)
+    state.loose.clear()
 
 
 def chunks_that_go_on(state: ReplicaState, prefill: Request | None, tokens: int) -> int:

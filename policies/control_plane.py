@@ -272,16 +272,26 @@ class ControlPlane:
         """Whether `repeat` and `coast` can do anything."""
         return self.repeating.left > 0
 
+    def regrouping(self) -> tuple[list[Request], list[Request], int]:
+        """Who has left the decode group since the last step, who joins it with the next one, and its clock."""
+        return self._state.left_group[:], list(self._state.loose.values()), self._state.group.clock
+
     def coast(self, until_clock: int, time: Timed) -> bool:
         """With `lag=0` and no step in flight: what `repeat`, launch and `report` come to, as long as steps change
-        nothing but counts, the decode group's clock stays below `until_clock`, and `time` has times for their shapes.
+        nothing but counts, and with the first one the decode group (`regrouping`), the group's clock stays below
+        `until_clock`, and `time` has times for their shapes.
         Whether the last one's end is still to come; `end_coast` is to be called then.
         """
         state, group = self._state, self._state.group
-        if state.loose or state.left_group or state.copies or not group.members:
+        if state.copies or not 0 < state.num_decoding <= self.limits.max_num_batched_tokens:
             return False
-        most = min(self.repeating.left, min(until_clock, group.next_cap()) - group.clock - 1)
-        if most < 1 or len(group) > self.limits.max_num_batched_tokens or not self.stack.ignores_reports():
+        caps = group.next_cap()
+        for request in state.loose.values():
+            if request.first_token_ns is None or request.hands_off:  # somebody wants to hear of its first token
+                return False
+            caps = min(caps, group.clock + request.max_tokens - request.num_output_tokens)
+        most = min(self.repeating.left, min(until_clock, caps) - group.clock - 1)
+        if most < 1 or not self.stack.ignores_reports():
             return False
         if state.num_waiting and self.limits.prefix_caching:  # a block that is filled may be one of who waits
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from policies.contract import Recorder
 from policies.plan import NO_COPIES, CopyTimes, Plan, Report, Step
@@ -99,10 +99,8 @@ class Recording:
             decision((replica, index, request.id, "drop", 0, reason))
         for request, mode in step.preempted:
             decision((replica, index, request.id, "preempt", request.num_tokens, mode.value))
-        for request in step.left:
-            decision((replica, index, request.id, "leave", 0, ""))
-        for request in step.joined:
-            decision((replica, index, request.id, "join", 0, ""))
+        if step.left or step.joined:
+            self.regrouped(step.left, step.joined, index)
         if step.decode_all:
             decision((replica, index, -1, "decode", step.num_decodes, ""))
         for request in step.capped:
@@ -142,6 +140,13 @@ class Recording:
                 self._recorder.step(row)
             else:
                 self._empty_rows.append(row)  # behind the row of the step in flight
+
+    def regrouped(self, left: Iterable[Request], joined: Iterable[Request], index: int) -> None:
+        """With the step with this index, these are no more in the decode group, and these are."""
+        for request in left:
+            self._recorder.decision((self._replica, index, request.id, "leave", 0, ""))
+        for request in joined:
+            self._recorder.decision((self._replica, index, request.id, "join", 0, ""))
 
     def coasted(
         self,
