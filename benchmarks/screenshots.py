@@ -40,7 +40,10 @@ PAGES = {
 }
 RECORDS = Path(__file__).parent / "results" / "fidelity"
 SHOWN = {
-    "llama-3.1-8b": ("chat~0.85~mixed~0", "chat~0.95~mixed~0", "chat~1.1~mixed~0", "chat~1.5~mixed~0"),
+    "llama-3.1-8b": (
+        *(f"chat~{load}~mixed~0" for load in ("0.5", "0.7", "0.85", "1.1", "1.5")),
+        *(f"chat~0.95~{name}~0" for name in ("edf", "mixed", "preemptive", "prefill_first", "sarathi", "sjf", "vtc")),
+    ),
     "qwen3-0.6b": tuple(f"chat~0.95~{name}~0" for name in ("edf", "mixed", "prefill_first", "sarathi", "sjf")),
 }
 """Runs of `RECORDS`, by model: one policy at several loads, and several policies at one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,9 +36,16 @@ def chosen(key: str, options: Sequence[str], default: str) -> str:
         value = in_url
     else:
         value = known if known in options else default
+        if in_url is not None and in_url != written:
+            _say_not_followed(key, in_url, str(value))
     # Said anew each time: another page's widget with this key is another widget, and begins with its first option.
     st.session_state[key] = value
     return str(value)
+
+
+def _say_not_followed(key: str, in_url: str, instead: str) -> None:
+    """A link that asks for what is not there is answered in words, until something else is chosen."""
+    st.warning(plain(f"The link asks for {key}={in_url}, which is not there; here is {instead}."))
 
 
 def remember(key: str, value: str) -> None:
@@ -185,8 +193,11 @@ def number(label: str, key: str, default: float, low: float, high: float, step: 
         try:
             wanted = int(in_url) if whole else float(in_url)
         except ValueError:
+            wanted = math.nan
+        if not low <= wanted <= high:
             wanted = default
-        st.session_state[key] = wanted if low <= wanted <= high else default
+            _say_not_followed(key, in_url, f"{default:g}")
+        st.session_state[key] = wanted
     st.session_state[key] = st.session_state[key]  # as in `chosen`
     value = st.number_input(label, min_value=low, max_value=high, step=step, key=key)
     remember(key, f"{value:g}" if not whole else str(value))

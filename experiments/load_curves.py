@@ -10,13 +10,14 @@ import pandas as pd
 
 COLUMNS = ["kind", "policy", "rate", "value", "runs"]
 
-_FREE = ("workload.rate", "workload.n", "workload.seed")
+_FREE = ("workload.rate", "workload.time_scale", "workload.n", "workload.seed")
 """Knobs in which runs of one curve may differ: a sweep over the load often keeps how long it lasts, not how many."""
 
 
 def same_workload(row: Mapping[str, Any]) -> str:
-    """What runs of one curve have in common: every field of the workload but for how many requests come how fast."""
-    fields = {name: value for name, value in row["knobs"].items() if name.startswith("workload.")}
+    """What runs of one curve have in common: the model, and every field of the workload but for how many requests come
+    how fast."""
+    fields = {name: value for name, value in row["knobs"].items() if name.startswith(("workload.", "model."))}
     return json.dumps({name: value for name, value in fields.items() if name not in _FREE}, sort_keys=True)
 
 
@@ -27,7 +28,7 @@ def load_curves(rows: Sequence[Mapping[str, Any]], objective: str) -> pd.DataFra
     Columns: `kind`, `policy`, `rate` (requests a second that arrive), `value`, and of how many runs it is the mean;
     in order of the panel, the policy and the rate. Workloads without a rate (times from a trace) are left out.
     """
-    points = [(row["kind"], row["policy"], row["knobs"].get("workload.rate"), row[objective]) for row in rows]
+    points = [(row["kind"], row["policy"], _offered(row["knobs"]), row[objective]) for row in rows]
     frame = pd.DataFrame(points, columns=COLUMNS[:4]).dropna()
     if not len(frame):
         return pd.DataFrame(columns=COLUMNS)
@@ -35,3 +36,9 @@ def load_curves(rows: Sequence[Mapping[str, Any]], objective: str) -> pd.DataFra
     means = frame.groupby(COLUMNS[:3], sort=True)["value"].agg(value="mean", runs="size").reset_index()
     tried = means.groupby(["kind", "policy"])["rate"].transform("nunique")
     return means[tried > 1].reset_index(drop=True)
+
+
+def _offered(knobs: Mapping[str, Any]) -> float | None:
+    """Requests a second that arrive; None where the workload has no rate."""
+    rate = knobs.get("workload.rate")
+    return None if rate is None else rate / knobs.get("workload.time_scale", 1.0)

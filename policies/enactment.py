@@ -12,10 +12,10 @@ from typing import Final
 
 from policies.block_pool import num_idle
 from policies.contract import Hit
-from policies.decoding import advance_group, finish, note_filled, open_block
+from policies.decoding import advance_group, finish, note_filled, open_block, run_chunk
 from policies.draft import NO_BLOCKS, SLOTS, TOKEN_BUDGET
 from policies.host_tier import HostTier
-from policies.plan import Chunk, Plan, Step
+from policies.plan import Plan, Step
 from policies.preempting import Returns, objection_to_preempting, take_memory
 from policies.replica_state import ReplicaState
 from policies.request import Request, State
@@ -341,17 +341,8 @@ class Enactment:
             return self._refuse_chunk(request, NO_BLOCKS)
         if waiting:
             self._admit(request)
-        if missing > 0:
-            self._grow(request, target)
-        samples = end == request.num_tokens
-        request._computed = end
-        request._busy_until = self.step.index
-        if samples:
-            request._tokens += 1
-            request._token_steps.append(self.step.index)
-        state.place(request)
+        run_chunk(state, self.step, request, num_tokens, self.now, target)
         self._tokens_left -= num_tokens
-        self.step.chunks.append(Chunk(request, start, num_tokens, samples))
         return None
 
     def _refuse_chunk(self, request: Request, reason: str) -> None:

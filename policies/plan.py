@@ -58,9 +58,12 @@ class Plan:
     """Ask again at this time even if nothing happens; without effect once no request is alive."""
     repeats: int
     """Steps in which this would be the plan, this one included, as long as nothing comes in from outside and blocks
-    suffice, and where somebody waits or a chunk is computed, nobody ends: the simulator takes the others without
-    asking. Only of a plan that runs every decode and does nothing else but, at most, one chunk of a running request:
-    then for as long as that goes on and does not end."""
+    suffice, and where somebody waits for slots or blocks, nobody ends: a simulation takes the others without asking.
+    Only of a plan that runs every decode and does nothing else but what `chunk_budget` allows."""
+    chunk_budget: int
+    """Of a plan that `repeats`, tokens of a step: in those that follow it, the one request that prefills gets as many
+    as the decodes leave of them, and once it is done decodes are alone. Then this plan may have chunks, and admit. 0:
+    there are none."""
     blocked: list[tuple[Request, str]]
     """(request, reason): waiting requests that were looked at and passed over. For the record only."""
 
@@ -78,10 +81,11 @@ class Plan:
         bundles: list[frozenset[int]] | None = None,
         wake_at: int | None = None,
         repeats: int = 1,
+        chunk_budget: int = 0,
         blocked: list[tuple[Request, str]] | None = None,
     ) -> None:
         # By hand, as most of it is empty in most steps.
-        self.decode_all, self.wake_at, self.repeats = decode_all, wake_at, repeats
+        self.decode_all, self.wake_at, self.repeats, self.chunk_budget = decode_all, wake_at, repeats, chunk_budget
         self.decodes = [] if decodes is None else decodes
         self.chunks = [] if chunks is None else chunks
         self.hold = {} if hold is None else hold
@@ -108,6 +112,7 @@ class Plan:
             self.bundles[:],
             self.wake_at,
             self.repeats,
+            self.chunk_budget,
             self.blocked[:],
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from policies.contract import Recorder
 from policies.plan import NO_COPIES, CopyTimes, Plan, Report, Step
@@ -101,10 +101,8 @@ class Recording:
             decision((replica, index, request.id, "drop", 0, reason))
         for request, mode in step.preempted:
             decision((replica, index, request.id, "preempt", request.num_tokens, mode.value))
-        for request in step.left:
-            decision((replica, index, request.id, "leave", 0, ""))
-        for request in step.joined:
-            decision((replica, index, request.id, "join", 0, ""))
+        if step.left or step.joined:
+            self.regrouped(step.left, step.joined, index)
         if step.decode_all:
             decision((replica, index, -1, "decode", step.num_decodes, ""))
         for request in step.capped:
@@ -146,6 +144,13 @@ class Recording:
             else:
                 self._empty_rows.append(row)  # behind the row of the step in flight
 
+    def regrouped(self, left: Iterable[Request], joined: Iterable[Request], index: int) -> None:
+        """With the step with this index, these are no more in the decode group, and these are."""
+        for request in left:
+            self._recorder.decision((self._replica, index, request.id, "leave", 0, ""))
+        for request in joined:
+            self._recorder.decision((self._replica, index, request.id, "join", 0, ""))
+
     def coasted(
         self,
         index: int,
@@ -154,11 +159,11 @@ class Recording:
         clock: int,
         unused: Sequence[int],
         longest: Sequence[int],
-        chunk: tuple[Request, int] | None,
+        prefill: Request | None,
         is_open: bool,
     ) -> Row:
         """Steps that change nothing but counts (`policies.coasting`), from the one with this index, shape and decode
-        clock on: each one's times, the unused blocks after it and its longest context, and the chunk that goes on.
+        clock on: each one's times, the unused blocks after it and its longest context, and the prefill that goes on.
 
         `is_open`: the last one has not ended yet. Then its row is answered, for `ended_step`."""
         state = self._state
@@ -167,7 +172,7 @@ class Recording:
             *(self._replica, index, *times[0], *first[:11], clock, 0, 0, 0, unused[0], state.pool.num_idle),
             *(*after, state.host.num_unused, 0, 0, state.host.num_cached, *NO_COPIES, *self._of_disk(None)),
         )
-        steps = DecodeSteps(row, times, unused, longest, -1 if chunk is None else chunk[0].id)
+        steps = DecodeSteps(row, times, unused, longest, -1 if prefill is None else prefill.id)
         if not is_open:
             self._decode_steps(steps)
             return row

@@ -204,12 +204,12 @@ class ReplicaState:
     # The moves
 
     def place(self, request: Request) -> None:
-        """Put a running request where it belongs, after its counts have changed."""
-        if request.num_output_tokens >= request.max_tokens:
+        """Put a running request that is not in the group where it belongs, after its counts have changed."""
+        if request._tokens - request.num_prompt_tokens >= request.max_tokens:
             self.prefilling.pop(request.id, None)
             self.loose.pop(request.id, None)
             self.drained[request.id] = request
-        elif request.num_pending_tokens == 1:
+        elif request._tokens - request._computed == 1:
             self.prefilling.pop(request.id, None)
             self.loose[request.id] = request
         else:

@@ -345,15 +345,20 @@ class SimulatedReplica:
     def _coast(self, pace: ComputedPace, horizon: float) -> bool:
         """The same for steps that change nothing but counts. Whether the last one is to be waited for."""
 
+        left, joining, clock = self.plane.regrouping()
+
         def time(shapes: Iterator[StepShape], most: int, may_be_open: bool) -> tuple[list[Times], bool]:
             times, is_open = pace.coast(shapes, most, self.now, horizon, self.watched, may_be_open)
             if times:
+                self._endings.regroup(left, joining, clock)
+                left.clear()
+                joining.clear()
                 planned, _, end, _ = times[-1]
                 self.now = planned if is_open else end
                 self._open_end = end
             return times, is_open
 
-        return self.plane.coast(self._endings.next_due(), time)
+        return self.plane.coast(self._endings.next_due(joining, clock), time)
 
     def _report(self, step: Step, timing: Timing, now: int) -> Report:
         """Its result is known to the host."""

@@ -111,6 +111,15 @@ def test_the_url_carries_the_choice(root: Path, monkeypatch: pytest.MonkeyPatch)
     assert page(root, monkeypatch, a="../gpu").selectbox[0].value == "gpu"
 
 
+def test_a_link_to_what_is_not_there_is_answered_in_words(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = page(root, monkeypatch, a="gone", b="a model")
+    assert [warning.value for warning in app.warning] == [
+        plain("The link asks for a=gone, which is not there; here is gpu.")
+    ]
+    app.run()
+    assert not app.warning
+
+
 def test_it_is_said_whether_the_runs_decided_alike(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     divergence = compare(read_run(root / "gpu"), read_run(root / "sweep/1")).divergence
     assert divergence is not None

@@ -33,3 +33,15 @@ def test_one_rate_makes_no_curve_and_what_is_unknown_no_point() -> None:
 def test_runs_of_one_curve_differ_in_how_many_requests_come_how_fast_and_in_no_length() -> None:
     assert same_workload(row("sim", "a", 2.0, 1.0, n=10)) == same_workload(row("real", "b", 4.0, 2.0, n=20, seed=3))
     assert same_workload(row("sim", "a", 2.0, 1.0)) != same_workload(row("sim", "a", 2.0, 1.0, length_scale=0.5))
+
+
+def test_arrivals_that_were_moved_together_came_faster() -> None:
+    rows = [row("sim", "a", 10.0, 1.0), row("sim", "a", 10.0, 3.0, time_scale=0.5)]
+    assert load_curves(rows, "p99")[["rate", "value"]].to_numpy().tolist() == [[10.0, 1.0], [20.0, 3.0]]
+    assert same_workload(rows[0]) == same_workload(rows[1])
+
+
+def test_two_models_make_two_curves() -> None:
+    other = row("sim", "a", 2.0, 1.0)
+    other["knobs"]["model.source"] = "tiny"
+    assert same_workload(other) != same_workload(row("sim", "a", 2.0, 1.0))
