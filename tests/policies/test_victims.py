@@ -196,13 +196,13 @@ def test_the_next_victim_is_the_worst_of_those_left_whoever_else_the_draft_or_a_
 
 
 def test_ranks_are_looked_at_anew_in_every_plan() -> None:
-    replica = Replica([Runner(8, 1, 9, 0, None, False), Runner(8, 2, 9, 0, None, False)], [0, 1])
-    policy, view = registry.make("preemption", "fewest_output"), replica.plane.view
-    first, second = replica.requests
-    assert policy.victim(view, view.draft(), replica.now) == (first, Mode.RECOMPUTE)
-    for _ in range(2):
-        replica._step(Plan(decodes=[first]))
+    replica = Replica([Runner(prompt, 1, 9, 0, None, False) for prompt in (4, 10, 9)], [0, 1, 2])
+    policy, view = registry.make("preemption", "longest"), replica.plane.view
+    _, second, third = replica.requests
     assert policy.victim(view, view.draft(), replica.now) == (second, Mode.RECOMPUTE)
+    for _ in range(2):
+        replica._step(Plan(decodes=[third]))
+    assert policy.victim(view, view.draft(), replica.now) == (third, Mode.RECOMPUTE)
 
 
 def test_of_two_that_free_as_much_the_one_that_is_computed_again_sooner_is_the_cheapest() -> None:
