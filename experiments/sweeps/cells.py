@@ -236,7 +236,7 @@ def _inside(content: dict[str, Any], path: list[str], field: str) -> Any:
             inner = inner[_index(inner, part, field)]
         else:
             if inner.get(part) is None:
-                inner[part] = {}
+                inner[part] = [] if part == "pools" else {}
             inner = inner[part]
         if not isinstance(inner, dict | list):
             raise SpecError(f"{field}: {'.'.join(path[:depth])} is no group of fields")
@@ -245,8 +245,9 @@ def _inside(content: dict[str, Any], path: list[str], field: str) -> Any:
 
 def _index(items: list[Any], text: str, field: str) -> int:
     if not text.isdecimal() or int(text) >= len(items):
-        known = ", ".join(map(str, range(len(items)))) or "none"
-        raise SpecError(f"{field}: there is no entry {text!r} in a list of {len(items)}; give its place: {known}")
+        known = ", ".join(map(str, range(len(items))))
+        hint = f"give its place: {known}" if known else "give the run some first"
+        raise SpecError(f"{field}: there is no entry {text!r} in a list of {len(items)}; {hint}")
     return int(text)
 
 

@@ -169,6 +169,7 @@ def test_a_field_of_one_pool_can_be_varied(tmp_path: Path) -> None:
         ("[1, 2]", "[1, 0]", 9, "pools.0.replicas: Input should be greater than or equal to 1, not 0"),
         ("pools.0.replicas", "pools.0.replica", 9, "pools.0.replica: unknown field; did you mean 'replicas'"),
         ("pools.1.policies.scheduler.chunk_size", "pools.1.policies.scheduler.chunks", 10, "sarathi has no such knob"),
+        ("  pools:", "  tools:", 9, "pools.0.replicas: there is no entry '0' in a list of 0; give the run some first"),
         ("pools.1.p", "pools.0.p", 10, "pools.0.policies.scheduler.chunk_size: mixed has no such knob"),
     ],
 )
