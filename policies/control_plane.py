@@ -228,6 +228,8 @@ class ControlPlane:
         enactment = Enactment(state, plan, self._next_index, now)
         step = enactment.run()
         self._next_index += 1
+        if state.disk is not None:
+            step.disk = state.disk.take()
         for request, reason in step.dropped:
             self._end(request, State.DROPPED, request.num_output_tokens, now, error=reason)
         for request in enactment.back_to_queue:
@@ -370,6 +372,24 @@ class ControlPlane:
             request.max_tokens += 1  # so it gets one more here
             request._tokens_elsewhere -= 1
 
+    def disk_done(self, number: int, error: str, now: int) -> None:
+        """A block of `Step.disk` has arrived; or has not, and `error` says why in a word or two.
+
+        Comes as what an operator does, and is recorded with it.
+        """
+        self._advance(now)
+        assert self._state.disk is not None, "there is no disk tier"
+        self.repeating.stop()
+        self._empty_plans = 0
+        self._state.disk.done(number, error, now)
+        self._record_event("disk", number, error)
+        self._verify()
+
+    @property
+    def awaits_disk(self) -> bool:
+        """Whether blocks are on their way to disk or from it: something will come in."""
+        return self._state.num_on_their_way > 0
+
     # What an operator does to a replica that is running. All of it comes after the submissions and cancellations that
     # precede the next plan, and stands among that plan's decisions, so that a replay does it again.
 
@@ -402,6 +422,8 @@ class ControlPlane:
         """Forget all idle cached blocks. Returns how many those were."""
         self._advance(now)
         count = self._state.pool.flush() + self._state.host.flush()
+        if self._state.disk is not None:
+            count += self._state.disk.pool.flush()
         self._record_event("flush", count, "")
         self._verify()
         return count
@@ -476,7 +498,7 @@ class ControlPlane:
             return
         waits_for_a_time = step.wake_at is not None and step.wake_at > step.plan_ns
         idle = state.last_launched == state.last_reported and not waits_for_a_time
-        moves = step.preempted or step.dropped or self.transfers.underway
+        moves = step.preempted or step.dropped or self.transfers.underway or state.num_on_their_way
         if not idle or not state.requests or moves or self._held:
             self._empty_plans = 0
             return

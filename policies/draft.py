@@ -16,6 +16,7 @@ TOKEN_BUDGET = "token budget"
 SLOTS = "slots"
 ADMISSION = "admission"
 IN_FLIGHT = "in flight"
+ON_DISK = "on disk"
 
 
 class Draft:
@@ -187,6 +188,7 @@ class Draft:
     def admit(self, request: Request, *, max_chunk: int | None = None, whole: bool = False, hold: int = 0) -> bool:
         """Start or resume a waiting request with as many tokens as the budget has, or say in the record why not.
 
+        One that hits blocks on disk has them read first, and waits.
         One that was swapped out needs device blocks for all that it has computed, as they come back together.
         `max_chunk`: at most so many; `whole`: all of its tokens or none; `hold`: have blocks for at least so many
         tokens of the sequence, not only for the chunk.
@@ -207,6 +209,9 @@ class Draft:
             return IN_FLIGHT
         paused, swapped = request.state is State.PAUSED, request.state is State.SWAPPED
         hit = None if paused else self.view.probe(request)
+        if hit is not None and hit.num_on_disk:
+            self.plan.fetch.append((request, "disk"))
+            return ON_DISK
         start = request.num_computed_tokens if hit is None else hit.num_tokens
         tokens = min(request.num_tokens - start, self.tokens_left)
         if whole and start + tokens < request.num_tokens:

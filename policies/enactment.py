@@ -14,6 +14,7 @@ from policies.block_pool import num_idle
 from policies.contract import Hit
 from policies.decoding import advance_group, finish, note_filled, open_block, run_chunk
 from policies.draft import NO_BLOCKS, SLOTS, TOKEN_BUDGET
+from policies.host_tier import HostTier
 from policies.plan import Plan, Step
 from policies.preempting import Returns, objection_to_preempting, take_memory
 from policies.replica_state import ReplicaState
@@ -365,6 +366,9 @@ class Enactment:
             request.first_scheduled_ns = self.now
             request.num_cached_tokens = hit.num_tokens
             request.num_fetched_tokens = len(hit.host) * state.limits.block_size
+            reads = request._reads or ()
+            request.num_disk_tokens = sum(block.key in reads for block in hit.host) * state.limits.block_size
+        request._reads = None
         if hit.num_tokens:
             self.step.grown.append(request)
         self._start(request)
@@ -384,12 +388,15 @@ class Enactment:
         """For requests that wait, into blocks that nobody holds. Nothing to fetch, or no room, is no matter."""
         state = self.state
         for request, where in self.plan.fetch:
-            if state.tier is None or where != "host":
+            tier = {"host": state.tier, "disk": state.disk}.get(where)
+            if tier is None:
                 self.step.refused.append((request, "no tier to fetch from"))
             elif request.state is not State.WAITING or state.requests.get(request.id) is not request:
                 self.step.refused.append((request, "not waiting"))
+            elif isinstance(tier, HostTier):
+                tier.fetch_ahead(request, self.now)
             else:
-                state.tier.fetch_ahead(request, self.now)
+                tier.fetch(request, self.now)
 
     def _register(self) -> None:
         """Prompt blocks are named as soon as the step that computes them is on its way: steps run in order."""

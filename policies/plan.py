@@ -50,7 +50,8 @@ class Plan:
     """(request, until_ns): keep its blocks after it ends; a time that has passed lifts the pin."""
     fetch: list[tuple[Request, str]]
     """(request, "host"): fetch now what a waiting request hits in host memory, as far as there are blocks beside
-    everything else in the plan; nobody holds them until it is admitted."""
+    everything else in the plan; nobody holds them until it is admitted. (request, "disk"): have what it hits on disk
+    read to host memory, as far as that has room."""
     bundles: list[frozenset[int]]
     """Groups of request ids inside `chunks` of which all run or none."""
     wake_at: int | None
@@ -137,6 +138,20 @@ class BlockCopy:
     cached: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class DiskCopy:
+    """A block of a cached prefix on its way between host memory and disk: out to the disk's place, or in from there.
+
+    It begins once all that earlier steps and this one copy to host memory and from it is done, and goes beside the
+    steps from then on. `ControlPlane.disk_done` is told its number when it has arrived, or has not."""
+
+    number: int
+    out: bool
+    disk: int
+    host: int
+    key: bytes
+
+
 _NO_WORK = StepShape()
 
 
@@ -166,6 +181,8 @@ class Step:
     copies: list[BlockCopy]
     """To be made in this order, after what earlier steps compute and before what this one does. A step that runs
     nothing leaves its copies to the next one that does."""
+    disk: list[DiskCopy]
+    """Blocks that go between host memory and disk from now on, whether the step runs anything or not."""
     preempted: list[tuple[Request, Mode]]
     dropped: list[tuple[Request, str]]
     refused: list[tuple[Request, str]]
@@ -180,7 +197,7 @@ class Step:
         self.decode_all, self.num_decodes, self.decode_clock, self.shape = False, 0, 0, _NO_WORK
         self.chunks, self.decodes, self.joined, self.left, self.capped = [], [], [], [], []
         self.admitted, self.resumed, self.grown, self.copies, self.filled = [], [], [], [], []
-        self.preempted, self.dropped, self.refused = [], [], []
+        self.disk, self.preempted, self.dropped, self.refused = [], [], [], []
         for name, value in others.items():
             setattr(self, name, value)
 

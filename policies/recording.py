@@ -28,6 +28,7 @@ class Recording:
         self._empty_rows: list[tuple[object, ...]] = []
         self._decode_steps = getattr(recorder, "decode_steps", self._decode_steps_by_rows)
         self._plan_rows: dict[int, tuple[object, ...]] = {}
+        self._num_dropped = 0  # blocks on their way to disk or from it, as far as that is recorded
 
     def submitted(self, request: Request, next_step: int) -> None:
         """It came before the plan with this index."""
@@ -90,6 +91,7 @@ class Recording:
             request._keys,
             moves,
             request.num_fetched_tokens,
+            request.num_disk_tokens,
         ))  # fmt: skip
 
     def planned(self, plan: Plan, step: Step) -> None:
@@ -133,6 +135,7 @@ class Recording:
             state.host.num_unused,
             *_of_prefixes(step, state),
             state.host.num_cached,
+            self._of_disk(step),
         )
         if not step.runs:
             row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0, NO_COPIES)
@@ -167,7 +170,7 @@ class Recording:
         after = (len(state.running), state.num_waiting, len(state.paused), None, 0, 0, len(state.swapped))
         row = (
             *(self._replica, index, *times[0], *first[:11], clock, 0, 0, 0, unused[0], state.pool.num_idle),
-            *(*after, state.host.num_unused, 0, 0, state.host.num_cached, *NO_COPIES),
+            *(*after, state.host.num_unused, 0, 0, state.host.num_cached, *NO_COPIES, *self._of_disk(None)),
         )
         steps = DecodeSteps(row, times, unused, longest, -1 if prefill is None else prefill.id)
         if not is_open:
@@ -215,7 +218,9 @@ class Recording:
     def _step_row(
         self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int, copies: CopyTimes
     ) -> tuple[object, ...]:
-        admitted, preempted, *after, swapped, free_host, kept, fetched, cached = self._plan_rows.pop(step.index)
+        admitted, preempted, *after, swapped, free_host, kept, fetched, cached, of_disk = self._plan_rows.pop(
+            step.index
+        )
         shape = step.shape
         return (
             self._replica,
@@ -238,7 +243,18 @@ class Recording:
             fetched,
             cached,
             *copies,
+            *of_disk,  # type: ignore[misc]
         )
+
+    def _of_disk(self, step: Step | None) -> tuple[int, int, int, int]:
+        """The last columns."""
+        disk, size = self._state.disk, self._state.block_size
+        if disk is None:
+            return 0, 0, 0, 0
+        lost, self._num_dropped = disk.num_dropped - self._num_dropped, disk.num_dropped
+        copies = [] if step is None else step.disk
+        out = sum(copy.out for copy in copies)
+        return out * size, (len(copies) - out) * size, disk.pool.num_cached, lost
 
 
 def _of_prefixes(step: Step, state: ReplicaState) -> tuple[int, int]:

@@ -28,7 +28,7 @@ class Repeating:
         self.plan = plan
         self.left = plan.repeats - 1 if plan.repeats > 1 and _may_recur(plan, step) else 0
         state = self._state
-        if state.tier is not None and not state.tier.keeps_nothing:
+        if state.num_on_their_way or (state.tier is not None and not state.tier.keeps_nothing):
             self.left = 0  # before each plan it is looked what is to be copied, and what is too old
         reason = plan.blocked[0][1] if plan.blocked else ""
         self._for_tokens, self._for_blocks = reason == TOKEN_BUDGET, reason == NO_BLOCKS

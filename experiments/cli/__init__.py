@@ -6,6 +6,8 @@ import os
 import sys
 from importlib import import_module
 
+from typer.models import CommandInfo, TyperInfo
+
 from experiments.cli.app import app, complain
 from experiments.cli.failures import INTERRUPTED, one_line, terse_logging
 
@@ -37,10 +39,30 @@ COMMANDS = (
 """Modules that add commands."""
 
 
+CONTENTS = {
+    "Both panels": ("demo", "run", "simulate", "compare", "replay", "validate", "profile"),
+    "Serve": ("serve", "engine", "bench"),
+    "Experiment": ("sweep", "capacity", "tune", "published"),
+    "Look": ("dashboard", "plot", "policies", "trace", "trace-export"),
+}
+"""Heading -> commands, as `diptych --help` lists them."""
+
+
 def load_commands() -> None:
     """Import the modules that add their commands to `app`. Not on import of this one: it takes its time."""
     for name in COMMANDS:
         import_module(f"experiments.cli.{name}")
+    places = {name: heading for heading, names in CONTENTS.items() for name in names}
+    listed: list[CommandInfo | TyperInfo] = [*app.registered_commands, *app.registered_groups]
+    for info in listed:
+        info.rich_help_panel = places[_name_of(info)]
+    order = list(places)
+    app.registered_commands.sort(key=lambda info: order.index(_name_of(info)))
+
+
+def _name_of(info: CommandInfo | TyperInfo) -> str:
+    """As it is typed."""
+    return info.name or getattr(info.callback, "__name__", "").replace("_", "-")
 
 
 def _run(args: list[str]) -> None:
