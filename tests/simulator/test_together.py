@@ -174,16 +174,43 @@ def long_prompts(seed: int, n: int = 14) -> list[Arrival]:
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("blocks", [45, 400])
 @pytest.mark.parametrize("cached", [False, True])
-def test_chunks_that_go_on_are_taken_together_with_the_decodes_beside_them(lag: int, blocks: int, cached: bool) -> None:
-    limits = Limits(**{**_fields(LIMITS), "num_blocks": blocks, "lag": lag, "prefix_caching": cached})
+@pytest.mark.parametrize("scheduler", ["sarathi,chunk_size={}", "mixed", "orca"])
+def test_chunks_that_go_on_are_taken_together_with_the_decodes_beside_them(
+    scheduler: str, lag: int, blocks: int, cached: bool
+) -> None:
     for seed, size in enumerate((9, 12, 16)):
-        stack = StackSpec(f"sarathi,chunk_size={size}", admission="watermark")
+        budget = 64 if "{}" in scheduler else size
+        sizes = {"num_blocks": blocks, "lag": lag, "prefix_caching": cached, "max_num_batched_tokens": budget}
+        limits = Limits(**{**_fields(LIMITS), **sizes})
+        stack = StackSpec(scheduler.format(size), admission="watermark")
         together, repeated = run(stack, limits, long_prompts(seed), together=True)
         one_by_one, _ = run(stack, limits, long_prompts(seed), together=False)
         assert together == one_by_one
         steps = [row for row in together if len(row) == len(STEPS)]
         alone = sum(row[STEP["num_chunks"]] == 0 for row in steps)
         assert blocks < 400 or repeated > 0.95 * alone
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("scheduler", ["mixed", "orca", "sarathi,chunk_size=24"])
+def test_a_prompt_of_many_chunks_is_asked_about_when_it_comes_and_no_more(scheduler: str, lag: int) -> None:
+    """Beside a decode that goes on; what else is asked for are the first request's prompt and the end of all."""
+    limits = Limits(**{**_fields(LIMITS), "num_blocks": 400, "max_num_batched_tokens": 24, "lag": lag})
+    asked = []
+    for others in range(3):
+        later = [Arrival(Request(i, 30_000 * i, 100, 20), 20) for i in range(1, others + 1)]
+        todo = [Arrival(Request(0, 0, 10, 150), 150), *later]
+        rows, repeated = run(StackSpec(scheduler), limits, todo, together=True)
+        asked.append(sum(len(row) == len(STEPS) for row in rows) - repeated)
+    assert asked[1] - asked[0] == asked[2] - asked[1] == 1
+
+
+def test_a_block_evicted_of_the_first_who_waits_has_the_policy_asked() -> None:
+    """A smaller hit is a chunk that ends sooner, where tokens limit it, and may need a block less."""
+    limits = Limits(**{**_fields(LIMITS), "num_blocks": 45, "max_num_batched_tokens": 40})
+    stack = StackSpec("mixed", admission="watermark,watermark=0")
+    together, one_by_one = (run(stack, limits, long_prompts(100_339, 30), together=t)[0] for t in (True, False))
+    assert together == one_by_one
 
 
 def test_a_queue_whose_order_changes_as_requests_run_is_asked_while_somebody_waits() -> None:
