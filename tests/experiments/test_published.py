@@ -11,7 +11,9 @@ from experiments.published.keeping import kept_study
 from experiments.published.running import NAMES, as_markdown, run_study
 from experiments.published.search import highest_rate
 from experiments.published.study import FOLDER, Finding, Study, read_study
+from experiments.published.vllm.buddy import BuddyOracle, BuddyPow2
 from experiments.spec import SpecError
+from policies.request import Request
 
 PAGE = Path(__file__).parents[2] / "docs" / "published.md"
 DIFFERS = {
@@ -58,6 +60,13 @@ def test_the_small_form_changes_only_what_it_says() -> None:
     assert small.run["workload"].pop("n") < full.run["workload"].pop("n")
     assert small.run == full.run
     assert small.values == full.values
+
+
+def test_a_piece_of_a_buddy_allocator_is_the_next_power_of_two() -> None:
+    request = Request(1, 0, 100, 2_000)
+    assert BuddyOracle(16, oracle={1: 29}).most(request) == 256, "129 tokens"
+    assert BuddyOracle(16, oracle={1: 28}).most(request) == 128, "128 tokens fit one exactly"
+    assert BuddyPow2(16, oracle={1: 28}).most(request) == 256, "100 and 32"
 
 
 def test_kept_findings_are_taken_while_the_sources_are_the_same(

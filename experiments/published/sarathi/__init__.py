@@ -17,7 +17,7 @@ def experiment(study: Study) -> None:
     study.find(
         f"Under a limit of {values['tbt_ms']} ms on the 99th percentile of the time between tokens, Sarathi-Serve has "
         "a higher capacity than vLLM and Orca",
-        "section 5.1, figure 10a", "Sarathi-Serve first", shown, "above both",
+        "figure 10", "Sarathi-Serve first", shown, "above both",
         capacity["sarathi"] > max(capacity["vllm"], capacity["orca"]),
     )  # fmt: skip
     study.find(

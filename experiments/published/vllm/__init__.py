@@ -17,13 +17,13 @@ def experiment(study: Study) -> None:
     rate = {name: saturated(run) for name, run in runs.items()}
     study.find(
         "KV memory that holds tokens: paged, then Orca with true lengths, powers of two, the maximum",
-        "section 1, figure 2", _listed(UTILISATION, "%"), _listed(share, "%"),
+        "figure 2", _listed(UTILISATION, "%"), _listed(share, "%"),
         "the same order, and paged above 90 %",
         sorted(share, key=share.__getitem__) == list(UTILISATION) and share["paged"] > 90,
     )  # fmt: skip
     study.find(
         "Setting memory aside leaves most of it empty",
-        "section 1, figure 2", _listed(UTILISATION, "%"), _listed(share, "%"),
+        "figure 2", _listed(UTILISATION, "%"), _listed(share, "%"),
         "each within 10 points of the published",
         all(abs(share[name] - published) <= 10 for name, published in UTILISATION.items()),
     )  # fmt: skip
