@@ -1,4 +1,4 @@
-"""How long a policy takes to plan a step: `python -m benchmarks.plan_time [--json PATH] [--quick]`.
+"""How long a policy takes to plan a step: `python -m benchmarks.plan_time [--json PATH] [--quick] [--note TEXT]`.
 
 256 requests run while 1,000, 10,000 or 100,000 wait. Four kinds of step are timed, of every registered policy of a
 replica's stack (routers have `benchmarks.route_time`):
@@ -17,9 +17,14 @@ cached   as admit, with prefix caching, prompts of 1,024 tokens (64 blocks to lo
          blocks wanted than there are, so that idle ones are evicted
 
 Two times are taken of each: all of `ControlPlane.plan` (the policy, and carrying out what it says), and the policy's
-own `Scheduler.plan`. They are times of this thread on the processor, so that other work on the machine counts little.
+own `Scheduler.plan`. They are times of this thread on the processor, so that other work on the machine counts little:
+it takes the caches, and with 100,000 waiting each request that is looked at for the first time comes from far, which
+adds a third or more to a step that starts many.
 The reference in the same process is a scheduler that sorts its list of waiting requests in every step and is otherwise
-`mixed`. The target is less than a millisecond with 100,000 waiting; under the tables stands why some miss it.
+`mixed`. The target is less than a millisecond with 100,000 waiting. Under the tables stands which cases miss it, and
+whether that comes from how many wait: whether the same takes as long with 1,000 waiting, or starts and stops fewer
+requests there, or grows. `growth` is the time in terms of that with 1,000 waiting. A file beside PATH keeps each case
+as it is measured, so that what was stopped goes on, and a case that is taken out of it is measured again.
 """
 
 from __future__ import annotations
@@ -34,11 +39,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from benchmarks.plan_rows import NAIVE, WAITING, WHY, Names, Row, show, with_growth
 from benchmarks.saving import save
 from policies import registry
 from policies.contract import RankedQueue, Scheduler, View
@@ -55,23 +61,14 @@ from simulator.devices import load_device
 RUNNING = 256
 BLOCK_SIZE = 16
 BUDGET = 2048
-WAITING = (1_000, 10_000, 100_000)
-TARGET_US = 1_000.0
 HOST_BLOCKS = 4_000
 STEP_NS = 10_000_000
 MOST_STEPS = 1_000
 MOST_SECONDS = 4.0  # for the steps of one case
 COST = RooflineCost(ModelShape.preset("llama-3.1-8b").in_dtype("bfloat16"), load_device("h100-sxm"))
-WHY = {
-    "preemptive": "each who is stopped with the one who starts in its place costs some 30 us, however many wait",
-    "cheapest": "for each victim it counts what everybody who runs would free, and what that would cost",
-    "andes": "it weighs every user of 256 that run and 64 that wait for each size of the batch, in NumPy columns",
-}
-"""What in a policy's key takes the time where it is over the target."""
 KNOBS = {"static": f"static,max_batch_size={RUNNING}", "sarathi": f"sarathi,chunk_size={BUDGET}"}
 QUEUES = ("fcfs", "sjf", "vtc")
 RANKED = ("fcfs", "sjf")
-NAIVE = "sort every step"
 NAIVE_KEYS: dict[str, Callable[[Request], float]] = {
     "fcfs": lambda r: 0.0,
     "priority": lambda r: r.priority,
@@ -159,26 +156,6 @@ KINDS = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """Times of one kind of step under one stack, in microseconds."""
-
-    scheduler: str
-    queue: str
-    admission: str
-    preemption: str
-    eviction: str
-    kind: str
-    waiting: int
-    steps: int
-    plan_us_median: float
-    plan_us_p99: float
-    scheduler_us_median: float
-    scheduler_us_p99: float
-    admitted_mean: float
-    preempted_mean: float
-
-
 class Lengths(Mapping[int, int]):
     """The true output length of any request, for the policies that are told."""
 
@@ -193,10 +170,6 @@ class Lengths(Mapping[int, int]):
 
     def __len__(self) -> int:
         raise TypeError("requests without end")
-
-
-Names = tuple[str, str, str, str, str]
-"""Scheduler, queue, admission, preemption, eviction."""
 
 
 @functools.cache  # the same in every case: to make them takes longer than to measure
@@ -306,19 +279,24 @@ def measure_all(samples: int, console: Console, kept: Path | None) -> list[Row]:
     """Every stack, and the naive reference with fewer samples, as it is slow. `kept`: a file to which each case goes as
     it is measured, and whose cases are not measured again."""
     cases = [(kind, names, waiting) for names in stacks() for kind in kinds_of(names) for waiting in WAITING]
-    done: dict[tuple[object, ...], dict[str, object] | None] = {}
+    done: dict[tuple[object, ...], dict[str, Any] | None] = {}
     if kept is not None and kept.exists():
         done = {tuple(case): row for case, row in map(json.loads, kept.read_text().splitlines())}
         console.print(f"{len(done)} of {len(cases)} cases were measured before: {kept}")
     for kind, names, waiting in track(cases, "timing", console=console, transient=True):
-        case = (kind.name, *names, waiting)
+        case = named(kind, names, waiting)
         if case not in done:
             row = measure(kind, names, waiting, samples if names[0] != NAIVE else samples // 4)
             done[case] = None if row is None else asdict(row)
             if kept is not None:
                 with kept.open("a") as file:
                     file.write(json.dumps((case, done[case])) + "\n")
-    return [Row(**row) for row in done.values() if row is not None]
+    return with_growth([Row(**row) for case in cases if (row := done[named(*case)]) is not None])
+
+
+def named(kind: Kind, names: Names, waiting: int) -> tuple[object, ...]:
+    """A case, as a file can hold it."""
+    return (kind.name, *names, waiting)
 
 
 def stacks() -> list[Names]:
@@ -348,59 +326,16 @@ def kinds_of(names: Names) -> list[Kind]:
     return [kind for kind in KINDS if kind.cached or names[4] == StackSpec().eviction]
 
 
-def names_of(row: Row) -> Names:
-    """The stack of a row."""
-    return (row.scheduler, row.queue, row.admission, row.preemption, row.eviction)
-
-
-def show(rows: list[Row], console: Console) -> None:
-    """One table for each kind of step."""
-    at = {(*names_of(row), row.kind, row.waiting): row for row in rows}
-    few, many = WAITING[0], WAITING[-1]
-    for kind in KINDS:
-        table = Table(title=f"{kind.name}: median microseconds a plan, {RUNNING} running")
-        for title in ("scheduler", "queue", "admission", "preemption", "eviction"):
-            table.add_column(title, no_wrap=True)
-        titles = [*(f"{n // 1000}k waiting" for n in WAITING), "its p99", "policy", "growth", "naive/this"]
-        for title in titles:
-            table.add_column(title, justify="right")
-        for last in rows:
-            if last.kind != kind.name or last.waiting != many:
-                continue
-            key = (*names_of(last), last.kind)
-            cells = [at.get((*key, n)) for n in WAITING]
-            first, naive = at.get((*key, few)), at.get((NAIVE, *key[1:], many))
-            table.add_row(
-                *key[:5],
-                *(f"{row.plan_us_median:,.0f}" if row else "" for row in cells),
-                f"{last.plan_us_p99:,.0f}",
-                f"{last.scheduler_us_median:,.0f}",
-                f"{last.plan_us_median / first.plan_us_median:.2f}x" if first else "",
-                f"{naive.plan_us_median / last.plan_us_median:,.0f}x" if naive else "",
-                style="red" if last.plan_us_median > TARGET_US and last.scheduler != NAIVE else None,
-            )
-        console.print(table)
-    own = [row for row in rows if row.scheduler != NAIVE and row.waiting == many]
-    slow = [row for row in own if row.plan_us_median > TARGET_US]
-    worst = max(own, key=lambda row: row.plan_us_median)
-    console.print(
-        f"{len(own) - len(slow)} of {len(own)} within {TARGET_US:,.0f} microseconds with {many:,} waiting; "
-        f"the slowest is {', '.join(names_of(worst))}, {worst.kind}: {worst.plan_us_median:,.0f}"
-    )
-    for name, why in WHY.items():
-        if any(name == policy.split(",")[0] for row in slow for policy in names_of(row)):
-            console.print(f"{name}: {why}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the figures here; what is stopped goes on")
     parser.add_argument("--quick", action="store_true", help="20 steps of each kind instead of 100")
+    parser.add_argument("--note", default="", metavar="TEXT", help="about this run, for the file")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)  # a file has room for whole figures
     kept = None if options.json is None else options.json.with_suffix(".partial")
     rows = measure_all(20 if options.quick else 100, console, kept)
-    show(rows, console)
+    show(rows, RUNNING, console)
     if options.json is not None:
         settings = {
             "running": RUNNING,
@@ -410,6 +345,7 @@ def main() -> None:
             "cost": "roofline of llama-3.1-8b on h100-sxm",
             "host_blocks": HOST_BLOCKS,
             "why": WHY,
+            "note": options.note,
         }
         save(options.json, "plan_time", settings, rows)
         options.json.with_suffix(".partial").unlink()

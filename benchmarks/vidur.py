@@ -69,15 +69,14 @@ class VidurCost:
             self._layers = int(table["layers"])
 
     def step_ns(self, shape: StepShape) -> int:
-        decodes, context, chunks = shape.num_decodes, shape.decode_context, shape.num_chunks
-        ms = self._tokens[-(-(decodes + shape.chunk_tokens) // 8) * 8]
+        decodes, context, _, chunks, tokens, _, end, squares, *_ = shape
+        ms = self._tokens[-(-(decodes + tokens) // 8) * 8]
         if decodes:
             before = context // decodes - 1  # without the token that the step computes
             ms += self._decode[decodes][-(-before // 64)]
         if chunks:
             # At most one chunk does not start at 0: the partial prefill goes first, and nothing is cached.
-            start = shape.chunk_context - shape.chunk_tokens
-            ms += self._prefill[-(-start // 64)][round(math.sqrt(shape.chunk_squares))]
+            ms += self._prefill[-(-(end - tokens) // 64)][round(math.sqrt(squares))]
         return int(self._layers * ms * 1e6 + 0.5)
 
     def cost(self, shape: StepShape) -> StepCost:

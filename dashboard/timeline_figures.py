@@ -19,8 +19,9 @@ STATES = {
     "waiting": "waiting<br>requests",
     "kv_share": "KV blocks<br>in use (%)",
     "host_share": "host KV blocks<br>in use (%)",
+    "disk_share": "disk KV blocks<br>in use (%)",
 }
-"""Columns of the frames that `timeline_figure` draws -> titles of their axes; the last one where a run has it."""
+"""Columns of the frames that `timeline_figure` draws -> titles of their axes; the last two where a run has them."""
 
 
 def timeline_figure(

@@ -68,13 +68,13 @@ def per_request(run: Run) -> pd.DataFrame:
     """One row a request, in order of request_id.
 
     Columns: request_id, replica, tenant, session, priority, status, completed (bool), arrival_s, prompt_tokens,
-    output_tokens, cached_tokens, fetched_tokens (part of those), preemptions, and in milliseconds queue_ms (to the
-    first plan that ran it), ttft_ms, tpot_ms, e2e_ms. What a request did not get to is nan; tpot_ms and e2e_ms are
-    those of completed requests alone.
+    output_tokens, cached_tokens, fetched_tokens (part of those), disk_tokens (part of those), preemptions, and in
+    milliseconds queue_ms (to the first plan that ran it), ttft_ms, tpot_ms, e2e_ms. What a request did not get to is
+    nan; tpot_ms and e2e_ms are those of completed requests alone.
     """
     requests = run.requests
     kept = ["request_id", "replica", "tenant", "session", "priority", "status"]
-    counts = ["prompt_tokens", "output_tokens", "cached_tokens", "fetched_tokens", "preemptions"]
+    counts = ["prompt_tokens", "output_tokens", "cached_tokens", "fetched_tokens", "disk_tokens", "preemptions"]
     arrival = requests["arrival_ns"].to_numpy()
     completed = requests["status"].isin(COMPLETED).to_numpy()
     first = _since(arrival, requests["first_token_ns"])
@@ -158,6 +158,8 @@ def summarize(
     summary["cached_token_share"] = cached / prompt if prompt and known else None
     fetched = int(done["fetched_tokens"].sum())  # part of those that are cached
     summary["fetched_token_share"] = fetched / prompt if prompt and known else None
+    from_disk = int(done["disk_tokens"].sum())  # part of those that are fetched
+    summary["disk_token_share"] = from_disk / prompt if prompt and known else None
     summary["preemptions"] = int(requests["preemptions"].sum()) if run.has_steps else None
     gap = largest_gap(run)
     summary["largest_service_gap"] = None if gap is None else gap.service
@@ -297,15 +299,19 @@ _BLOCKS_MOVED = {
     "swapped_blocks_in": "swapped_in",
     "offloaded_blocks": "offloaded",
     "fetched_blocks": "fetched",
+    "disk_blocks_out": "disk_out",
+    "disk_blocks_in": "disk_in",
 }
 _COPY_TIMES = {"copy_out_ms": "copy_out_ns", "copy_in_ms": "copy_in_ns", "copy_wait_ms": "copy_wait_ns"}
 
 
 def _memory(run: Run) -> dict[str, float | int | None]:
     if not run.has_steps:
-        return dict.fromkeys(("mean_kv_blocks", "max_kv_blocks", *_BLOCKS_MOVED, *_COPY_TIMES, "steps"))
+        return dict.fromkeys(
+            ("mean_kv_blocks", "max_kv_blocks", *_BLOCKS_MOVED, "disk_blocks_lost", *_COPY_TIMES, "steps")
+        )
     frame, size = timeline(run), int(run.limits.get("block_size", 1))
-    tokens = {name: int(run.steps[name].sum()) for name in ("swapped_out", "swapped_in", "offloaded", "fetched")}
+    tokens = {name: int(run.steps[name].sum()) for name in _BLOCKS_MOVED.values()}
     tokens["swapped_out"] -= tokens["offloaded"]
     tokens["swapped_in"] -= tokens["fetched"]
     mean = time_average(frame, "kv_blocks")
@@ -313,6 +319,7 @@ def _memory(run: Run) -> dict[str, float | int | None]:
         "mean_kv_blocks": None if np.isnan(mean) else mean,
         "max_kv_blocks": int(frame["kv_blocks"].max()) if len(frame) else None,
         **{name: tokens[of] // size for name, of in _BLOCKS_MOVED.items()},
+        "disk_blocks_lost": int(run.steps["disk_dropped"].sum()),
         **{name: int(run.steps[of].sum()) / 1e6 for name, of in _COPY_TIMES.items()},
         "steps": int((run.steps["padded_tokens"] > 0).sum()),
     }

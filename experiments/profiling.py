@@ -152,7 +152,7 @@ def profile(
     prepared = prepared or prepare(spec, loaded)
     spec, limits = prepared.spec, prepared.limits
     # Prompts repeat here, and each is to be computed; and a host that waits would look like a busy one.
-    uncached = replace(limits, prefix_caching=False, plan_lead_ns=None)
+    uncached = replace(limits, prefix_caching=False, plan_lead_ns=None, num_disk_blocks=0)
     stack = StackSpec().build(block_size=limits.block_size)
     scheduler = ProfileScheduler(Fcfs(), spec.seed, swaps=limits.num_host_blocks > 0)
     stack.scheduler = scheduler

@@ -16,6 +16,7 @@ from experiments.sending import send
 from experiments.simulated import (
     GIB,
     LIMITS,
+    check_disk,
     check_offload,
     check_swaps,
     clients_entry,
@@ -33,9 +34,11 @@ from policies.replica_state import Limits
 from policies.shapes import default_capture_sizes, default_mixed_capture_sizes
 from policies.stack import PolicyStack, StackSpec
 from runtime.attention import AttentionShape, get_backend
+from runtime.disk import block_times
 from runtime.engine import GPU_PLAN_LEAD_NS, Engine, EngineDead
 from runtime.kv_cache import bytes_per_block, num_blocks_that_fit
 from runtime.memory import free_bytes, profile_num_blocks
+from runtime.model_config import ModelError
 from runtime.model_runner import ModelRunner
 from runtime.parallel.leader import Leader
 from runtime.parallel.ranks import Ranks
@@ -143,6 +146,8 @@ def real_limits(spec: RunSpec, loaded: LoadedModel) -> Limits:
             f"{there / GIB:,.1f} GiB; lower limits.num_blocks or limits.kv_cache_gib"
         )
     num_host_blocks = _host_blocks(given, loaded, bytes_per_block(loaded.config, given.block_size, dtype))
+    disk = _disk(given, loaded, bytes_per_block(loaded.config, given.block_size, dtype))
+    check_disk(int(disk.get("num_disk_blocks", 0)), num_host_blocks, given.prefix_caching)
     fields = {name: getattr(given, name) for name in LIMITS}
     lead = given.plan_lead_ns
     if lead is None and loaded.model.device.type == "cuda":
@@ -150,7 +155,33 @@ def real_limits(spec: RunSpec, loaded: LoadedModel) -> Limits:
     return Limits(
         **{**fields, "num_blocks": num_blocks, "max_model_len": max_model_len, "plan_lead_ns": lead, **ladders},
         num_host_blocks=num_host_blocks,
+        **disk,  # type: ignore[arg-type]
     )
+
+
+def _disk(given: LimitsSpec, loaded: LoadedModel, block_bytes: int) -> dict[str, int | str]:
+    """The fields of `Limits` about the disk; how fast it is is tried out where nobody says. Raises SpecError."""
+    blocks = given.num_disk_blocks
+    if blocks is None:
+        blocks = int(GIB * (given.disk_gib or 0) // block_bytes)
+    if not blocks:
+        return {}
+    if not given.disk_folder:
+        raise SpecError("limits.disk_folder: say where blocks are to lie, with --disk-folder FOLDER")
+    if loaded.ranks.size > 1:
+        raise SpecError("limits.num_disk_blocks: a disk tier is for a model on one device so far; leave it out")
+    if given.disk_block_us is not None:
+        times = (round(1e3 * given.disk_block_us),) * 2
+    elif given.disk_gb_s is not None:
+        times = (round(block_bytes / given.disk_gb_s),) * 2
+    else:
+        try:
+            times = block_times(given.disk_folder, block_bytes)
+        except ModelError as error:
+            raise SpecError(str(error)) from error
+    read_ns, write_ns = times
+    times_of = {"disk_read_ns": read_ns, "disk_write_ns": write_ns}
+    return {"num_disk_blocks": blocks, "disk_folder": given.disk_folder, **times_of}
 
 
 def _host_blocks(given: LimitsSpec, loaded: LoadedModel, block_bytes: int) -> int:
@@ -372,7 +403,8 @@ def warm_up(loaded: LoadedModel, limits: Limits, spec: RunSpec, cost: CostModel 
 
     Without captured graphs: the run's own engine captures its own.
     """
-    limits = replace(limits, capture_sizes=(), mixed_capture_sizes=(), num_host_blocks=min(limits.num_host_blocks, 1))
+    host = min(limits.num_host_blocks, 1)
+    limits = replace(limits, capture_sizes=(), mixed_capture_sizes=(), num_host_blocks=host, num_disk_blocks=0)
     stack = spec.policies.stack.build(block_size=limits.block_size, oracle=dict.fromkeys(range(4), WARM_UP_TOKENS))
     length = min(64, limits.max_model_len - WARM_UP_TOKENS, limits.num_blocks * limits.block_size // 8)
     with explained("warming up"), start_engine(loaded, limits, stack, spec.model, cost=cost) as engine:

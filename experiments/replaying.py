@@ -182,17 +182,25 @@ def _interventions(run: Run, spec: StackSpec, block_size: int, seed: int) -> dic
         "release": ControlPlane.release,
         "flush": ControlPlane.flush,
     }
-    rows = run.decisions[run.decisions["kind"].isin(("swap", *plain))]
+    rows = run.decisions[run.decisions["kind"].isin(("swap", "disk", *plain))]
     found: dict[int, list[Intervention]] = {}
-    for step, kind, reason in zip(rows["step"].tolist(), rows["kind"].tolist(), rows["reason"].tolist(), strict=True):
-        if kind == "swap":
+    intervene: Intervention
+    columns = (rows[name].tolist() for name in ("step", "kind", "tokens", "reason"))
+    for step, kind, tokens, reason in zip(*columns, strict=True):
+        if kind == "disk":
+            intervene = functools.partial(_disk_done, tokens, reason)
+        elif kind == "swap":
             names = dict(part.split(": ", 1) for part in reason.split("; "))
             spec, policies = spec.rebuilt(names, block_size=block_size, seed=seed)
-            intervene: Intervention = functools.partial(_change, policies, names)
+            intervene = functools.partial(_change, policies, names)
         else:
             intervene = plain[kind]
         found.setdefault(step, []).append(intervene)
     return found
+
+
+def _disk_done(number: int, error: str, plane: ControlPlane, now: int) -> None:
+    plane.disk_done(number, error, now)
 
 
 def _change(policies: dict[str, Any], names: dict[str, str], plane: ControlPlane, now: int) -> None:

@@ -308,6 +308,8 @@ def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
     if fields["num_blocks"] is None:
         fields["num_blocks"] = _blocks_that_fit(spec, costs)
     fields["num_host_blocks"] = _host_blocks(spec, costs, measured)
+    fields |= _disk(spec, costs, measured)
+    check_disk(fields["num_disk_blocks"], fields["num_host_blocks"], fields["prefix_caching"])
     for name, otherwise in (("capture_sizes", ()), ("mixed_capture_sizes", ()), ("plan_lead_ns", None)):
         fields[name] = getattr(given, name)
         if fields[name] is None:
@@ -319,10 +321,51 @@ def simulated_limits(spec: RunSpec, costs: CostModel) -> Limits:
 
 
 def check_offload(spec: RunSpec, limits: Limits) -> None:
-    """Raises SpecError where prefixes are to be kept in host memory and there is none."""
+    """Raises SpecError where prefixes are to be kept in host memory and there is none, or no prefixes are kept; or on
+    disk, where nothing gets."""
     offload = spec.policies.offload
+    if offload != "never" and not limits.prefix_caching:
+        raise SpecError(f"policies.offload: {offload} keeps prefixes, and limits.prefix_caching is off; leave out one")
+    if offload == "never" and (spec.limits.num_disk_blocks or spec.limits.disk_gib):
+        raise SpecError("limits: on disk lies what an offload policy keeps; name one, as --offload write_back")
     if offload != "never" and not limits.num_host_blocks:
         raise SpecError(f"policies.offload: {offload} keeps prefixes in host memory; give some with --host-memory GIB")
+
+
+def check_disk(num_disk_blocks: int, num_host_blocks: int, prefix_caching: bool) -> None:
+    """Raises SpecError where there is a disk tier and what it stands behind is missing."""
+    if num_disk_blocks and not prefix_caching:
+        raise SpecError("limits.num_disk_blocks: on disk lie prefixes, and limits.prefix_caching is off; leave out one")
+    if num_disk_blocks and not num_host_blocks:
+        raise SpecError("limits.num_disk_blocks: blocks get to disk by host memory; give some with --host-memory GIB")
+
+
+def _disk(spec: RunSpec, costs: CostModel, measured: Limits | None) -> dict[str, int]:
+    """The fields of `Limits` about the disk: as given, else as the calibration's runtime had them, or the device."""
+    given, blocks = spec.limits, spec.limits.num_disk_blocks
+    block_bytes = costs.model.kv_bytes_per_token * given.block_size if isinstance(costs, RooflineCost) else None
+    if blocks is None and given.disk_gib is not None:
+        if block_bytes is None:
+            raise SpecError("limits.disk_gib: give limits.num_disk_blocks; only a roofline knows a block's bytes")
+        blocks = int(given.disk_gib * GIB // block_bytes)
+    if blocks is None:
+        blocks = 0 if measured is None else measured.num_disk_blocks
+    if not blocks:
+        return {"num_disk_blocks": 0}
+    if given.disk_block_us is not None:
+        times = [round(1e3 * given.disk_block_us)] * 2
+    elif block_bytes is not None and isinstance(costs, RooflineCost):
+        device, both = costs.device, given.disk_gb_s
+        rates = (device.disk_read_bandwidth, device.disk_write_bandwidth) if both is None else (1e9 * both, 1e9 * both)
+        times = [round(1e9 * block_bytes / rate) for rate in rates]
+    elif given.disk_gb_s is None and measured is not None and measured.disk_read_ns:
+        times = [measured.disk_read_ns, measured.disk_write_ns]
+    else:
+        raise SpecError(
+            "limits.num_disk_blocks: how long a block takes on disk is not known; give limits.disk_block_us, or "
+            "profile with --disk"
+        )
+    return {"num_disk_blocks": blocks, "disk_read_ns": times[0], "disk_write_ns": times[1]}
 
 
 def check_swaps(limits: Limits, costs: CostModel | None) -> None:

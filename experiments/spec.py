@@ -50,6 +50,13 @@ class LimitsSpec(_Part):
         num_host_blocks: KV blocks in host memory, for requests that are preempted with `mode=swap`; None: as many as
             `host_memory_gib` holds.
         host_memory_gib: host memory for them; None: none, and nobody is swapped out.
+        num_disk_blocks: KV blocks on disk, for prefixes that host memory has no more room for; None: as many as
+            `disk_gib` holds.
+        disk_gib: disk for them; None: none.
+        disk_folder: where they lie; not needed in a simulation.
+        disk_gb_s: what the disk reads and writes, in 10^9 bytes a second; None: tried out, or in a simulation the
+            calibration's, or the device's.
+        disk_block_us: the same as the time of one block, for a cost model that does not know a block's bytes.
         memory_share: of the device's memory, the share that weights, the largest step and the KV cache may take
             together; None: 0.95 of a GPU, 0.9 of a simulated device.
         max_model_len: longest sequence, prompt and output; None: the model's limit, 8192 at most (simulated: 32768).
@@ -66,6 +73,11 @@ class LimitsSpec(_Part):
     kv_cache_gib: Positive | None = None
     num_host_blocks: Annotated[int, Field(strict=True, ge=0, le=2**24)] | None = None
     host_memory_gib: Positive | None = None
+    num_disk_blocks: Annotated[int, Field(strict=True, ge=0, le=2**28)] | None = None
+    disk_gib: Positive | None = None
+    disk_folder: str = ""
+    disk_gb_s: Positive | None = None
+    disk_block_us: Positive | None = None
     memory_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     block_size: Annotated[int, Field(strict=True, ge=1, le=1024)] = _LIMITS.block_size
     max_num_seqs: Annotated[int, Field(strict=True, ge=1, le=65_536)] = _LIMITS.max_num_seqs
@@ -88,6 +100,10 @@ class LimitsSpec(_Part):
             raise ValueError("give num_blocks or kv_cache_gib, not both")
         if self.num_host_blocks is not None and self.host_memory_gib is not None:
             raise ValueError("give num_host_blocks or host_memory_gib, not both")
+        if self.num_disk_blocks is not None and self.disk_gib is not None:
+            raise ValueError("give num_disk_blocks or disk_gib, not both")
+        if self.disk_gb_s is not None and self.disk_block_us is not None:
+            raise ValueError("give disk_gb_s or disk_block_us, not both")
         return self
 
     @model_validator(mode="after")

@@ -20,11 +20,11 @@ def timeline(run: Run) -> pd.DataFrame:
 
     Columns: `t_ns` (int64, ascending), `running`, `waiting` (requests), `kv_blocks` (blocks that requests hold; idle
     cached ones are not counted), `host_blocks` (in host memory: of requests that are swapped out, and cached
-    prefixes). The last row ends the run: it repeats the state before it at the last step's end.
+    prefixes), `disk_blocks`. The last row ends the run: it repeats the state before it at the last step's end.
     Raises RunError for a client's run, which has no steps.
     """
     steps = run.steps
-    columns = ["running", "waiting", "kv_blocks", "host_blocks"]
+    columns = ["running", "waiting", "kv_blocks", "host_blocks", "disk_blocks"]
     changes = []
     for _, rows in steps.groupby("replica", sort=True):
         replica = int(rows["replica"].iloc[0])
@@ -36,6 +36,7 @@ def timeline(run: Run) -> pd.DataFrame:
                 - rows["free_blocks"].to_numpy(np.int64)
                 - rows["idle_blocks"].to_numpy(np.int64),
                 _num_host_blocks(run, replica) - rows["free_host_blocks"].to_numpy(np.int64),
+                rows["disk_blocks"].to_numpy(np.int64),
             ]
         )
         changes.append((rows["plan_ns"].to_numpy(), np.diff(state, axis=1, prepend=0)))
@@ -54,11 +55,13 @@ def timeline(run: Run) -> pd.DataFrame:
 
 def states(run: Run) -> pd.DataFrame:
     """A run's timeline, and what share of the blocks is in use: `kv_share`, and of a run with a tier in host memory
-    `host_share`, both in percent of all replicas'."""
+    `host_share`, with one on disk `disk_share`, each in percent of all replicas'."""
     frame, replicas = timeline(run), [int(replica) for replica in run.steps["replica"].unique()]
     shares = {"kv_share": 100.0 * frame["kv_blocks"] / max(1, sum(_num_blocks(run, replica) for replica in replicas))}
     if host_blocks := sum(_num_host_blocks(run, replica) for replica in replicas):
         shares["host_share"] = 100.0 * frame["host_blocks"] / host_blocks
+    if disk_blocks := sum(int(run.limits_of(replica).get("num_disk_blocks", 0)) for replica in replicas):
+        shares["disk_share"] = 100.0 * frame["disk_blocks"] / disk_blocks
     return frame.assign(**shares)
 
 

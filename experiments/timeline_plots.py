@@ -18,6 +18,7 @@ STATES = {
     "waiting": "waiting requests",
     "kv_share": "KV blocks in use (%)",
     "host_share": "host blocks in use (%)",
+    "disk_share": "disk blocks in use (%)",
 }
 
 

@@ -1,4 +1,4 @@
-"""Repeated steps in which nothing changes but counts: nobody joins, leaves, ends or reaches a cap.
+"""Repeated steps in which nothing changes but counts: nobody ends or reaches a cap, nor joins after the first of them.
 
 No policy hears of them, so only where none wants to. Each is timed as any other; what is left out is to make a plan, a
 step, a report and a row of it. What is recorded of many of them is what they share, and what each has of its own.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from policies.decoding import go_on
+from policies.plan import FOREVER
 from policies.recording import Recording
 from policies.records import Row, Times
 from policies.replica_state import ReplicaState
@@ -26,13 +27,14 @@ def coast(
     index: int,
     most: int,
     time: Timed,
-    chunk: tuple[Request, int] | None = None,
+    prefill: Request | None = None,
+    tokens: int = 0,
 ) -> tuple[int, Row | None]:
     """Take up to `most` steps from the one with this index on, as many as `time` has times for and as there are unused
-    blocks for. With a `chunk`, each computes so many tokens of this request, which has the blocks. Returns how many;
-    and of the last one, if it is open, the row that is to be recorded at its end (empty if nothing is recorded)."""
+    blocks for; with a `prefill`, each computes so many `tokens` of this request, which has the blocks. Returns how many
+    they are; and of the last one, if it is open, the row to be recorded at its end (empty if nothing is recorded)."""
     group, pool, limits = state.group, state.pool, state.limits
-    decodes, tokens = len(group.members), 0 if chunk is None else chunk[1]
+    decodes, loose = len(group.members) + len(state.loose), state.loose.values()
     sizes = (limits.capture_sizes, limits.mixed_capture_sizes)
     padded, graph = padded_batch(decodes, int(tokens > 0), tokens, *sizes)
     taken, last = 0, None
@@ -45,20 +47,25 @@ def coast(
         if not asked:
             break
         context, longest = group.context + decodes, group.longest + 1
-        start = 0 if chunk is None else chunk[0]._computed
+        for request in loose:  # who are with the group from the first step on
+            context += request._computed
+            longest = max(longest, request._computed + 1)
+        start = 0 if prefill is None else prefill._computed
         # What a step leaves behind at its end are filled blocks that others may hit; where none are kept, nothing.
         shapes = growing(decodes, context, longest, start, tokens, padded, graph)
         times, is_open = time(shapes, asked, not limits.prefix_caching)
         if not times:
             break
-        unused = _advance(state, times, index + taken, chunk)
+        if loose or state.left_group:
+            _regroup(state, recording, index + taken)
+        unused = _advance(state, times, index + taken, prefill, tokens)
         if recording is not None:
             longest_of: Sequence[int] = range(longest, longest + len(times))
-            if chunk is not None:
+            if prefill is not None:
                 longest_of = [max(own, start + (i + 1) * tokens) for i, own in enumerate(longest_of)]
             first = next(growing(decodes, context, longest, start, tokens, padded, graph))
             clock = group.clock - len(times) + 1
-            row = recording.coasted(index + taken, times, first, clock, unused, longest_of, chunk, is_open)
+            row = recording.coasted(index + taken, times, first, clock, unused, longest_of, prefill, is_open)
             last = row if is_open else None
         elif is_open:
             last = ()
@@ -68,25 +75,45 @@ def coast(
     return taken, last
 
 
-def _advance(state: ReplicaState, times: Sequence[Times], index: int, chunk: tuple[Request, int] | None) -> list[int]:
-    """The blocks and counts of these steps. Returns the unused blocks after each."""
-    group, pool, size = state.group, state.pool, state.limits.block_size
-    plain = not state.limits.prefix_caching and chunk is None
-    unused = []
+def _regroup(state: ReplicaState, recording: Recording | None, index: int) -> None:
+    """With the step with this index, who is loose joins; of those who have left it is said."""
+    if recording is not None:
+        recording.regrouped(state.left_group, state.loose.values(), index)
+    state.left_group = []
+    for request in state.loose.values():
+        state.group.join(request)
+    state.loose.clear()
+
+
+def chunks_that_go_on(state: ReplicaState, prefill: Request | None, tokens: int) -> int:
+    """In how many steps so many tokens of this prefill can be computed that has the blocks for them and goes on
+    afterwards, with two tokens at least: one alone is computed like a decode. No end of them without a prefill."""
+    if prefill is None:
+        return FOREVER
+    within = len(prefill._blocks) * state.block_size - prefill._computed
+    return max(0, min(within, prefill.num_pending_tokens - 2) // tokens)
+
+
+def _advance(
+    state: ReplicaState, times: Sequence[Times], index: int, prefill: Request | None, tokens: int
+) -> list[int]:
+    """The blocks and counts of these steps, for which there are unused blocks. Returns how many are left after each."""
+    group, size, caching = state.group, state.block_size, state.limits.prefix_caching
+    at_boundary, allocate = group.at_block_boundary, state.pool.allocate_one
+    unused, left = [], state.pool.num_unused
     for i, (planned, _, end, _) in enumerate(times):
         clock = group.clock
-        for request in group.at_block_boundary():
+        for request in at_boundary():
             blocks = request._blocks
             if request._computed + clock >= len(blocks) * size:
-                blocks.append(pool.allocate_one(planned))
+                blocks.append(allocate(planned))
+                left -= 1
         group.clock = clock + 1
-        unused.append(pool.num_unused)
-        if plain:
-            continue
-        if chunk is not None:
-            go_on(state, *chunk, index + i, planned)
-        if state.limits.prefix_caching:
-            for request in group.at_block_boundary():
+        unused.append(left)
+        if prefill is not None:
+            go_on(state, prefill, tokens, index + i, planned)
+        if caching:
+            for request in at_boundary():
                 depth = request.num_computed_tokens // size - 1
                 if depth < len(request._keys):
                     state.register(request, depth, end)

@@ -49,6 +49,8 @@ class Hit:
     num_tokens: int = 0
     blocks: tuple[CachedBlock, ...] = ()
     host: tuple[HostBlock, ...] = ()
+    num_on_disk: int = 0
+    """Blocks that are not counted in `num_tokens`, but would be if one had them read from disk first."""
 
 
 class View(Protocol):
@@ -270,6 +272,10 @@ class Eviction(Protocol):
 @runtime_checkable
 class Offload(Protocol):
     """Which cached prefix blocks get a copy in host memory, and whether such copies are fetched.
+
+    Where there is a disk behind that, it is asked of the blocks of host memory too: `on_fill` of one that has got its
+    content, `on_hit` of one that was fetched, `on_evict` of one that will be evicted before long; `fetches` then has a
+    cost model whose copies from the host take the reading too.
 
     Asked only where there is host memory and prefixes are cached. One that never keeps a block says
     `keeps_nothing = True`.

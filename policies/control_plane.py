@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from policies import live_change
-from policies.coasting import Timed, coast
+from policies.coasting import Timed, chunks_that_go_on, coast
 from policies.contract import CostModel, Recorder, View
 from policies.decoding import run_decodes
 from policies.enactment import Enactment
 from policies.plan import FOREVER, Plan, Report, Step
 from policies.recording import Recording
 from policies.records import Row
+from policies.repeating import Repeating
 from policies.replica_state import Limits, ReplicaState
 from policies.request import Request, State
 from policies.stack import PolicyStack
@@ -66,11 +67,8 @@ class ControlPlane:
         self._held = False
         self._last_ns = 0
         self._num_repeated = 0
-        self._repeats = 0  # times the last plan may be taken again without asking
-        self._last_plan = Plan()
-        self._recurring: tuple[Request, int] | None = None  # its chunk
+        self.repeating = Repeating(self._state)
         self._open_row: Row | None = None
-        self._num_decodes = 0  # beside that
 
     # What a panel may look at
 
@@ -150,7 +148,7 @@ class ControlPlane:
         and waits to be taken away (`policies.transfers`).
         """
         self._advance(now)
-        self._repeats = 0
+        self.repeating.stop()
         if self.limits.prefix_caching:
             request._keys = list(keys)
         reason = self._refusal(request)
@@ -230,6 +228,8 @@ class ControlPlane:
         enactment = Enactment(state, plan, self._next_index, now)
         step = enactment.run()
         self._next_index += 1
+        if state.disk is not None:
+            step.disk = state.disk.take()
         for request, reason in step.dropped:
             self._end(request, State.DROPPED, request.num_output_tokens, now, error=reason)
         for request in enactment.back_to_queue:
@@ -244,15 +244,7 @@ class ControlPlane:
             self._recording.planned(plan, step)
         self._verify()
         self._watch(step)
-        self._repeats, self._last_plan = plan.repeats - 1 if _may_recur(plan, step) else 0, plan
-        self._recurring, self._num_decodes = None, step.num_decodes
-        if step.chunks and self._repeats:
-            request, _, tokens, _ = step.chunks[0]
-            self._recurring = (request, tokens)
-            # Two tokens are left at least: one alone is computed like a decode.
-            self._repeats = max(0, min(self._repeats, (request.num_pending_tokens - 2) // tokens))
-        if state.tier is not None and not state.tier.keeps_nothing:
-            self._repeats = 0  # before each plan it is looked what is to be copied, and what is too old
+        self.repeating.begin(plan, step)
         return step
 
     def repeat(self, now: int) -> Step | None:
@@ -261,51 +253,59 @@ class ControlPlane:
         It answers as long as the policy has said that it would (`Plan.repeats`), nothing has come in from outside, and
         there are blocks for everybody. The same calls of `report` go with it as with `plan`.
         """
-        state = self._state
-        if not self._repeats or not (decodes := state.num_decoding):
+        state, repeating = self._state, self.repeating
+        if not repeating.left or not 0 < state.num_decoding <= self.limits.max_num_batched_tokens:
             return None
-        if decodes > (free := state.pool.num_free) and len(state.decodes_that_need_a_block()) > free:
-            return None
-        if self._recurring is not None and not (decodes == self._num_decodes and self._chunks_with_blocks()):
+        chunk = repeating.next_chunk()
+        if chunk is None or not repeating.has_blocks(chunk):
             return None
         self._advance(now)
-        step = run_decodes(state, self._next_index, now, self._recurring)
+        step = run_decodes(state, self._next_index, now, *chunk)
         self._next_index += 1
         self._num_repeated += 1
-        self._repeats -= 1
+        repeating.left -= 1
         if self._recording is not None:
-            self._recording.planned(self._last_plan, step)
+            self._recording.planned(repeating.plan, step)
         self._verify()
         return step
 
     @property
     def may_repeat(self) -> bool:
         """Whether `repeat` and `coast` can do anything."""
-        return self._repeats > 0
+        return self.repeating.left > 0
+
+    def regrouping(self) -> tuple[list[Request], list[Request], int]:
+        """Who has left the decode group since the last step, who joins it with the next one, and its clock."""
+        return self._state.left_group[:], list(self._state.loose.values()), self._state.group.clock
 
     def coast(self, until_clock: int, time: Timed) -> bool:
         """With `lag=0` and no step in flight: what `repeat`, launch and `report` come to, as long as steps change
-        nothing but counts, the decode group's clock stays below `until_clock`, and `time` has times for their shapes.
+        nothing but counts, and with the first one the decode group (`regrouping`), the group's clock stays below
+        `until_clock`, and `time` has times for their shapes.
         Whether the last one's end is still to come; `end_coast` is to be called then.
         """
         state, group = self._state, self._state.group
-        if state.loose or state.left_group or not group.members:
+        if state.copies or not 0 < state.num_decoding <= self.limits.max_num_batched_tokens:
             return False
-        most = min(until_clock, group.next_cap()) - group.clock - 1
-        if most < 1 or self._repeats < 1 or not self.stack.ignores_reports():
-            return False
-        if self._recurring is not None:
-            most = min(most, self._chunks_with_blocks()) if len(group) == self._num_decodes else 0
-        if state.copies or len(group) > self.limits.max_num_batched_tokens:
+        caps = group.next_cap()
+        for request in state.loose.values():
+            if request.first_token_ns is None or request.hands_off:  # somebody wants to hear of its first token
+                return False
+            caps = min(caps, group.clock + request.max_tokens - request.num_output_tokens)
+        most = min(self.repeating.left, min(until_clock, caps) - group.clock - 1)
+        if most < 1 or not self.stack.ignores_reports():
             return False
         if state.num_waiting and self.limits.prefix_caching:  # a block that is filled may be one of who waits
             return False
-        most = min(most, self._repeats)
-        taken, self._open_row = coast(state, self._recording, self._next_index, most, time, self._recurring)
+        chunk = self.repeating.next_chunk()
+        if chunk is None:
+            return False
+        most = min(most, chunks_that_go_on(state, *chunk))
+        taken, self._open_row = coast(state, self._recording, self._next_index, most, time, *chunk)
         if taken:
             self._next_index += taken
             self._num_repeated += taken
-            self._repeats -= taken
+            self.repeating.left -= taken
             state.last_launched = self._next_index - 1
             state.last_reported = state.last_launched - (self._open_row is not None)
         self._verify()
@@ -317,17 +317,6 @@ class ControlPlane:
         if self._recording is not None and self._open_row:
             self._recording.ended_step(self._open_row)
         self._open_row = None
-
-    def _chunks_with_blocks(self) -> int:
-        """For how many of its chunks the request that the last plan computes has the blocks."""
-        assert self._recurring is not None
-        request, tokens = self._recurring
-        return (len(request._blocks) * self.limits.block_size - request._computed) // tokens
-
-    def _is_of_the_first_blocked(self, key: bytes, depth: int) -> bool:
-        """Whether the first who waits has this block in its prompt."""
-        blocked = self._last_plan.blocked
-        return bool(blocked) and depth < len(blocked[0][0]._keys) and blocked[0][0]._keys[depth] == key
 
     def _ask(self, now: int) -> Plan:
         if self._held:
@@ -347,22 +336,18 @@ class ControlPlane:
         self._advance(report.end_ns)
         state, step = self._state, report.step
         state.last_reported = step.index
-        if report.finished and (state.num_waiting or self._recurring is not None):
-            self._repeats = 0  # there may be room for the first who waits, or for a longer chunk
-        if step.chunks or step.joined or step.decodes:
-            firsts = [chunk.request for chunk in step.chunks if chunk.samples]
-            for request in (*firsts, *step.joined, *step.decodes):
-                if request.first_token_ns is None and not request.state.ended:
-                    request.first_token_ns = report.end_ns
-                if request.hands_off and request.state in (State.WAITING, State.SWAPPED):  # preempted meanwhile
-                    request.max_tokens += 1  # so it gets one more here
-                    request._tokens_elsewhere -= 1
+        if report.finished:
+            self.repeating.somebody_ended()
+        for request, _, _, samples in step.chunks:
+            if samples:
+                self._got_a_token(request, report.end_ns)
+        for request in (*step.joined, *step.decodes) if step.decodes else step.joined:
+            self._got_a_token(request, report.end_ns)
         for request, depth, block in step.filled:
             held = request._blocks
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
                 state.register(request, depth, report.end_ns)
-                if self._repeats and self._is_of_the_first_blocked(request._keys[depth], depth):
-                    self._repeats = 0  # who waits needs a block less
+                self.repeating.filled(request._keys[depth], depth)
         # Without those that were cancelled while the step was in flight; and in order of arrival, whatever order a
         # panel found them in, since it decides which blocks are idle longest.
         num_finished = 0
@@ -379,6 +364,32 @@ class ControlPlane:
             self._recording.reported(report, num_finished)
         self._verify()
 
+    @staticmethod
+    def _got_a_token(request: Request, now: int) -> None:
+        if request.first_token_ns is None and not request.state.ended:
+            request.first_token_ns = now
+        if request._tokens_elsewhere > 0 and request.state in (State.WAITING, State.SWAPPED):  # preempted meanwhile
+            request.max_tokens += 1  # so it gets one more here
+            request._tokens_elsewhere -= 1
+
+    def disk_done(self, number: int, error: str, now: int) -> None:
+        """A block of `Step.disk` has arrived; or has not, and `error` says why in a word or two.
+
+        Comes as what an operator does, and is recorded with it.
+        """
+        self._advance(now)
+        assert self._state.disk is not None, "there is no disk tier"
+        self.repeating.stop()
+        self._empty_plans = 0
+        self._state.disk.done(number, error, now)
+        self._record_event("disk", number, error)
+        self._verify()
+
+    @property
+    def awaits_disk(self) -> bool:
+        """Whether blocks are on their way to disk or from it: something will come in."""
+        return self._state.num_on_their_way > 0
+
     # What an operator does to a replica that is running. All of it comes after the submissions and cancellations that
     # precede the next plan, and stands among that plan's decisions, so that a replay does it again.
 
@@ -388,7 +399,7 @@ class ControlPlane:
         `names`: role (a scheduler's queue too) -> the policy as text, for the record.
         """
         self._advance(now)
-        self._repeats = 0
+        self.repeating.stop()
         live_change.change(self._state, policies, now)
         self._record_event("swap", 0, "; ".join(f"{role}: {name}" for role, name in names.items()))
         self._empty_plans = 0
@@ -397,7 +408,7 @@ class ControlPlane:
     def hold(self, now: int) -> None:
         """From the next plan on run nothing, until `release`. Requests keep their places and their memory."""
         self._advance(now)
-        self._repeats = 0
+        self.repeating.stop()
         self._held = True
         self._record_event("hold", 0, "")
 
@@ -411,6 +422,8 @@ class ControlPlane:
         """Forget all idle cached blocks. Returns how many those were."""
         self._advance(now)
         count = self._state.pool.flush() + self._state.host.flush()
+        if self._state.disk is not None:
+            count += self._state.disk.pool.flush()
         self._record_event("flush", count, "")
         self._verify()
         return count
@@ -441,7 +454,7 @@ class ControlPlane:
         from_outside: bool = False,
     ) -> None:
         if from_outside:
-            self._repeats = 0
+            self.repeating.stop()
         state = self._state
         waited, moving = request.state is State.WAITING, request.state is State.MOVING
         swapped = request.state is State.SWAPPED
@@ -485,7 +498,7 @@ class ControlPlane:
             return
         waits_for_a_time = step.wake_at is not None and step.wake_at > step.plan_ns
         idle = state.last_launched == state.last_reported and not waits_for_a_time
-        moves = step.preempted or step.dropped or self.transfers.underway
+        moves = step.preempted or step.dropped or self.transfers.underway or state.num_on_their_way
         if not idle or not state.requests or moves or self._held:
             self._empty_plans = 0
             return
@@ -501,10 +514,3 @@ class ControlPlane:
     def _verify(self) -> None:
         if self._check:
             self._state.check()
-
-
-def _may_recur(plan: Plan, step: Step) -> bool:
-    """Whether the step ran the decode group and did nothing else that a repetition of it would not do."""
-    if not step.decode_all or step.wake_at is not None or not len(step.chunks) == len(plan.chunks) <= 1:
-        return False
-    return not (step.admitted or step.copies or step.preempted or step.resumed or step.dropped or step.refused)

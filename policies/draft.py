@@ -16,6 +16,7 @@ TOKEN_BUDGET = "token budget"
 SLOTS = "slots"
 ADMISSION = "admission"
 IN_FLIGHT = "in flight"
+ON_DISK = "on disk"
 
 
 class Draft:
@@ -187,6 +188,7 @@ class Draft:
     def admit(self, request: Request, *, max_chunk: int | None = None, whole: bool = False, hold: int = 0) -> bool:
         """Start or resume a waiting request with as many tokens as the budget has, or say in the record why not.
 
+        One that hits blocks on disk has them read first, and waits.
         One that was swapped out needs device blocks for all that it has computed, as they come back together.
         `max_chunk`: at most so many; `whole`: all of its tokens or none; `hold`: have blocks for at least so many
         tokens of the sequence, not only for the chunk.
@@ -207,6 +209,9 @@ class Draft:
             return IN_FLIGHT
         paused, swapped = request.state is State.PAUSED, request.state is State.SWAPPED
         hit = None if paused else self.view.probe(request)
+        if hit is not None and hit.num_on_disk:
+            self.plan.fetch.append((request, "disk"))
+            return ON_DISK
         start = request.num_computed_tokens if hit is None else hit.num_tokens
         tokens = min(request.num_tokens - start, self.tokens_left)
         if whole and start + tokens < request.num_tokens:
@@ -245,33 +250,32 @@ class Draft:
             self.plan.hold[request.id] = hold
         return None
 
-    def finish(self, *, steady: bool = False, ordered: bool = False, chunked: bool = False) -> Plan:
+    def finish(self, *, steady: bool = False, ordered: bool = False, chunk_budget: int = 0) -> Plan:
         """The plan. Single decodes that turn out to be everybody's are said in one word.
 
         `steady`: the scheduler says that, with everybody decoding and nobody else there, it only ever runs them all.
         `ordered`: that requests which wait change nothing about it as long as the first of them does not fit, and that
-        they keep their order. `chunked`: that while as many decode, a running request whose chunk has taken the rest of
-        the token budget gets that again.
+        they keep their order. `chunk_budget`: that to the one request that prefills, where it is the last one that was
+        admitted, it gives what the decodes leave of so many tokens (0: that it does not).
         """
         plan, view = self.plan, self.view
-        if steady and plan.decode_all and not (view.paused or view.swapped):
-            # Slots and blocks do not get more until somebody ends, while budgets may and admission might; of the
-            # budget nothing is left in any step of a chunk that goes on.
-            reasons = (SLOTS, TOKEN_BUDGET) if plan.chunks else (SLOTS, NO_BLOCKS)
-            first = len(plan.blocked) == 1 and plan.blocked[0][1] in reasons
-            waits = view.num_waiting and not (ordered and first)
-            alike = (chunked and self._one_chunk_takes_the_rest()) if plan.chunks else not view.prefilling
-            if alike and not waits:
-                plan.repeats = FOREVER
         if plan.decodes and not plan.resume and len(plan.decodes) == view.num_decoding - self._num_decodes_stopped():
             plan.decodes = []
             plan.decode_all = True
+        if steady and plan.decode_all and not (view.paused or view.swapped):
+            alike = chunk_budget > 0 if plan.chunks else not view.prefilling
+            if alike and (view.num_waiting == len(self.admitted) or (ordered and self._first_lacks_room())):
+                plan.repeats, plan.chunk_budget = FOREVER, chunk_budget
         return plan
 
-    def _one_chunk_takes_the_rest(self) -> bool:
-        """Whether the plan has one chunk, of a running request, that leaves nothing of the token budget."""
-        chunks = self.plan.chunks
-        return not self.tokens_left and len(chunks) == 1 and chunks[0][0].state is State.RUNNING
+    def _first_lacks_room(self) -> bool:
+        """Whether the first who waits lacks what there is no more of until somebody ends: slots, or blocks where no
+        prefill begins; or of the token budget, of which a chunk that takes all that is left leaves nothing (while a
+        budget may grow otherwise, and admission might change its mind)."""
+        blocked = self.plan.blocked
+        return len(blocked) == 1 and blocked[0][1] in (
+            (SLOTS, TOKEN_BUDGET) if self.plan.chunks else (SLOTS, NO_BLOCKS)
+        )
 
     def _num_decodes_stopped(self) -> int:
         stopped = self.preempted.values()

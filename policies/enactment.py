@@ -12,9 +12,10 @@ from typing import Final
 
 from policies.block_pool import num_idle
 from policies.contract import Hit
-from policies.decoding import advance_group, finish, note_filled, open_block
+from policies.decoding import advance_group, finish, note_filled, open_block, run_chunk
 from policies.draft import NO_BLOCKS, SLOTS, TOKEN_BUDGET
-from policies.plan import Chunk, Plan, Step
+from policies.host_tier import HostTier
+from policies.plan import Plan, Step
 from policies.preempting import Returns, objection_to_preempting, take_memory
 from policies.replica_state import ReplicaState
 from policies.request import Request, State
@@ -340,17 +341,8 @@ class Enactment:
             return self._refuse_chunk(request, NO_BLOCKS)
         if waiting:
             self._admit(request)
-        if missing > 0:
-            self._grow(request, target)
-        samples = end == request.num_tokens
-        request._computed = end
-        request._busy_until = self.step.index
-        if samples:
-            request._tokens += 1
-            request._token_steps.append(self.step.index)
-        state.place(request)
+        run_chunk(state, self.step, request, num_tokens, self.now, target)
         self._tokens_left -= num_tokens
-        self.step.chunks.append(Chunk(request, start, num_tokens, samples))
         return None
 
     def _refuse_chunk(self, request: Request, reason: str) -> None:
@@ -374,6 +366,9 @@ class Enactment:
             request.first_scheduled_ns = self.now
             request.num_cached_tokens = hit.num_tokens
             request.num_fetched_tokens = len(hit.host) * state.limits.block_size
+            reads = request._reads or ()
+            request.num_disk_tokens = sum(block.key in reads for block in hit.host) * state.limits.block_size
+        request._reads = None
         if hit.num_tokens:
             self.step.grown.append(request)
         self._start(request)
@@ -393,12 +388,15 @@ class Enactment:
         """For requests that wait, into blocks that nobody holds. Nothing to fetch, or no room, is no matter."""
         state = self.state
         for request, where in self.plan.fetch:
-            if state.tier is None or where != "host":
+            tier = {"host": state.tier, "disk": state.disk}.get(where)
+            if tier is None:
                 self.step.refused.append((request, "no tier to fetch from"))
             elif request.state is not State.WAITING or state.requests.get(request.id) is not request:
                 self.step.refused.append((request, "not waiting"))
+            elif isinstance(tier, HostTier):
+                tier.fetch_ahead(request, self.now)
             else:
-                state.tier.fetch_ahead(request, self.now)
+                tier.fetch(request, self.now)
 
     def _register(self) -> None:
         """Prompt blocks are named as soon as the step that computes them is on its way: steps run in order."""

@@ -7,18 +7,17 @@ taken from the cached blocks, those first that were used longest ago.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from policies.block_pool import CachedBlock
 
 
 @dataclass(slots=True, eq=False)
-class HostBlock:
-    """A cached block of host memory."""
+class HostBlock(CachedBlock):
+    """A cached block of host memory; `hits` are those that have fetched it from there."""
 
-    id: int
-    key: bytes
-    last_used_ns: int
-    claims: int = 0  # of plans that are about to fetch it: it must not go until they have asked for the copy
+    claims: int = 0  # of plans that are about to fetch it, until they have asked for the copy; while it goes to disk
 
 
 class HostPool:
@@ -32,6 +31,8 @@ class HostPool:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: dict[bytes, HostBlock] = {}  # used longest ago first
         self._num_claimed = 0
+        self._away: set[int] = set()  # neither free nor cached: what is on its way from disk, or to it and forgotten
+        self.on_forget: Callable[[HostBlock, bool], None] | None = None  # told what goes, and whether for want of room
 
     @property
     def num_free(self) -> int:
@@ -72,12 +73,38 @@ class HostPool:
     def __contains__(self, key: bytes) -> bool:
         return key in self._cached
 
-    def keep(self, key: bytes, now: int) -> int | None:
+    def get(self, key: bytes) -> HostBlock | None:
+        """The cached block with this key, if there is one."""
+        return self._cached.get(key)
+
+    def keep(self, key: bytes, now: int, depth: int = 0, parent: bytes | None = None) -> int | None:
         """A block for the content with this key, which is not here yet; None where swapped requests hold them all."""
-        block_id = self._free.pop() if self._free else self._evict()
+        block_id = self._take()
         if block_id is not None:
-            self._cached[key] = HostBlock(block_id, key, now)
+            self._cached[key] = HostBlock(block_id, key, depth, parent, references=0, last_used_ns=now)
         return block_id
+
+    # On their way from disk
+
+    def expect(self) -> int | None:
+        """A block for content that is on its way, which nobody else gets; None where there is none."""
+        block_id = self._take()
+        if block_id is not None:
+            self._away.add(block_id)
+        return block_id
+
+    def land(self, block_id: int, key: bytes, now: int, depth: int, parent: bytes | None) -> None:
+        """What was expected is there, as content with this key, unless that has come another way."""
+        self._away.remove(block_id)
+        if key in self._cached:
+            self._free.append(block_id)
+        else:
+            self._cached[key] = HostBlock(block_id, key, depth, parent, references=0, last_used_ns=now)
+
+    def abandon(self, block_id: int) -> None:
+        """What was expected does not come."""
+        self._away.remove(block_id)
+        self._free.append(block_id)
 
     def lookup(self, keys: Sequence[bytes], start: int) -> list[HostBlock]:
         """The longest run of cached blocks of the chain `keys` from `start` on. Changes nothing."""
@@ -99,7 +126,12 @@ class HostPool:
         """The copies that were claimed for are asked for, or will not be made."""
         for block in blocks:
             block.claims -= 1
-            self._num_claimed -= block.claims == 0
+            if block.claims:
+                continue
+            if block.id in self._away:  # forgotten meanwhile
+                self.abandon(block.id)
+            else:
+                self._num_claimed -= 1
 
     def touch(self, keys: Sequence[bytes], now: int) -> None:
         """These are used now: a chain's end is to go before its head."""
@@ -114,29 +146,40 @@ class HostPool:
             block = next(iter(self._cached.values()))
             if block.last_used_ns >= since or block.claims:
                 break
-            self._free.append(self._forget(block))
+            self._free.append(self._forget(block, False))
 
     def flush(self) -> int:
-        """Forget all cached content. Returns how many blocks that frees."""
+        """Forget all cached content. Returns how many blocks that frees, some of them once they have been read."""
         count = len(self._cached)
         for block in list(self._cached.values()):
-            self._free.append(self._forget(block))
+            block_id = self._forget(block, False)
+            if block.claims:
+                self._num_claimed -= 1
+                self._away.add(block_id)
+            else:
+                self._free.append(block_id)
         return count
+
+    def _take(self) -> int | None:
+        return self._free.pop() if self._free else self._evict()
 
     def _evict(self) -> int | None:
         block = next((block for block in self._cached.values() if not block.claims), None)
-        return None if block is None else self._forget(block)
+        return None if block is None else self._forget(block, True)
 
-    def _forget(self, block: HostBlock) -> int:
+    def _forget(self, block: HostBlock, for_room: bool) -> int:
         del self._cached[block.key]
+        if self.on_forget is not None:
+            self.on_forget(block, for_room)
         return block.id
 
-    def check(self, held: Sequence[Sequence[int]]) -> None:
-        """Raise AssertionError unless every block is free, cached or held, once. `held`: those of each swapped
-        request."""
+    def check(self, held: Sequence[Sequence[int]], on_their_way: int = 0) -> None:
+        """Raise AssertionError unless every block is free, cached, held or on its way, once. `held`: those of each
+        swapped request; so many are on their way to disk or from it."""
         cached = [block.id for block in self._cached.values()]
-        everywhere = [*self._free, *cached, *(block for blocks in held for block in blocks)]
+        everywhere = [*self._free, *cached, *self._away, *(block for blocks in held for block in blocks)]
         assert sorted(everywhere) == list(range(self.num_blocks)), "host blocks are not conserved"
-        assert not self._num_claimed, "a host block is claimed by nobody's plan"
+        assert self._num_claimed == sum(b.claims > 0 for b in self._cached.values()), "claims are counted wrongly"
+        assert self._num_claimed + len(self._away) == on_their_way, "a host block is claimed by nobody's plan"
         used = [block.last_used_ns for block in self._cached.values()]
         assert used == sorted(used), "host blocks are not in the order of their last use"

@@ -48,6 +48,8 @@ class HostTier:
             for block in due.values():
                 if self._state.pool.holds(block):
                     self._copy_out(block, now)
+        if self._state.disk is not None:
+            self._state.disk.begin(now)
 
     # Out
 
@@ -62,16 +64,25 @@ class HostTier:
     def evicted(self, block: CachedBlock, now: int) -> None:
         """The device's copy goes in this very step; `block.id` is given out anew."""
         if block.key in self._state.host:
-            self._state.host.touch([block.key], now)
+            self._touch([block.key], now)
         elif self.policy.on_evict(block, now) or self._due.get(block.id) is block:
             self._copy_out(block, now)
 
     def _copy_out(self, block: CachedBlock, now: int) -> None:
         if block.key in self._state.host:
             return
-        there = self._state.host.keep(block.key, now)
+        there = self._state.host.keep(block.key, now, block.depth, block.parent)
         if there is not None:
+            if self._state.disk is not None:
+                kept = self._state.host.get(block.key)
+                assert kept is not None
+                self._state.disk.arrived(kept, now)
             self._state.copies.append(BlockCopy(None, True, (block.id,), (there,), cached=True))
+
+    def _touch(self, keys: Sequence[bytes], now: int, *, hit: bool = False) -> None:
+        self._state.host.touch(keys, now)
+        if self._state.disk is not None:
+            self._state.disk.used(keys, now, hit=hit)
 
     # In
 
@@ -91,7 +102,7 @@ class HostTier:
         there = tuple(block.id for block in hit.host)
         self._state.copies.append(BlockCopy(request, False, tuple(fresh), there, cached=True))
         host.unclaim(hit.host)
-        host.touch([block.key for block in hit.host], now)
+        self._touch([block.key for block in hit.host], now, hit=True)
         return fresh
 
     def fetch_ahead(self, request: Request, now: int) -> None:

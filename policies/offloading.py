@@ -27,7 +27,7 @@ class Offloading:
         self._ttl_ns = None if ttl_s is None else round(ttl_s * 1e9)
         self._fetch = fetch
         self._ahead = ahead
-        self._answers: dict[tuple[int, int], bool] = {}
+        self._answers: dict[tuple[int, int, int], bool] = {}
 
     def on_fill(self, block: CachedBlock, now: int) -> bool:
         return False
@@ -47,11 +47,12 @@ class Offloading:
     def fetches(self, start: int, num_tokens: int, cost: CostModel | None) -> bool:
         if cost is None or self._fetch == "always":
             return True
-        answer = self._answers.get((start, num_tokens))
+        asked = (start, num_tokens, getattr(cost, "reading_ns", 0))
+        answer = self._answers.get(asked)
         if answer is None:
             if len(self._answers) >= _REMEMBERED:
                 self._answers.clear()
-            answer = self._answers[start, num_tokens] = self._is_cheaper(start, num_tokens, cost)
+            answer = self._answers[asked] = self._is_cheaper(start, num_tokens, cost)
         return answer
 
     def _is_cheaper(self, start: int, num_tokens: int, cost: CostModel) -> bool:

@@ -50,16 +50,20 @@ class Plan:
     """(request, until_ns): keep its blocks after it ends; a time that has passed lifts the pin."""
     fetch: list[tuple[Request, str]]
     """(request, "host"): fetch now what a waiting request hits in host memory, as far as there are blocks beside
-    everything else in the plan; nobody holds them until it is admitted."""
+    everything else in the plan; nobody holds them until it is admitted. (request, "disk"): have what it hits on disk
+    read to host memory, as far as that has room."""
     bundles: list[frozenset[int]]
     """Groups of request ids inside `chunks` of which all run or none."""
     wake_at: int | None
     """Ask again at this time even if nothing happens; without effect once no request is alive."""
     repeats: int
     """Steps in which this would be the plan, this one included, as long as nothing comes in from outside and blocks
-    suffice, and where somebody waits or a chunk is computed, nobody ends: the simulator takes the others without
-    asking. Only of a plan that runs every decode and does nothing else but, at most, one chunk of a running request:
-    then for as long as that goes on and does not end."""
+    suffice, and where somebody waits for slots or blocks, nobody ends: a simulation takes the others without asking.
+    Only of a plan that runs every decode and does nothing else but what `chunk_budget` allows."""
+    chunk_budget: int
+    """Of a plan that `repeats`, tokens of a step: in those that follow it, the one request that prefills gets as many
+    as the decodes leave of them, and once it is done decodes are alone. Then this plan may have chunks, and admit. 0:
+    there are none."""
     blocked: list[tuple[Request, str]]
     """(request, reason): waiting requests that were looked at and passed over. For the record only."""
 
@@ -77,10 +81,11 @@ class Plan:
         bundles: list[frozenset[int]] | None = None,
         wake_at: int | None = None,
         repeats: int = 1,
+        chunk_budget: int = 0,
         blocked: list[tuple[Request, str]] | None = None,
     ) -> None:
         # By hand, as most of it is empty in most steps.
-        self.decode_all, self.wake_at, self.repeats = decode_all, wake_at, repeats
+        self.decode_all, self.wake_at, self.repeats, self.chunk_budget = decode_all, wake_at, repeats, chunk_budget
         self.decodes = [] if decodes is None else decodes
         self.chunks = [] if chunks is None else chunks
         self.hold = {} if hold is None else hold
@@ -107,6 +112,7 @@ class Plan:
             self.bundles[:],
             self.wake_at,
             self.repeats,
+            self.chunk_budget,
             self.blocked[:],
         )
 
@@ -130,6 +136,20 @@ class BlockCopy:
     device: tuple[int, ...]
     host: tuple[int, ...]
     cached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DiskCopy:
+    """A block of a cached prefix on its way between host memory and disk: out to the disk's place, or in from there.
+
+    It begins once all that earlier steps and this one copy to host memory and from it is done, and goes beside the
+    steps from then on. `ControlPlane.disk_done` is told its number when it has arrived, or has not."""
+
+    number: int
+    out: bool
+    disk: int
+    host: int
+    key: bytes
 
 
 _NO_WORK = StepShape()
@@ -161,6 +181,8 @@ class Step:
     copies: list[BlockCopy]
     """To be made in this order, after what earlier steps compute and before what this one does. A step that runs
     nothing leaves its copies to the next one that does."""
+    disk: list[DiskCopy]
+    """Blocks that go between host memory and disk from now on, whether the step runs anything or not."""
     preempted: list[tuple[Request, Mode]]
     dropped: list[tuple[Request, str]]
     refused: list[tuple[Request, str]]
@@ -175,7 +197,7 @@ class Step:
         self.decode_all, self.num_decodes, self.decode_clock, self.shape = False, 0, 0, _NO_WORK
         self.chunks, self.decodes, self.joined, self.left, self.capped = [], [], [], [], []
         self.admitted, self.resumed, self.grown, self.copies, self.filled = [], [], [], [], []
-        self.preempted, self.dropped, self.refused = [], [], []
+        self.disk, self.preempted, self.dropped, self.refused = [], [], [], []
         for name, value in others.items():
             setattr(self, name, value)
 

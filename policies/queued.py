@@ -47,13 +47,12 @@ class QueuedScheduler:
         queue = type(self.queue)
         return (queue.begin, queue.peek, queue.on_report) == (KeyQueue.begin, KeyQueue.peek, KeyQueue.on_report)
 
-    def finish(self, draft: Draft, own: type, *, chunked: bool = False) -> Plan:
+    def finish(self, draft: Draft, own: type, *, chunk_budget: int = 0) -> Plan:
         """The plan of a scheduler that is steady and ordered in as far as its queue is, and no subclass of `own`;
-        `chunked` as in `Draft.finish`."""
-        if not draft.plan.decode_all or draft.admitted or draft.preempted:
+        `chunk_budget` as in `Draft.finish`."""
+        if draft.preempted or (draft.plan.chunks and not chunk_budget):
             return draft.finish()
-        steady = self.is_steady(own)
-        return draft.finish(steady=steady, ordered=self.is_ordered, chunked=chunked and steady)
+        return draft.finish(steady=self.is_steady(own), ordered=self.is_ordered, chunk_budget=chunk_budget)
 
     def start(self, view: View, now: int) -> Draft:
         """An empty plan, with the queue in order for this step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from policies.contract import Recorder
 from policies.plan import NO_COPIES, CopyTimes, Plan, Report, Step
@@ -28,6 +28,7 @@ class Recording:
         self._empty_rows: list[tuple[object, ...]] = []
         self._decode_steps = getattr(recorder, "decode_steps", self._decode_steps_by_rows)
         self._plan_rows: dict[int, tuple[object, ...]] = {}
+        self._num_dropped = 0  # blocks on their way to disk or from it, as far as that is recorded
 
     def submitted(self, request: Request, next_step: int) -> None:
         """It came before the plan with this index."""
@@ -90,6 +91,7 @@ class Recording:
             request._keys,
             moves,
             request.num_fetched_tokens,
+            request.num_disk_tokens,
         ))  # fmt: skip
 
     def planned(self, plan: Plan, step: Step) -> None:
@@ -99,10 +101,8 @@ class Recording:
             decision((replica, index, request.id, "drop", 0, reason))
         for request, mode in step.preempted:
             decision((replica, index, request.id, "preempt", request.num_tokens, mode.value))
-        for request in step.left:
-            decision((replica, index, request.id, "leave", 0, ""))
-        for request in step.joined:
-            decision((replica, index, request.id, "join", 0, ""))
+        if step.left or step.joined:
+            self.regrouped(step.left, step.joined, index)
         if step.decode_all:
             decision((replica, index, -1, "decode", step.num_decodes, ""))
         for request in step.capped:
@@ -135,6 +135,7 @@ class Recording:
             state.host.num_unused,
             *_of_prefixes(step, state),
             state.host.num_cached,
+            self._of_disk(step),
         )
         if not step.runs:
             row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0, NO_COPIES)
@@ -142,6 +143,13 @@ class Recording:
                 self._recorder.step(row)
             else:
                 self._empty_rows.append(row)  # behind the row of the step in flight
+
+    def regrouped(self, left: Iterable[Request], joined: Iterable[Request], index: int) -> None:
+        """With the step with this index, these are no more in the decode group, and these are."""
+        for request in left:
+            self._recorder.decision((self._replica, index, request.id, "leave", 0, ""))
+        for request in joined:
+            self._recorder.decision((self._replica, index, request.id, "join", 0, ""))
 
     def coasted(
         self,
@@ -151,20 +159,20 @@ class Recording:
         clock: int,
         unused: Sequence[int],
         longest: Sequence[int],
-        chunk: tuple[Request, int] | None,
+        prefill: Request | None,
         is_open: bool,
     ) -> Row:
         """Steps that change nothing but counts (`policies.coasting`), from the one with this index, shape and decode
-        clock on: each one's times, the unused blocks after it and its longest context, and the chunk that goes on.
+        clock on: each one's times, the unused blocks after it and its longest context, and the prefill that goes on.
 
         `is_open`: the last one has not ended yet. Then its row is answered, for `ended_step`."""
         state = self._state
         after = (len(state.running), state.num_waiting, len(state.paused), None, 0, 0, len(state.swapped))
         row = (
             *(self._replica, index, *times[0], *first[:11], clock, 0, 0, 0, unused[0], state.pool.num_idle),
-            *(*after, state.host.num_unused, 0, 0, state.host.num_cached, *NO_COPIES),
+            *(*after, state.host.num_unused, 0, 0, state.host.num_cached, *NO_COPIES, *self._of_disk(None)),
         )
-        steps = DecodeSteps(row, times, unused, longest, -1 if chunk is None else chunk[0].id)
+        steps = DecodeSteps(row, times, unused, longest, -1 if prefill is None else prefill.id)
         if not is_open:
             self._decode_steps(steps)
             return row
@@ -210,7 +218,9 @@ class Recording:
     def _step_row(
         self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int, copies: CopyTimes
     ) -> tuple[object, ...]:
-        admitted, preempted, *after, swapped, free_host, kept, fetched, cached = self._plan_rows.pop(step.index)
+        admitted, preempted, *after, swapped, free_host, kept, fetched, cached, of_disk = self._plan_rows.pop(
+            step.index
+        )
         shape = step.shape
         return (
             self._replica,
@@ -233,7 +243,18 @@ class Recording:
             fetched,
             cached,
             *copies,
+            *of_disk,  # type: ignore[misc]
         )
+
+    def _of_disk(self, step: Step | None) -> tuple[int, int, int, int]:
+        """The last columns."""
+        disk, size = self._state.disk, self._state.block_size
+        if disk is None:
+            return 0, 0, 0, 0
+        lost, self._num_dropped = disk.num_dropped - self._num_dropped, disk.num_dropped
+        copies = [] if step is None else step.disk
+        out = sum(copy.out for copy in copies)
+        return out * size, (len(copies) - out) * size, disk.pool.num_cached, lost
 
 
 def _of_prefixes(step: Step, state: ReplicaState) -> tuple[int, int]:

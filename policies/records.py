@@ -43,6 +43,7 @@ REQUESTS: dict[str, str] = {
     "block_keys": "list<binary>",  # hash chain of its full blocks, with prefix caching
     "moves": "list<int64>",  # its stays on other replicas before the last one, five numbers each
     "fetched_tokens": "int32",  # of `cached_tokens`, those that came from host memory
+    "disk_tokens": "int32",  # of `fetched_tokens`, those that were read from disk for it before
 }
 """requests.parquet, one row a request, when it ends: all that a policy was told of it, and what became of it.
 
@@ -90,6 +91,10 @@ STEPS: dict[str, str] = {
     "copy_out_ns": "int64",  # how long its copies took, of each direction for itself
     "copy_in_ns": "int64",
     "copy_wait_ns": "int64",  # for so much of that its computation waited; the rest is hidden
+    "disk_out": "int32",  # KV on its way from host memory to disk from this step on, in tokens: whole blocks
+    "disk_in": "int32",  # the same, from disk to host memory
+    "disk_blocks": "int32",  # on disk, or on their way there: of cached prefixes
+    "disk_dropped": "int32",  # blocks lost since the last plan: not written, too late, or not as they were
 }
 """steps.parquet, one row a call of plan(), steps counted from 0 on each replica.
 
@@ -100,7 +105,7 @@ ALIVE = ("num_running", "num_waiting", "num_paused", "num_swapped")
 """The columns of steps.parquet that together count the requests alive."""
 
 ADDED: dict[str, dict[str, object]] = {
-    "requests": {"moves": [], "fetched_tokens": 0},
+    "requests": {"moves": [], "fetched_tokens": 0, "disk_tokens": 0},
     "steps": {
         "chunk_squares": 0,
         "swapped_out": 0,
@@ -113,6 +118,10 @@ ADDED: dict[str, dict[str, object]] = {
         "copy_out_ns": 0,
         "copy_in_ns": 0,
         "copy_wait_ns": 0,
+        "disk_out": 0,
+        "disk_in": 0,
+        "disk_blocks": 0,
+        "disk_dropped": 0,
     },
 }
 """Table -> columns that runs of earlier versions lack, and what those would have had there; of `chunk_squares`, what a
@@ -151,7 +160,8 @@ behind the blocked one). Together they say for each step which request ran with 
 for a request before a step, with tokens, or for `reserve`, `lend` and `borrow` blocks (those to be moved).
 
 What an operator did before a step stands first among its decisions, with request -1: `swap` (reason: roles and their
-new policies), `hold` (plans run nothing from here on), `release`, and `flush` (tokens: cached blocks forgotten).
+new policies), `hold` (plans run nothing from here on), `release`, and `flush` (tokens: cached blocks forgotten). So
+does `disk`: a block has come to disk or from there (tokens: the number of its copy), or has not (reason: why).
 """
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from policies.block_pool import BlockPool, num_blocks
 from policies.contract import CostModel, Hit
 from policies.decode_group import DecodeGroup
+from policies.disk_tier import DiskTier
 from policies.draft import Draft
 from policies.host_pool import HostPool
 from policies.host_tier import HostTier
@@ -32,6 +33,9 @@ class Limits:
     within so long, so that what arrives meanwhile can be in it; None: at once, as while decodes alone run.
     `num_host_blocks`: blocks of host memory, for requests that are preempted with `Mode.SWAP` and for cached prefixes
     as the stack's offload policy says; 0: there is no such tier.
+    `num_disk_blocks`: blocks on disk, for cached prefixes that host memory has no more room for; 0: no such tier.
+    `disk_read_ns`, `disk_write_ns`: what a block takes there, for who decides whether to read it, and for a simulation.
+    `disk_folder`: where the blocks lie; a simulation needs none.
     """
 
     num_blocks: int
@@ -45,6 +49,10 @@ class Limits:
     lag: int = 0
     plan_lead_ns: int | None = None
     num_host_blocks: int = 0
+    num_disk_blocks: int = 0
+    disk_read_ns: int = 0
+    disk_write_ns: int = 0
+    disk_folder: str = ""
 
     @property
     def max_total_tokens(self) -> int:
@@ -59,8 +67,13 @@ class Limits:
             raise ValueError(f"lag must be 0 or 1, not {self.lag}")
         if self.plan_lead_ns is not None and self.plan_lead_ns < 0:
             raise ValueError(f"plan_lead_ns must be at least 0, not {self.plan_lead_ns}")
-        if self.num_host_blocks < 0:
-            raise ValueError(f"num_host_blocks must be at least 0, not {self.num_host_blocks}")
+        for name in ("num_host_blocks", "num_disk_blocks", "disk_read_ns", "disk_write_ns"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if self.num_disk_blocks and not (self.num_host_blocks and self.prefix_caching):
+            raise ValueError(
+                "num_disk_blocks needs num_host_blocks and prefix_caching: blocks reach the disk by the host"
+            )
         for name in ("capture_sizes", "mixed_capture_sizes"):
             if list(getattr(self, name)) != sorted(set(getattr(self, name))):
                 raise ValueError(f"{name} must ascend, not {getattr(self, name)}")
@@ -82,6 +95,7 @@ class ReplicaState:
         if limits.num_host_blocks and limits.prefix_caching:
             self.tier = HostTier(self)
             self.pool.on_evict = self.tier.evicted
+        self.disk = DiskTier(self) if limits.num_disk_blocks else None
         self.copies: list[BlockCopy] = []  # asked for, and not in a step that runs yet
         self.requests: dict[int, Request] = {}  # alive: waiting, running, paused or swapped
         self.running: dict[int, Request] = {}
@@ -142,6 +156,11 @@ class ReplicaState:
         """Tokens still to compute of all live requests: 1 for one that decodes."""
         return self.num_prefill_tokens + self.num_decoding
 
+    @property
+    def num_on_their_way(self) -> int:
+        """Blocks on their way between host memory and disk, or asked for."""
+        return 0 if self.disk is None else self.disk.num_underway
+
     def draft(self) -> Draft:
         return Draft(self, self.stack.admission, self.stack.preemption)
 
@@ -167,9 +186,11 @@ class ReplicaState:
         # The last token is always computed, since its logits are what the step is for.
         keys = request._keys[: (request.num_tokens - 1) // size]
         blocks = self.pool.lookup(keys)
-        if self.tier is not None and len(blocks) < len(keys) and (host := self.tier.lookup(keys, len(blocks))):
-            return Hit((len(blocks) + len(host)) * size, tuple(blocks), tuple(host))
-        return Hit(len(blocks) * size, tuple(blocks))
+        if self.tier is None or len(blocks) == len(keys):
+            return Hit(len(blocks) * size, tuple(blocks))
+        host = self.tier.lookup(keys, len(blocks))
+        on_disk = 0 if self.disk is None else self.disk.num_awaited(request, keys, len(blocks))
+        return Hit((len(blocks) + len(host)) * size, tuple(blocks), tuple(host), on_disk)
 
     def prefix_keys(self, request: Request) -> Sequence[bytes]:
         return request._keys[: request.num_prompt_tokens // self.limits.block_size]
@@ -183,12 +204,12 @@ class ReplicaState:
     # The moves
 
     def place(self, request: Request) -> None:
-        """Put a running request where it belongs, after its counts have changed."""
-        if request.num_output_tokens >= request.max_tokens:
+        """Put a running request that is not in the group where it belongs, after its counts have changed."""
+        if request._tokens - request.num_prompt_tokens >= request.max_tokens:
             self.prefilling.pop(request.id, None)
             self.loose.pop(request.id, None)
             self.drained[request.id] = request
-        elif request.num_pending_tokens == 1:
+        elif request._tokens - request._computed == 1:
             self.prefilling.pop(request.id, None)
             self.loose[request.id] = request
         else:
@@ -280,7 +301,9 @@ class ReplicaState:
         assert all(r.state is State.MOVING for r in self.leaving.values()), "a request leaves that does not move"
         assert self.landed.keys() <= self.leaving.keys(), "a request has landed that holds nothing"
         assert self.coming.keys() <= self.reserved.keys(), "a request comes for which nothing is reserved"
-        self.host.check([r._host_blocks for r in self.requests.values()])
+        self.host.check([r._host_blocks for r in self.requests.values()], self.num_on_their_way)
+        if self.disk is not None:
+            self.disk.check()
         places: list[Mapping[int, Request]] = [self.prefilling, self.loose, self.group.members, self.drained]
         assert sum(map(len, places)) == len(self.running), "a running request is in no place, or in two"
         for place in places:

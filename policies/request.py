@@ -78,6 +78,7 @@ class Request:
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # prefix hit at the first admission
     num_fetched_tokens: int = 0  # those of them that came from host memory
+    num_disk_tokens: int = 0  # those of them that were read from disk for it before
     first_scheduled_ns: int | None = None
     first_token_ns: int | None = None
     finish_ns: int | None = None
@@ -90,6 +91,7 @@ class Request:
     _blocks: list[int] = field(default_factory=list)
     _host_blocks: list[int] = field(default_factory=list)
     _keys: list[bytes] = field(default_factory=list)
+    _reads: dict[bytes, int] | None = None  # key -> number of the read from disk that it has asked for, once it has
     _num_registered: int = 0  # leading blocks that stand in the prefix index under this request's keys
     _busy_until: int = -1  # last step that may still be writing for it
     _token_steps: list[int] = field(default_factory=list)

@@ -42,12 +42,10 @@ def growing(
     while True:
         end = start + tokens
         # Not by the constructor, which takes three times as long.
+        most, paired = longest if longest > end else end, tokens * start + pairs
         yield fill(
             StepShape,
-            (
-                *(num_decodes, context, longest if longest > end else end, chunks, tokens, tokens * start + pairs),
-                *(end, squares, num_decodes, padded, graph, 0, 0),
-            ),
+            (num_decodes, context, most, chunks, tokens, paired, end, squares, num_decodes, padded, graph, 0, 0),
         )
         context += num_decodes
         longest += 1

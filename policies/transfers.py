@@ -231,7 +231,7 @@ class Transfers:
     def _touch(self, now: int) -> None:
         """Something comes in from outside."""
         self._plane._advance(now)
-        self._plane._repeats = 0
+        self._plane.repeating.stop()
 
     def _record(self, kind: str, request_id: int, tokens: int = 0) -> None:
         self._plane._record_event(kind, tokens, "", request_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from policies.block_pool import num_blocks
@@ -28,7 +28,8 @@ class Taking:
     needs_cost = False
     _mode = "recompute"
     _cost: CostModel | None = None
-    _prices: dict[tuple[Callable[[CostModel, int], int], int], int]  # by that cost model
+    _recompute_ns: dict[int, int]  # by tokens, by that cost model
+    _swap_ns: dict[int, int]
 
     def __init__(self, mode: str = "recompute") -> None:
         if mode not in MODES:
@@ -47,22 +48,25 @@ class Taking:
 
     def costs(self, request: Request, view: View, draft: Draft) -> tuple[float, float]:
         """Nanoseconds that recomputing and swapping a victim cost, by the cost model; a full host is no way."""
-        assert view.cost is not None, "a policy that needs a cost model is never put where there is none"
-        if view.cost is not self._cost:
-            self._cost, self._prices = view.cost, {}
-        recompute = self._price(prefill_ns, request.num_tokens)
-        if not view.num_host_blocks or not draft.can_swap(request):
-            return recompute, float("inf")
-        return recompute, self._price(
-            swap_ns, num_blocks(request.num_computed_tokens, view.block_size) * view.block_size
-        )
+        recompute, swap = self.prices(request, view)
+        return recompute, swap if view.num_host_blocks and draft.can_swap(request) else float("inf")
 
-    def _price(self, of: Callable[[CostModel, int], int], num_tokens: int) -> int:
-        """Each is asked of the cost model once: there are as many as a sequence can have tokens."""
-        if (of, num_tokens) not in self._prices:
-            assert self._cost is not None
-            self._prices[of, num_tokens] = of(self._cost, num_tokens)
-        return self._prices[of, num_tokens]
+    def prices(self, request: Request, view: View) -> tuple[float, float]:
+        """The same with all of the host's memory free. Each length is asked of the cost model once."""
+        cost, tokens = view.cost, request.num_tokens
+        assert cost is not None, "a policy that needs a cost model is never put where there is none"
+        if cost is not self._cost:
+            self._cost, self._recompute_ns, self._swap_ns = cost, {}, {}
+        recompute = self._recompute_ns.get(tokens)
+        if recompute is None:
+            recompute = self._recompute_ns[tokens] = prefill_ns(cost, tokens)
+        if not view.num_host_blocks:
+            return recompute, float("inf")
+        filled = num_blocks(request.num_computed_tokens, view.block_size) * view.block_size
+        swap = self._swap_ns.get(filled)
+        if swap is None:
+            swap = self._swap_ns[filled] = swap_ns(cost, filled)
+        return recompute, swap
 
 
 class RankedVictim(Taking, ABC):
@@ -71,20 +75,43 @@ class RankedVictim(Taking, ABC):
     Under a rank that a request's own progress makes worse, two long prompts in chunks would take the memory from each
     other for ever, each when it is ahead. Such a rule says `spares_eldest`: who was admitted first, of those that run,
     is not preempted while there are others, so it gets to its end. Under a rank that is fixed or gets better with
-    output tokens the first in it does. Asked once a victim; O(running), times what the rank costs.
+    output tokens the first in it does.
+
+    O(running log running) a plan that preempts, by `ceiling`. A victim then costs the ranks of those whose ceiling is
+    above its rank: where the two are the same, its own alone.
     """
 
     spares_eldest = False
+    _draft: Draft | None = None
+    _line: Sequence[tuple[Any, int, int, Request]] = ()  # who ran before this draft, the highest ceiling first
 
     @abstractmethod
     def rank(self, request: Request, view: View, draft: Draft, now: int) -> Any:
         """The larger, the sooner it is preempted. Comparable among all running requests."""
 
+    def ceiling(self, request: Request, view: View, draft: Draft, now: int) -> Any:
+        """At least its rank, whomever the draft will have stopped. The rank itself, unless that depends on it."""
+        return self.rank(request, view, draft, now)
+
     def victim(self, view: View, draft: Draft, now: int) -> tuple[Request, Mode] | None:
-        running = [request for request in view.running.values() if request.id not in draft.preempted]
-        if not running:
+        if draft is not self._draft:
+            everybody = view.running.values()
+            line = [(self.ceiling(r, view, draft, now), r.arrival_ns, r.id, r) for r in everybody]
+            self._draft, self._line = draft, sorted(line, reverse=True)
+        gone = draft.preempted
+        spared = self._spared(view, draft)
+        last, most = None, None
+        for ceiling, arrival, request_id, request in self._line:
+            if most is not None and most > (ceiling, arrival, request_id):
+                break
+            if request_id not in gone and request is not spared:
+                place = (self.rank(request, view, draft, now), arrival, request_id)
+                if most is None or place > most:
+                    last, most = request, place
+        return None if last is None else (last, self.mode_for(last, view, draft))
+
+    def _spared(self, view: View, draft: Draft) -> Request | None:
+        """Who was admitted first of those left, if it is not alone."""
+        if not self.spares_eldest or len(view.running) - len(draft.preempted) < 2:
             return None
-        if self.spares_eldest and len(running) > 1:
-            del running[0]
-        last = max(running, key=lambda r: (self.rank(r, view, draft, now), *r.key))
-        return last, self.mode_for(last, view, draft)
+        return next(request for request_id, request in view.running.items() if request_id not in draft.preempted)

@@ -110,6 +110,16 @@ class CopyStreams:
             ended.append(self._out.popleft())
         return _elapsed_ns(ended)
 
+    def ready(self) -> Callable[[], None]:
+        """What waits, on any thread, for all copies asked for until now."""
+        events = [_record(stream) for stream in self._streams.values()]
+
+        def wait() -> None:
+            for event in events:
+                event.synchronize()
+
+        return wait
+
     def wait(self) -> None:
         """For all copies."""
         for stream in self._streams.values():

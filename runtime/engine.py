@@ -126,6 +126,7 @@ class Engine:
         self._submitted: list[Sequence] = []
         self._cancelled: list[tuple[int, int | None]] = []  # request id; output tokens where a stop string ended it
         self._calls: list[_Call[Any]] = []
+        self._from_disk: list[tuple[int, str]] = []
         self._closing = False
         self._alarm = False  # the model's other ranks are to be looked at
         self._runner.watch(self._wake)
@@ -369,6 +370,7 @@ class Engine:
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
             calls, self._calls = self._calls, []
+            from_disk, self._from_disk = self._from_disk, []
             now = self.now()  # what is stamped later comes before a later step
         # All of them first: if anything fails below, whoever is known here is told.
         self._sequences.update((sequence.request.id, sequence) for sequence in submitted)
@@ -387,6 +389,8 @@ class Engine:
             else:
                 self._plane.cancel(request_id, now, stopped_after, State.STOPPED)
                 del self._sequences[request_id]
+        for number, error in from_disk:
+            self._plane.disk_done(number, error, now)
         for call in calls:
             call.run(self._plane, now)
         return now
@@ -398,17 +402,27 @@ class Engine:
         started = self._runner.launch(step, self._sequences.__getitem__)
         if started is not None:
             launched[step.index] = started
+        if step.disk:
+            self._runner.use_disk(step.disk, self._disk_done)
 
     def _sleep(self, wake_at: int | None) -> None:
-        if wake_at is None and self._plane.num_live and not self._plane.held:
+        if wake_at is None and self._plane.num_live and not (self._plane.held or self._plane.awaits_disk):
             return  # the policy is asked once more; the control plane does not let it plan nothing twice
         timeout = threading.TIMEOUT_MAX
         if wake_at is not None:
             timeout = min(timeout, max(0, wake_at - self.now()) / 1e9)
         with self._inbox:
             self._inbox.wait_for(
-                lambda: self._submitted or self._cancelled or self._calls or self._closing or self._alarm, timeout
+                lambda: (
+                    self._submitted or self._cancelled or self._calls or self._from_disk or self._closing or self._alarm
+                ),
+                timeout,
             )
+
+    def _disk_done(self, number: int, error: str) -> None:
+        with self._inbox:
+            self._from_disk.append((number, error))
+            self._inbox.notify()
 
     def _wake(self) -> None:
         with self._inbox:

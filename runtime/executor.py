@@ -5,16 +5,19 @@ Where the model is spread over several devices, every rank has one of these, and
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from policies.plan import DiskCopy
 from policies.replica_state import Limits
 from runtime.attention import AttentionShape, get_backend
 from runtime.device_state import DeviceState, StepRows
+from runtime.disk import DiskStore, Told
 from runtime.host_memory import HostMemory, Made
 from runtime.kv_cache import PagedKVCache
 from runtime.model_config import ModelError
@@ -39,6 +42,11 @@ def _check_device(device: torch.device, kv_dtype: torch.dtype | None) -> None:
         raise ModelError("a CUDA device needs the package triton; pip install 'diptych[gpu]'")
     if kv_dtype == torch.float8_e4m3fn:
         check_float8(device)
+
+
+def _identity(loaded: LoadedModel, block_size: int, dtype: torch.dtype) -> bytes:
+    """Whose blocks they are, and of what shape."""
+    return hashlib.sha256(repr((loaded.name, loaded.config, block_size, dtype)).encode()).digest()
 
 
 class Executor:
@@ -72,6 +80,14 @@ class Executor:
         if limits.num_host_blocks:
             with timed(self.startup_seconds, "host_memory"):
                 self._host_memory = HostMemory(self.kv_cache, limits.num_host_blocks)
+        self._disk: DiskStore | None = None
+        if limits.num_disk_blocks:
+            assert self._host_memory is not None
+            if loaded.ranks.size > 1:
+                raise ModelError("a disk tier is for a model on one device; leave out limits.num_disk_blocks or --disk")
+            with timed(self.startup_seconds, "disk"):
+                identity = _identity(loaded, limits.block_size, self.kv_cache.dtype)
+                self._disk = DiskStore(limits.disk_folder, identity, self._host_memory)
         shape = AttentionShape.of(loaded.config, limits.block_size, self.kv_cache.dtype)
         backend = get_backend(attention, self.device, shape)
         self._model.attach(self.kv_cache, backend)
@@ -102,6 +118,17 @@ class Executor:
                     self._model, self._state, self._plain_sampler, decode_sizes, mixed_sizes, self.stream
                 )
 
+    def use_disk(self, copies: Sequence[DiskCopy], told: Told, ready: Callable[[], None]) -> None:
+        """Begin these, on threads of their own. `ready`: waits for the steps that do not run on a stream."""
+        assert self._disk is not None, "a plan without disk blocks reads none"
+        assert self._host_memory is not None
+        self._disk.start(copies, self._host_memory.ready() or ready, told)
+
+    def wait_for_disk(self) -> None:
+        """For all that has begun; it has been told then."""
+        if self._disk is not None:
+            self._disk.wait()
+
     def wait(self) -> None:
         """Wait for the steps that are queued."""
         if self.stream is not None:
@@ -112,6 +139,9 @@ class Executor:
         try:
             self.wait()
         finally:
+            if self._disk is not None:
+                self._disk.close()
+                self._disk = None
             if self._host_memory is not None:
                 self._host_memory.close()
                 self._host_memory = None

@@ -13,7 +13,7 @@ makes the copies between steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,6 +107,15 @@ class HostMemory:
             torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr())
             self._pinned = False
         del self._host
+
+    def block_bytes(self, host: int) -> memoryview:
+        """One block's, to be read and written."""
+        return self._host[host].view(torch.uint8).numpy().data.cast("B")
+
+    def ready(self) -> Callable[[], None] | None:
+        """What waits, on any thread, until the copies that have been asked for are made; None where they are made as
+        they are asked for."""
+        return self._streams.ready() if self._pinned else None
 
     def make(self, copies: Sequence[Copy]) -> Made:
         """Make these copies in their order: on a card, queue them before what comes next on the current stream."""

@@ -8,6 +8,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from policies.control_plane import ControlPlane
-from policies.plan import NO_COPIES, BlockCopy, CopyTimes, Mode, Step
+from policies.plan import NO_COPIES, BlockCopy, CopyTimes, DiskCopy, Mode, Step
 from policies.replica_state import Limits
 from policies.request import Request
 from runtime.attention import AttentionShape, get_backend
 from runtime.device_state import Arrived, Ints, StepRows
+from runtime.disk import Told
 from runtime.executor import Executor
 from runtime.host_memory import Made
 from runtime.kv_cache import PagedKVCache
@@ -150,6 +152,10 @@ class OnStream:
         return _times_of(self.copies)
 
 
+def _nothing() -> None:
+    """Ends once what was asked for before has."""
+
+
 def _times_of(copies: Made | None) -> CopyTimes:
     return NO_COPIES if copies is None else copies.times()
 
@@ -211,7 +217,7 @@ class ModelRunner:
         self._sampler = Sampler(loaded.config.vocab_size, device)
         eos = loaded.config.eos_token_ids
         self._sampling = SamplingState(self._num_slots, loaded.config.vocab_size, eos, device)
-        self._num_host_blocks = limits.num_host_blocks
+        self._num_host_blocks, self._num_disk_blocks = limits.num_host_blocks, limits.num_disk_blocks
         self._forget()
         self._last_end = 0  # when the last collected step ended
         self._recent: dict[int, deque[int]] = {}  # how long the last steps with chunks took, by their padded tokens
@@ -251,6 +257,7 @@ class ModelRunner:
             if getattr(ours, name) != getattr(theirs, name):
                 raise ValueError(f"{name} is {getattr(ours, name)} here, and cannot become {getattr(theirs, name)}")
         there = {"num_blocks": self.kv_cache.num_blocks, "num_host_blocks": self._num_host_blocks}
+        there["num_disk_blocks"] = self._num_disk_blocks
         for name, most in there.items():
             if getattr(theirs, name) > most:
                 raise ValueError(f"{name} is {most} here, and cannot become {getattr(theirs, name)}")
@@ -261,8 +268,9 @@ class ModelRunner:
     def wait(self) -> None:
         """Wait for the steps on their way."""
         if self._thread is not None:
-            self._thread.submit(lambda: None).result()
+            self._thread.submit(_nothing).result()
         self._executor.wait()
+        self._executor.wait_for_disk()
 
     def give_up(self, error: BaseException) -> None:
         """Serve nothing any more after an error here: the other ranks may wait for this one in the midst of a step."""
@@ -338,6 +346,12 @@ class ModelRunner:
         if self._executor.captured(inputs.rows, inputs.padded_tokens) is not None:
             launched_at = time.monotonic_ns()  # a graph is the last thing that is queued, and nothing runs before it
         return Launched(step, requests, queued_from, launched_at, pending)
+
+    def use_disk(self, copies: SequenceOf[DiskCopy], told: Told) -> None:
+        """Begin to read and write these, once the steps launched so far have made their copies. `told` is called on
+        other threads."""
+        ready = _nothing if self._thread is None else self._thread.submit(_nothing).result
+        self._executor.use_disk(copies, told, ready)
 
     def _leave_group(self, request: Request) -> None:
         if self._group.pop(request.id, None) is not None:

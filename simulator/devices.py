@@ -56,6 +56,10 @@ class Device:
     """Bytes a second in one direction to another device of the same machine: NVLink; 0: by the host link."""
     tdp_w: float = 0.0
     """Most power that the device draws, in watts (of the data sheet); 0: not known, so that no energy is estimated."""
+    disk_read_bandwidth: float = 6.9e9
+    """Bytes a second from the machine's disk, and to it: the data sheet of a PCIe 4.0 drive for servers, Samsung's
+    PM9A3. No measurement."""
+    disk_write_bandwidth: float = 4.1e9
     idle_w: float = 0.0
     """Power while it does nothing. No data sheet says it; 0: a tenth of `tdp_w`, which is about what cards report."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection, Sequence
 
 from policies.decode_group import NEVER
 from policies.plan import Step
@@ -41,12 +42,7 @@ class Endings:
                 self._check(chunk.request, ended)
         for request in step.decodes:
             self._check(request, ended)
-        for request in step.left:
-            self._members.pop(request.id, None)
-        for request in step.joined:
-            if request.id in self._truth:
-                self._members[request.id] = request
-                self._push(request, step.decode_clock)
+        self.regroup(step.left, step.joined, step.decode_clock)
         for request in step.capped:
             self._members.pop(request.id, None)
             self._check(request, ended)
@@ -59,14 +55,26 @@ class Endings:
                 self._push(member, step.decode_clock)
         return ended
 
-    def next_due(self) -> int:
-        """The decode clock at which the next member of the group may end."""
+    def regroup(self, left: Sequence[Request], joined: Collection[Request], clock: int) -> None:
+        """These have left the decode group, and these are in it from now on."""
+        for request in left:
+            self._members.pop(request.id, None)
+        for request in joined:
+            if request.id in self._truth:
+                self._members[request.id] = request
+                self._push(request, clock)
+
+    def next_due(self, joining: Collection[Request], clock: int) -> int:
+        """The decode clock at which the next member of the group may end, or one of those who are to join it now."""
         due = self._due
-        while due:
-            if due[0][1] in self._members and due[0][1] in self._truth:
-                return due[0][0]
+        while due and not (due[0][1] in self._members and due[0][1] in self._truth):
             heapq.heappop(due)
-        return NEVER
+        first = due[0][0] if due else NEVER
+        for request in joining:
+            truth = self._truth.get(request.id)
+            if truth is not None:
+                first = min(first, clock + truth[0] - request.num_output_tokens)
+        return first
 
     def _push(self, request: Request, clock: int) -> None:
         left = self._truth[request.id][0] - request.num_output_tokens

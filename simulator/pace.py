@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from policies.plan import NO_COPIES, CopyTimes, Step
@@ -97,9 +98,9 @@ class ComputedPace:
         as that can be. None that is planned, or if `watched` ends, at `horizon` or later; but where the last one
         `may_be_open`, that may end later. Whether it does."""
         cost, history, taken = self._costs.cost, self._history, []
-        plan, free, last = max(now, self._host_free, self._plan_from), self._device_free, most - 1
+        plan, free = max(now, self._host_free, self._plan_from), self._device_free
         is_open = False
-        for i, shape in enumerate(shapes):
+        for shape in islice(shapes, most):
             if plan >= horizon:
                 break
             prepare, device, finish = cost(shape)
@@ -110,14 +111,15 @@ class ComputedPace:
                 start += history.delay_ns(free - launch)
                 device = history.device_ns(shape, usual, start)
             end = start + device
-            crosses = watched and end >= horizon
-            if crosses and not may_be_open:
-                break
+            if watched and end >= horizon:
+                if not may_be_open:
+                    break
+                is_open = True
             if history is not None:
                 history.ran(shape, usual, start, device)
             taken.append((plan, launch, end, device))
-            plan, free, is_open = end + finish, end, crosses
-            if crosses or i == last:
+            plan, free = end + finish, end
+            if is_open:
                 break
         if taken:
             self._device_free, self._host_free, self._plan_from = free, plan, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import simpy
@@ -15,6 +16,7 @@ from policies.records import Times
 from policies.request import Request, State
 from policies.shapes import StepShape
 from simulator.arrivals import Arrival
+from simulator.disk import Disk
 from simulator.endings import Endings
 from simulator.pace import ComputedPace, Pace, Timing
 
@@ -53,6 +55,8 @@ class SimulatedReplica:
         self.watched = True
         self._arrivals: list[Arrival] = []
         self._cancellations: list[int] = []
+        self._disk = Disk(plane.limits)
+        self._from_disk: list[int] = []  # blocks that have come there or from there
         self._endings = Endings()
         self._ends_of_step: dict[int, Ended] = {}
         self._in_flight: list[Step] = []
@@ -162,6 +166,10 @@ class SimulatedReplica:
             cancelled, self._cancellations = self._cancellations, []
             for request_id in sorted(cancelled):
                 self.plane.cancel(request_id, now, error=FAILED if self.failed else "")
+        if self._from_disk:
+            come, self._from_disk = self._from_disk, []
+            for number in come:
+                self.plane.disk_done(number, "", now)
         if self.movements is not None:
             self.plane.transfers.let_run(now)
             self.movements.look()
@@ -268,10 +276,22 @@ class SimulatedReplica:
 
     def _launch(self, step: Step, now: int) -> None:
         ended = self._endings.of(step)
+        if step.disk:
+            self._use_disk(step, now)
         if step.runs:
             self._pace.launch(step, now)
             self._ends_of_step[step.index] = ended
             self._in_flight.append(step)
+
+    def _use_disk(self, step: Step, now: int) -> None:
+        for number, end in self._disk.ends(step.disk, now):
+            callbacks = self._env.timeout(end - self._env.now).callbacks
+            assert callbacks is not None  # of an event that has not come
+            callbacks.append(partial(self._has_come, number))
+
+    def _has_come(self, number: int, event: simpy.Event) -> None:
+        self._from_disk.append(number)
+        self.wake()
 
     def _repeat_or_deliver(self) -> int | list[Step]:
         """The time of a plan has come: take its step at once where it is known, else have the policy asked."""
@@ -325,15 +345,20 @@ class SimulatedReplica:
     def _coast(self, pace: ComputedPace, horizon: float) -> bool:
         """The same for steps that change nothing but counts. Whether the last one is to be waited for."""
 
+        left, joining, clock = self.plane.regrouping()
+
         def time(shapes: Iterator[StepShape], most: int, may_be_open: bool) -> tuple[list[Times], bool]:
             times, is_open = pace.coast(shapes, most, self.now, horizon, self.watched, may_be_open)
             if times:
+                self._endings.regroup(left, joining, clock)
+                left.clear()
+                joining.clear()
                 planned, _, end, _ = times[-1]
                 self.now = planned if is_open else end
                 self._open_end = end
             return times, is_open
 
-        return self.plane.coast(self._endings.next_due(), time)
+        return self.plane.coast(self._endings.next_due(joining, clock), time)
 
     def _report(self, step: Step, timing: Timing, now: int) -> Report:
         """Its result is known to the host."""
@@ -343,9 +368,10 @@ class SimulatedReplica:
         return Report(step, timing.launch_ns, now, timing.device_ns, ended, timing.copies)
 
     def _sleep(self, wake_at: int | None) -> Generator[simpy.Event, Any, None]:
-        if self._arrivals or self._cancellations:
+        if self._arrivals or self._cancellations or self._from_disk:
             return
-        if wake_at is None and self.plane.num_live and not self.plane.transfers.underway:
+        plane = self.plane
+        if wake_at is None and plane.num_live and not (plane.transfers.underway or plane.awaits_disk):
             return  # the policy is asked once more; the control plane does not let it plan nothing twice
         self._asleep = self._env.event()
         if wake_at is None:

@@ -10,6 +10,7 @@ import simpy
 
 from policies.contract import LATER, RebalancingRouter, Recorder, Route, Router
 from policies.control_plane import ControlPlane
+from policies.plan import Step
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.stack import PolicyStack
@@ -339,3 +340,6 @@ class _ReplayedReplica(SimulatedReplica):
             self.plane.cancel(request_id, now, how.num_output_tokens, how.end)
         for intervene in self._interventions.get(index, ()):
             intervene(self.plane, now)
+
+    def _use_disk(self, step: Step, now: int) -> None:
+        """The record says what came when: among the interventions."""

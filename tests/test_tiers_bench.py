@@ -37,6 +37,29 @@ def test_every_part_runs_and_replays_without_a_difference(monkeypatch: pytest.Mo
     assert "| turns write_back | simulated |" in kept[-1]
 
 
+def test_with_a_disk_the_conversations_are_run_with_a_small_host_and_a_disk_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = replace(tiers.QUICK, profile_s=1.0, turns=2, conversations=4, link_blocks=())
+    monkeypatch.setattr(tiers, "OFFLOADS", ("write_through",))
+    monkeypatch.setattr(tiers, "DISK", {"host and disk": ({"offload": "write_through,fetch=always"}, True)})
+    monkeypatch.setattr(tiers, "rate_without", lambda sizes, cost: 60.0)
+    result: dict[str, Any] = {"model": "tiny", "device": "cpu", "torch": "2", "revision": "abc", "gb_s": {}}
+    kept: list[str] = []
+    bench = tiers.Bench(sizes, "cpu", time.monotonic() + 300, result, str(tmp_path))
+    try:
+        bench.run_all(lambda: kept.append(tiers.table(result)))
+    finally:
+        bench.close()
+    assert all(result["tokens"]["same"].values())
+    assert result["tokens"]["disk_tokens"]["disk, write_through"] > 0
+    assert [run["divergence"] for run in result["disk"].values()] == [None]
+    found = result["disk"]["host and disk"]["real"]
+    assert found["disk_blocks_out"] > 0
+    assert found["disk_token_share"] > 0
+    assert "| disk host and disk | simulated |" in kept[-1]
+
+
 def test_conversations_take_turns_and_repeat_their_history_and_nobody_elses() -> None:
     work = tiers.conversations(tiers.FULL, 6.0)
     assert len(work) == 24 * 5

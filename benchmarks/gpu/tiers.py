@@ -1,4 +1,4 @@
-"""Host memory as a tier on a card: `python -m benchmarks.gpu.tiers [--time-limit 240] [--quick]`.
+"""Host memory as a tier on a card: `python -m benchmarks.gpu.tiers [--disk FOLDER] [--time-limit 240] [--quick]`.
 
     links       the rate of the copies, each direction, beside what the link gave to plain pinned copies
     tokens      greedy tokens of a small model, from CUDA graphs: memory ample, swapped, prefixes fetched
@@ -7,10 +7,13 @@
                 load: a share of what one replica can do without
     swaps       one work that wants twice the KV memory there is, by each way of preempting
 
+With `--disk FOLDER`, a fast local disk, the conversations are run without a tier, with a host tier that is too small
+for them, and with a disk behind that; instead of `turns` and `swaps`, and with tokens that have been on disk (`disk`).
+
 Runs of `turns` and `swaps` are recorded, replayed (no plan may differ), and simulated from their arrivals with the
 profile's cost model. Llama-3.1-8B's shape, random weights, bfloat16, forced lengths. Results go to
-DIPTYCH_BENCH_OUT (else benchmarks/results) as gpu-tiers.json and gpu-tiers.md, renewed after every part. `--quick`: a
-tiny model and a trial of the script, on a CPU too.
+DIPTYCH_BENCH_OUT (else benchmarks/results) as gpu-tiers.json and gpu-tiers.md (with a disk
+gpu-tiers-disk), renewed after every part. `--quick`: a tiny model and a trial of the script, on a CPU too.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ from policies.costing import decode_ns, prefill_ns
 from policies.records import REQUESTS
 from policies.replica_state import Limits
 from policies.stack import StackSpec
+from runtime.disk import block_times
 from runtime.engine import Engine
+from runtime.kv_cache import bytes_per_block
 from runtime.model_runner import ModelRunner
 from runtime.sampling.params import SamplingParams
 from runtime.weights import LoadedModel, load_model
@@ -63,6 +68,14 @@ SWAPS = {
     "swap": {"preemption": "last_admitted,mode=swap"},
     "cheapest": {"preemption": "cheapest"},
 }
+DISK = {
+    "host and disk": ({"offload": "write_back,fetch=always"}, True),
+    "small host": ({"offload": "write_back,fetch=always"}, False),
+    "none": ({}, False),
+    "host and disk, where cheaper": ({"offload": "write_back"}, True),
+}
+"""Policies, and whether there is a disk."""
+PARTS = ("turns", "swaps", "disk")
 OFFLOADS = ("write_back", "write_through", "after_hits")
 COMPARED = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "output_throughput", "duration")
 
@@ -83,6 +96,8 @@ class Sizes:
     swapped: tuple[int, int, int]
     num_blocks: int
     num_host_blocks: int
+    few_host_blocks: int  # with a disk
+    num_disk_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
     profile_s: float
@@ -94,20 +109,20 @@ class Sizes:
 
 
 FULL = Sizes(
-    "llama-3.1-8b", "bfloat16", "smollm2-135m", 24, 5, 4096, 128, 16, (64, 512, 640), 2304, 8192, 64, 2048, 28.0,
-    (8, 64, 512),
+    "llama-3.1-8b", "bfloat16", "smollm2-135m", 24, 5, 4096, 128, 16, (64, 512, 640), 2304, 8192, 1536, 8192, 64, 2048,
+    28.0, (8, 64, 512),
 )  # fmt: skip
-QUICK = Sizes("tiny", "float32", "tiny", 6, 3, 128, 32, 4, (8, 40, 40), 40, 160, 8, 64, 2.5, (8,))
+QUICK = Sizes("tiny", "float32", "tiny", 6, 3, 128, 32, 4, (8, 40, 40), 40, 160, 24, 160, 8, 64, 2.5, (8,))
 
 
-def base_spec(sizes: Sizes, device: str) -> RunSpec:
+def base_spec(sizes: Sizes, device: str, *, disk: bool = False) -> RunSpec:
     return check_spec(
         {
             "workload": {"name": "fixed", "n": 1},
             "model": {"source": sizes.model, "load_format": "dummy", "dtype": sizes.dtype, "device": device},
             "limits": {
                 "num_blocks": sizes.num_blocks,
-                "num_host_blocks": sizes.num_host_blocks,
+                "num_host_blocks": sizes.few_host_blocks if disk else sizes.num_host_blocks,
                 "max_num_seqs": sizes.max_num_seqs,
                 "max_num_batched_tokens": sizes.max_num_batched_tokens,
                 "max_model_len": sizes.longest,
@@ -148,13 +163,14 @@ def rate_without(sizes: Sizes, cost: FittedCost) -> float:
 
 
 class Bench:
-    """One model, one runner; runs are recorded in a scratch folder."""
+    """One model, one runner; runs are recorded in a scratch folder. `disk`: where blocks are to lie, if they are."""
 
-    def __init__(self, sizes: Sizes, device: str, deadline: float, result: Result) -> None:
+    def __init__(self, sizes: Sizes, device: str, deadline: float, result: Result, disk: str = "") -> None:
         self.sizes, self.result, self.device = sizes, result, device
         self._deadline = deadline
         self._scratch = Path(tempfile.mkdtemp(prefix="tiers-"))
-        self.base = base_spec(sizes, device)
+        self._disk = disk
+        self.base = base_spec(sizes, device, disk=bool(disk))
         self.loaded: LoadedModel | None = None
 
     def left(self) -> float:
@@ -165,17 +181,30 @@ class Bench:
 
     def run_all(self, keep: Callable[[], None]) -> None:
         """Each part as long as there is time for it."""
-        self.result["tokens"] = same_tokens(self.sizes, self.device)
+        self.result["tokens"] = same_tokens(self.sizes, self.device, self._disk)
         keep()
         with closing(load(self.base.model)) as loaded:
             self.result["gb_s"] = {f"{n} blocks": rates(loaded, n) for n in self.sizes.link_blocks}
             keep()
-            prepared = prepare(self.base, loaded)
+            prepared = self._with_disk(prepare(self.base, loaded), loaded)
             runner = start_runner(loaded, prepared.limits, prepared.spec.model)
             try:
                 self._on(loaded, prepared, runner, keep)
             finally:
                 runner.close()
+
+    def _with_disk(self, prepared: Prepared, loaded: LoadedModel) -> Prepared:
+        """The same with a disk tier, if there is to be one."""
+        if not self._disk:
+            return prepared
+        dtype = loaded.model.dtype
+        read_ns, write_ns = block_times(self._disk, bytes_per_block(loaded.config, BLOCK_SIZE, dtype))
+        self.result["disk_block_us"] = {"read": read_ns / 1e3, "write": write_ns / 1e3}
+        limits = replace(
+            prepared.limits, num_disk_blocks=self.sizes.num_disk_blocks, disk_folder=self._disk, disk_read_ns=read_ns,
+            disk_write_ns=write_ns,
+        )  # fmt: skip
+        return replace(prepared, limits=limits)
 
     def _on(self, loaded: LoadedModel, prepared: Prepared, runner: ModelRunner, keep: Callable[[], None]) -> None:
         sizes, begin = self.sizes, time.monotonic()
@@ -197,6 +226,11 @@ class Bench:
             ("swaps", SWAPS, at_once(sizes), {"num_blocks": tight, "prefix_caching": False}, 12.0),
             ("turns", MORE_TURNS, talks, {}, seconds),
         ]
+        if self._disk:
+            works = [
+                ("disk", {way: policies}, talks, {} if there else {"num_disk_blocks": 0}, seconds)
+                for way, (policies, there) in DISK.items()
+            ]
         runs: list[tuple[str, str, Run]] = []
         for part, ways, work, limits, expected in works:
             self.result.setdefault(part, {})
@@ -248,7 +282,8 @@ def figures(run: Run) -> Result:
     whole = summarize(run)
     names = (
         "fetched_token_share", "cached_token_share", "preemptions", "offloaded_blocks", "fetched_blocks",
-        "swapped_blocks_out", "swapped_blocks_in", "copy_out_ms", "copy_in_ms", "copy_wait_ms",
+        "swapped_blocks_out", "swapped_blocks_in", "disk_blocks_out", "disk_blocks_in", "disk_blocks_lost",
+        "disk_token_share", "copy_out_ms", "copy_in_ms", "copy_wait_ms",
     )  # fmt: skip
     found = {name: whole[name] for name in (*COMPARED, *names)}
     took = found["copy_out_ms"] + found["copy_in_ms"]
@@ -258,7 +293,7 @@ def figures(run: Run) -> Result:
     return found
 
 
-def same_tokens(sizes: Sizes, device: str) -> Result:
+def same_tokens(sizes: Sizes, device: str, disk: str = "") -> Result:
     """Three turns of five conversations, with memory ample and short, by graphs where there is a card."""
     cuda = device == "cuda"
     captured = {"capture_sizes": (1, 2, 4, 8), "mixed_capture_sizes": (64,)} if cuda else {}
@@ -270,19 +305,27 @@ def same_tokens(sizes: Sizes, device: str) -> Result:
         "swapped": (short, StackSpec(preemption="last_admitted,mode=swap")),
         **{name: (short, StackSpec(preemption="last_admitted,mode=swap", offload=name)) for name in OFFLOADS},
     }
+    if disk:
+        shorter = replace(short, num_blocks=12, num_host_blocks=6, num_disk_blocks=200, disk_folder=disk)
+        ways = {
+            "ample": ways["ample"],
+            **{f"disk, {name}": (shorter, StackSpec(offload=name)) for name in OFFLOADS[:2]},
+        }
     loaded = load_model(sizes.small_model, load_format="dummy", device=device)
-    found, fetched = {}, {}
+    found, fetched, from_disk = {}, {}, {}
     for name, (limits, stack) in ways.items():
-        found[name], fetched[name] = _three_turns(loaded, limits, stack)
+        found[name], counted = _three_turns(loaded, limits, stack)
+        fetched[name], from_disk[name] = counted.tokens, counted.from_disk
     return {
         "model": sizes.small_model,
         "graphs": cuda,
         "same": {name: tokens == found["ample"] for name, tokens in found.items()},
         "fetched_tokens": fetched,
+        "disk_tokens": from_disk,
     }
 
 
-def _three_turns(loaded: LoadedModel, limits: Limits, stack: StackSpec) -> tuple[list[list[tuple[int, ...]]], int]:
+def _three_turns(loaded: LoadedModel, limits: Limits, stack: StackSpec) -> tuple[list[list[tuple[int, ...]]], _Fetched]:
     said: list[list[tuple[int, ...]]] = []
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     counted = _Fetched()
@@ -291,17 +334,18 @@ def _three_turns(loaded: LoadedModel, limits: Limits, stack: StackSpec) -> tuple
         for turn in range(3):
             said.append([one.token_ids for (one,) in engine.generate(talks, params)])
             talks = [[*talk, *answer, 3 + turn, 5, 9] for talk, answer in zip(talks, said[-1], strict=True)]
-    return said, counted.tokens
+    return said, counted
 
 
 class _Fetched:
-    """A recorder that counts what requests fetched from host memory."""
+    """A recorder that counts what requests fetched from host memory, and of that what was read from disk for them."""
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.tokens = self.from_disk = 0
 
     def request(self, row: tuple[Any, ...]) -> None:
         self.tokens += row[list(REQUESTS).index("fetched_tokens")]
+        self.from_disk += row[list(REQUESTS).index("disk_tokens")]
 
     def step(self, row: tuple[Any, ...]) -> None:
         """Not counted."""
@@ -314,9 +358,7 @@ def verdicts(result: Result) -> dict[str, bool | None]:
     """What was to hold; None: not measured."""
     turns = {way: found["real"] for way, found in result.get("turns", {}).items()}
     speed = {way: found["real"]["output_throughput"] for way, found in result.get("swaps", {}).items()}
-    replays = [
-        f.get("divergence") for part in ("turns", "swaps") for f in result.get(part, {}).values() if "error" in f
-    ]
+    replays = [f.get("divergence") for part in PARTS for f in result.get(part, {}).values() if "error" in f]
     best = max((rate[way] for rate in result["gb_s"].values() for way in rate), default=0.0)
     return {
         "tokens are the same": all(result["tokens"]["same"].values()),
@@ -342,10 +384,11 @@ def table(result: Result) -> str:
     lines += [f"| {name} | {rate['out']:.1f} | {rate['in']:.1f} |" for name, rate in result["gb_s"].items()]
     lines += [
         "",
-        "| run | panel | mean TTFT, ms | mean TPOT, ms | output tokens/s | fetched | copies out + in, ms | hidden |",
+        "| run | panel | mean TTFT, ms | mean TPOT, ms | output tokens/s | fetched (from disk) | copies out + in, ms "
+        "| hidden |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for part in ("turns", "swaps"):
+    for part in PARTS:
         for way, found in result.get(part, {}).items():
             for panel in ("real", "simulated"):
                 if panel in found:
@@ -355,12 +398,13 @@ def table(result: Result) -> str:
 
 def _row(found: Result) -> str:
     hidden, share = found["copy_hidden_share"], found["fetched_token_share"] or 0.0
+    from_disk = found["disk_token_share"] or 0.0
     return " | ".join(
         (
             f"{found['mean_ttft_ms']:.1f}",
             f"{found['mean_tpot_ms']:.2f}",
             f"{found['output_throughput']:,.0f}",
-            f"{share:.0%}",
+            f"{share:.0%} ({from_disk:.0%})",
             f"{found['copy_out_ms']:.0f} + {found['copy_in_ms']:.0f}",
             "–" if hidden is None else f"{hidden:.0%}",
         )
@@ -371,6 +415,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time-limit", type=float, default=235, help="seconds for all of it (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a trial of the script, on a CPU too")
+    parser.add_argument("--disk", default="", metavar="FOLDER", help="measure a disk tier there instead")
     options = parser.parse_args()
     began = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -385,7 +430,7 @@ def main() -> None:
         "gb_s": {},
         "finished": False,
     }
-    name = f"gpu-tiers{'-quick' if options.quick else ''}"
+    name = f"gpu-tiers{'-disk' if options.disk else ''}{'-quick' if options.quick else ''}"
 
     def keep() -> None:
         result["seconds"] = time.monotonic() - began
@@ -393,7 +438,7 @@ def main() -> None:
         save(result, out_folder() / f"{name}.json")
         (out_folder() / f"{name}.md").write_text(table(result))
 
-    bench = Bench(sizes, device, began + options.time_limit, result)
+    bench = Bench(sizes, device, began + options.time_limit, result, options.disk)
     try:
         bench.run_all(keep)
         result["finished"] = True

@@ -47,5 +47,6 @@ def rows(measured: Measured, workload: Workload, spec: BenchSpec) -> tuple[tuple
         "block_keys": [],
         "moves": [],
         "fetched_tokens": 0,
+        "disk_tokens": 0,
     }
     return tuple(row.values()), (i, measured.due_ns, measured.chunk_ns)

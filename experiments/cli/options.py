@@ -66,6 +66,15 @@ HostMemory = Annotated[
         "prefixes, with --offload (in blocks: --set limits.num_host_blocks=N)."
     ),
 ]
+Disk = Annotated[
+    float | None,
+    typer.Option(
+        help="GiB of disk behind host memory for prefixes, with --offload (in blocks: --set limits.num_disk_blocks=N)."
+    ),
+]
+DiskFolder = Annotated[
+    str | None, typer.Option(help="Where those lie; cleared at the start and at the end. A simulation needs none.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other field of the specification, as limits.lag=0; may be repeated."),
@@ -81,6 +90,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "tensor_parallel": ("model.tensor_parallel",),
     "link": ("link.bandwidth",),
     "host_memory": ("limits.host_memory_gib",),
+    "disk": ("limits.disk_gib",),
+    "disk_folder": ("limits.disk_folder",),
     **{role: (f"policies.{role}",) for role in registry.ROLES},
 }
 """Flag -> the fields of the specification that it sets, where that is the same for all commands."""

@@ -22,6 +22,8 @@ def profile(
     model: options.Model = None,
     seconds: Annotated[float, typer.Option(help="About how long to measure.", min=1)] = 60.0,
     host_memory: options.HostMemory = None,
+    disk: options.Disk = None,
+    disk_folder: options.DiskFolder = None,
     settings: options.Set = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The calibration file.")] = Path("calibration.json"),
 ) -> None:

@@ -47,6 +47,8 @@ def serve(
     eviction: options.Eviction = None,
     offload: options.Offload = None,
     host_memory: options.HostMemory = None,
+    disk: options.Disk = None,
+    disk_folder: options.DiskFolder = None,
     replicas: Annotated[
         int | None, typer.Option(help="Engines, each in a process of its own, behind --router.")
     ] = None,
@@ -163,6 +165,8 @@ def engine(
     eviction: options.Eviction = None,
     offload: options.Offload = None,
     host_memory: options.HostMemory = None,
+    disk: options.Disk = None,
+    disk_folder: options.DiskFolder = None,
     seed: options.Seed = None,
     settings: options.Set = None,
     token: Token = None,

@@ -16,7 +16,8 @@ class Cheapest(RankedVictim):
     with the square of the context. swap, where the host has room: copying the blocks that the context fills there and
     back, which grows with their number. So the choice depends on the model, the card and its link. A request that frees
     nothing goes last.
-    O(blocks held by the running) a victim, some milliseconds with 256 running. Needs a cost model.
+    What is freed is counted only of those who would cost less than the best found if they shared no block: of one or
+    two where few blocks are shared, of all at worst. Needs a cost model.
     Who was admitted first is spared (`policies.victims`).
     Source: Kwon et al., SOSP 2023, section 7.3, compares recomputation and swapping by block size and context length.
     """
@@ -31,3 +32,9 @@ class Cheapest(RankedVictim):
         if not freed:
             return (0, 0.0)
         return (1, -min(self.costs(request, view, draft)) / freed)
+
+    def ceiling(self, request: Request, view: View, draft: Draft, now: int) -> tuple[int, float]:
+        """As if it freed all of its blocks, and the host had room."""
+        if not request.num_blocks:
+            return (0, 0.0)
+        return (1, -min(self.prices(request, view)) / request.num_blocks)

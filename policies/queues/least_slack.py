@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 from policies import registry
 from policies.contract import CostModel
@@ -10,6 +11,17 @@ from policies.key_queue import KeyQueue
 from policies.plan import FOREVER, Report
 from policies.registry import register
 from policies.request import Request
+
+Key = TypeVar("Key", bound=Hashable)
+MOST_REMEMBERED = 1 << 16
+
+
+def remember(known: dict[Key, int], key: Key, value: int) -> int:
+    """Keep what the cost model has said, of not too many lengths."""
+    if len(known) >= MOST_REMEMBERED:
+        known.clear()
+    known[key] = value
+    return value
 
 
 @register("queue", "least_slack")
@@ -44,6 +56,8 @@ class LeastSlack(KeyQueue):
         self._predictor = registry.make_inner("predictor", predictor, oracle=oracle, seed=seed)
         self.clairvoyant = registry.is_clairvoyant(self._predictor)
         self._cost: CostModel | None = None
+        self._prefills: dict[tuple[int, int], int] = {}  # nanoseconds, by tokens to compute and computed before
+        self._decodes: dict[int, int] = {}  # and by context: `preemptive` asks for all who run in every plan
         self._unranked: dict[int, Request] = {}  # who came before the cost model did, with the first plan
 
     def begin(self, draft: Draft, now: int) -> None:
@@ -64,20 +78,34 @@ class LeastSlack(KeyQueue):
         super().remove(request)
 
     def rank(self, request: Request) -> float:
-        slo, cost = request.slo, self._cost
-        if slo is None or cost is None:
+        slo = request.slo
+        if slo is None or self._cost is None:
             return FOREVER
-        held = request.num_computed_tokens
-        prefill = prefill_ns(cost, request.num_tokens - held, held)
-        latest = FOREVER
-        if slo.ttft_ns is not None and request.num_output_tokens == 0:
-            latest = request.arrival_ns + slo.ttft_ns - prefill
+        latest, output = FOREVER, request.num_output_tokens
+        if slo.ttft_ns is not None and output == 0:
+            latest = request.arrival_ns + slo.ttft_ns - self._prefill_ns(request)
         if slo.e2e_ns is not None:
-            left = max(0, round(self._predictor.predict(request)) - request.num_output_tokens - 1)
+            left = max(0, round(self._predictor.predict(request)) - output - 1)
             context = request.num_tokens + left // 2  # the mean, on the way to the end
-            decode = decode_ns(cost, self._batch, self._batch * context)
-            latest = min(latest, request.arrival_ns + slo.e2e_ns - prefill - left * decode)
+            remaining = self._prefill_ns(request) + left * self._decode_ns(context)
+            latest = min(latest, request.arrival_ns + slo.e2e_ns - remaining)
         return latest
+
+    def _prefill_ns(self, request: Request) -> int:
+        held = request.num_computed_tokens
+        key = (request.num_tokens - held, held)
+        known = self._prefills.get(key)
+        if known is None:
+            assert self._cost is not None
+            known = remember(self._prefills, key, prefill_ns(self._cost, *key))
+        return known
+
+    def _decode_ns(self, context: int) -> int:
+        known = self._decodes.get(context)
+        if known is None:
+            assert self._cost is not None
+            known = remember(self._decodes, context, decode_ns(self._cost, self._batch, self._batch * context))
+        return known
 
     def on_report(self, report: Report) -> None:
         for request, _, num_output_tokens in report.finished:

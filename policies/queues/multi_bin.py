@@ -14,6 +14,7 @@ from policies.registry import register
 from policies.request import Request
 
 Batch = dict[int, Request]
+Arrival = tuple[int, int, Request]
 MOST_NEWCOMERS = 256
 """Put into bins in one plan: no plan starts more, and a burst takes its time."""
 
@@ -63,7 +64,8 @@ class MultiBin:
         self._batch = batch
         self._max_wait = round(max_wait_ms * 1e6)
         self._new: Batch = {}  # not in a bin yet
-        self._arrivals: list[tuple[int, int, Request]] = []  # a heap of them by arrival, old entries among them
+        self._arrivals: deque[Arrival] = deque()  # of them, in order, those no longer new among them
+        self._late: list[Arrival] = []  # a heap of those that were not pushed in the order of arrival
         self._most_new = max(MOST_NEWCOMERS, batch * (len(self._edges) + 1))  # that many fill a bin at least
         self._bins: list[Batch] = [{} for _ in range(len(self._edges) + 1)]
         self._full: deque[tuple[int, Batch]] = deque()  # and since when
@@ -74,7 +76,11 @@ class MultiBin:
     def push(self, request: Request, now: int) -> None:
         if request.first_scheduled_ns is None:
             self._put(request, self._new)
-            heapq.heappush(self._arrivals, (*request.key, request))
+            arrival = (*request.key, request)
+            if not self._arrivals or arrival > self._arrivals[-1]:
+                self._arrivals.append(arrival)
+            else:
+                heapq.heappush(self._late, arrival)
         else:
             self._put(request, self._open)
 
@@ -85,21 +91,26 @@ class MultiBin:
 
     def begin(self, draft: Draft, now: int) -> None:
         self._may_open = True
+        edges, predict, bins, place = self._edges, self._predictor.predict, self._bins, self._place
         for request in islice(self._newcomers(), self._most_new):
-            index = bisect_right(self._edges, self._predictor.predict(request))
-            self._put(request, self._bins[index])
-            if len(self._bins[index]) == self._batch:
-                self._full.append((now, self._bins[index]))
-                self._bins[index] = {}
+            index = bisect_right(edges, predict(request))
+            del self._new[request.id]  # and not by `_put`: a burst's are many
+            members = place[request.id] = bins[index]
+            members[request.id] = request
+            if len(members) == self._batch:
+                self._full.append((now, members))
+                bins[index] = {}
         due = self._first_due()
         if due is not None and due[0] > now:
             draft.wake_at(due[0])
 
     def _newcomers(self) -> Iterator[Request]:
         """Those that are in no bin yet, by arrival; each is to be put into one."""
-        while self._arrivals:
-            request = heapq.heappop(self._arrivals)[2]
-            if self._new.get(request.id) is request:
+        line, late, new = self._arrivals, self._late, self._new
+        while line or late:
+            first = heapq.heappop(late) if late and (not line or late[0] < line[0]) else line.popleft()
+            request = first[2]
+            if new.get(request.id) is request:
                 yield request
 
     def _first_due(self) -> tuple[int, int] | None:

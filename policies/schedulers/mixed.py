@@ -38,4 +38,4 @@ class Mixed(QueuedScheduler):
                     draft.run_or_preempt(request, tokens, now)
         if not draft.preempted:
             self.admit_from_queue(draft, now, max_chunk=self._max_chunk)
-        return self.finish(draft, Mixed)
+        return self.finish(draft, Mixed, chunk_budget=0 if self._max_chunk else view.max_num_batched_tokens)

@@ -38,7 +38,7 @@ class Orca(QueuedScheduler):
                 draft.run_or_preempt(request, tokens, now)  # blocks it has, unless another scheduler has admitted it
         if not draft.preempted:
             self._admit(draft, now, first_may_be_cut=not partial)
-        return self.finish(draft, Orca)
+        return self.finish(draft, Orca, chunk_budget=view.max_num_batched_tokens)
 
     def _admit(self, draft: Draft, now: int, *, first_may_be_cut: bool) -> None:
         head = self.queue.peek(now)

@@ -41,4 +41,4 @@ class Sarathi(QueuedScheduler):
                 draft.run_or_preempt(request, tokens, now)
         if not draft.preempted:
             self.admit_from_queue(draft, now, hold_all=True)
-        return self.finish(draft, Sarathi, chunked=True)
+        return self.finish(draft, Sarathi, chunk_budget=min(self._chunk_size, view.max_num_batched_tokens))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 from policies.contract import CostModel, View
 from policies.costing import decode_ns
@@ -78,9 +79,11 @@ class Scorpio(QueuedScheduler):
         assert cost is not None, "a scheduler that needs a cost model is never put where there is none"
         for request, _ in draft.plan.drop:
             self._forget(request)
-        batch = VirtualBatch()
-        for request in view.running.values():
-            batch.add(self._tpot_of(request, cost), request.num_tokens)
+        batch, known = VirtualBatch(), self._tpot
+        running = view.running.values()
+        batch.add_all(
+            [known[r.id] if r.id in known else self._tpot_of(r, cost) for r in running], [r.num_tokens for r in running]
+        )
         resting = self._short_of_credit(view, batch)
         if resting or not draft.run_everyone():
             self._run(view, draft, resting, now)
@@ -102,14 +105,17 @@ class Scorpio(QueuedScheduler):
         self._pace = batch.tightest or 0
         if batch.tightest is None:
             return {}
-        began, resting = self._clock, {}
-        self._clock += self._pace
+        resting, tpots, joined, began = dict[int, Request](), self._tpot, self._joined, self._clock
+        clock = self._clock = began + self._pace
         for request in view.decoding():
-            tpot = self._tpot[request.id]
+            request_id, output = request.id, request.num_output_tokens
+            tpot = tpots[request_id]
             if tpot is not None:
-                clock, tokens = self._joined.setdefault(request.id, (began, request.num_output_tokens))
-                if self._clock - clock < (request.num_output_tokens - tokens + 1) * tpot:
-                    resting[request.id] = request
+                if request_id not in joined:
+                    joined[request_id] = (began, output)
+                since, before = joined[request_id]
+                if clock - since < (output - before + 1) * tpot:
+                    resting[request_id] = request
         return resting
 
     def _run(self, view: View, draft: Draft, resting: dict[int, Request], now: int) -> None:
@@ -142,13 +148,20 @@ class VirtualBatch:
         self._others_context = 0
 
     def add(self, tpot: int | None, context: int) -> None:
-        if tpot is None:
-            self._others += 1
-            self._others_context += context
-        else:
-            self.tightest = tpot if self.tightest is None else min(tpot, self.tightest)
-            self._paces += 1 / tpot
-            self._paced_context += context / tpot
+        self.add_all([tpot], [context])
+
+    def add_all(self, tpots: Sequence[int | None], contexts: Sequence[int]) -> None:
+        tightest, paces, paced_context = self.tightest, self._paces, self._paced_context
+        for tpot, context in zip(tpots, contexts, strict=True):
+            if tpot is None:
+                self._others += 1
+                self._others_context += context
+            else:
+                if tightest is None or tpot < tightest:
+                    tightest = tpot
+                paces += 1 / tpot
+                paced_context += context / tpot
+        self.tightest, self._paces, self._paced_context = tightest, paces, paced_context
 
     def size(self) -> float:
         return self._others + self._paces * (self.tightest or 0)
