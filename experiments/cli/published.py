@@ -10,6 +10,7 @@ from rich.text import Text
 
 from experiments.cli.app import app, console
 from experiments.cli.options import make_parent, progress
+from experiments.published.keeping import kept_study
 from experiments.published.running import NAMES, as_markdown, run_study
 from experiments.published.study import Study
 
@@ -23,23 +24,30 @@ def published(
     markdown: Annotated[
         Path | None, typer.Option(help="Write the verdicts into this page, below its mark; needs all of them.")
     ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Folder of findings by paper: those made by the same sources are not made again."),
+    ] = None,
 ) -> None:
     """Make published results again, and say whether they come out as published.
 
     Example: diptych published vtc sarathi --reduced
 
-    What does not hold is said; it is no error.
+    What does not hold is said; it is no error. With --keep a run that was stopped goes on after the last whole paper.
     """
     if markdown is not None:
         if names or reduced:
             raise ValueError("--markdown writes the whole page: leave names and --reduced out")
         make_parent(markdown)
+    if keep is not None:
+        make_parent(keep / "findings")
     studies: list[Study] = []
     with progress("published results", len(names or NAMES)) as bar:
         for name in names or NAMES:
             bar.update(bar.task_ids[0], description=name)
-            studies.append(run_study(name, reduced))
-            bar.console.print(_lines(studies[-1]))
+            study, there = (run_study(name, reduced), False) if keep is None else kept_study(name, reduced, keep)
+            studies.append(study)
+            bar.console.print(_lines(study, ", kept" if there else ""))
             bar.advance(bar.task_ids[0])
     claims = [found for study in studies for found in study.findings]
     console.print(f"{sum(found.holds for found in claims)} of {len(claims)} claims hold")
@@ -51,8 +59,8 @@ def published(
         console.print(f"Verdicts: {markdown}")
 
 
-def _lines(study: Study) -> Text:
-    text = Text(f"{study.title} ({study.name})\n", style="bold")
+def _lines(study: Study, how: str) -> Text:
+    text = Text(f"{study.title} ({study.name}{how})\n", style="bold")
     for found in study.findings:
         mark = ("  holds    ", "green") if found.holds else ("  does not ", "red")
         text.append_text(Text.assemble(mark, (f"{found.claim}: {found.source}\n", "not bold")))

@@ -11,7 +11,9 @@ def highest_rate(holds: Callable[[float], bool], low: float, high: float, within
     """The rate between `low` and `high` up to which it holds, to a share `within` of it.
 
     It climbs from `low` until it holds no more, then bisects: what is far beyond is never asked, as a run of finite
-    length says little of an overload. `low` where it does not hold even there; `high` says: at least that.
+    length says little of an overload. `low` where it does not hold even there; `high` says: at least that. This is not
+    `capacity.search.find`: that one leaps outwards from a guess in squared steps, and closes in by how far a load is
+    from its limit; here there is only yes or no.
     """
     if not holds(low):
         return low

@@ -83,13 +83,10 @@ def describe(rows: TraceRows, *, capacities: Sequence[int] = CAPACITIES, tell: T
 def rows_of(workload: Workload) -> TraceRows:
     """A workload as rows."""
     rows = TraceRows(workload.name, OWN_FORMAT, hash_ids=workload.hash_ids, hash_block=workload.hash_block)
-    rows.arrival_ns = array("q", workload.arrival_ns.tolist())
-    rows.prompt_tokens = array("q", workload.prompt_tokens.tolist())
-    rows.output_tokens = array("q", workload.output_tokens.tolist())
     rows.tenant = workload.tenant
-    for name in ("session", "turn", "gap_ns"):
+    for name in ("arrival_ns", "prompt_tokens", "output_tokens", "session", "turn", "gap_ns"):
         column = getattr(workload, name)
-        setattr(rows, name, None if column is None else column.tolist())
+        setattr(rows, name, None if column is None else array("q", column.astype(np.int64).tobytes()))
     rows.has_arrivals = bool(workload.span_s > 0)
     return rows
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from experiments.published.keeping import kept_study
 from experiments.published.running import NAMES, as_markdown, run_study
 from experiments.published.search import highest_rate
 from experiments.published.study import FOLDER, Finding, Study, read_study
+from experiments.published.vllm.buddy import BuddyOracle, BuddyPow2
 from experiments.spec import SpecError
+from policies.request import Request
 
 PAGE = Path(__file__).parents[2] / "docs" / "published.md"
 DIFFERS = {
@@ -57,6 +60,28 @@ def test_the_small_form_changes_only_what_it_says() -> None:
     assert small.run["workload"].pop("n") < full.run["workload"].pop("n")
     assert small.run == full.run
     assert small.values == full.values
+
+
+def test_a_piece_of_a_buddy_allocator_is_the_next_power_of_two() -> None:
+    request = Request(1, 0, 100, 2_000)
+    assert BuddyOracle(16, oracle={1: 29}).most(request) == 256, "129 tokens"
+    assert BuddyOracle(16, oracle={1: 28}).most(request) == 128, "128 tokens fit one exactly"
+    assert BuddyPow2(16, oracle={1: 28}).most(request) == 256, "100 and 32"
+
+
+def test_kept_findings_are_taken_while_the_sources_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, there = kept_study("agentix", True, tmp_path)
+    again, there_again = kept_study("agentix", True, tmp_path)
+    assert (there, there_again) == (False, True)
+    assert again == made
+    assert not kept_study("agentix", False, tmp_path)[1], "another form"
+    monkeypatch.setenv("DIPTYCH_TRACES", "elsewhere")
+    assert not kept_study("agentix", False, tmp_path)[1], "other traces"
+    (tmp_path / "agentix.json").write_text("{")
+    assert not kept_study("agentix", False, tmp_path)[1], "unreadable"
+    assert [path.name for path in tmp_path.iterdir()] == ["agentix.json"]
 
 
 def test_a_verdict_can_fail_and_is_shown() -> None:

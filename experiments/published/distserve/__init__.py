@@ -22,7 +22,7 @@ def experiment(study: Study) -> None:
         times = ours["apart"] / ours["together"]
         study.find(
             f"{case}: the rate per GPU at which 90 % keep their objectives, apart against together (vLLM)",
-            "section 6.2", f"{low} times" if low == high else f"{low} to {high} times",
+            study.values["sources"][case], f"{low} times" if low == high else f"{low} to {high} times",
             f"{times:.2f} times ({ours['apart']:.2f} against {ours['together']:.2f}/s)", "above 1.2 times", times > 1.2,
         )  # fmt: skip
     slow = _rate(study, cases[study.values["slow_case"]], study.values["slow_link"])

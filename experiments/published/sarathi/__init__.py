@@ -32,7 +32,8 @@ def experiment(study: Study) -> None:
     longest = {name: float(latencies_ms(run)["itl"].max()) for name, run in runs.items()}
     study.find(
         "Prompts stall the decodes under vLLM, and not under Sarathi-Serve",
-        "figure 1a", "stalls of seconds, and none", ", ".join(f"longest {n} {v:.0f} ms" for n, v in longest.items()),
+        "section 3.2, figure 1a (of Yi-34B)", "stalls of seconds, and none",
+        ", ".join(f"longest {n} {v:.0f} ms" for n, v in longest.items()),
         "vLLM's longest gap between tokens is 5 times Sarathi-Serve's or more",
         longest["vllm"] >= 5 * longest["sarathi"],
     )  # fmt: skip
@@ -40,7 +41,7 @@ def experiment(study: Study) -> None:
     tbt = {name: float(np.percentile(latencies_ms(run)["itl"], 99)) for name, run in runs.items()}
     study.find(
         "It pays with a somewhat later first token, and gains far more in the time between tokens",
-        "section 5.4, table 4", "TTFT a little worse, TBT far better",
+        "not in one figure (number not verified)", "TTFT a little worse, TBT far better",
         f"median TTFT {ttft['sarathi']:.0f} against {ttft['vllm']:.0f} ms, "
         f"p99 TBT {tbt['sarathi']:.0f} against {tbt['vllm']:.0f} ms",
         "TTFT later than vLLM's, p99 TBT under half",

@@ -24,20 +24,22 @@ def experiment(study: Study) -> None:
     apart = {name: difference(run, begin, end) for name, run in runs.items()}
     study.find(
         "Two overloaded clients: the difference of their service stays bounded under VTC",
-        "section 5.2; the bound: section 4", f"at most 2U = {bound:,}", f"{apart['vtc'].max():,.0f} at most",
+        "section 5.2, figure 3; the bound: section 4 (theorem not verified)",
+        f"at most 2U = {bound:,}", f"{apart['vtc'].max():,.0f} at most",
         "never above 2U", apart["vtc"].max() <= bound,
     )  # fmt: skip
     halves = [float(apart["fcfs"].loc[: begin + (end - begin) // 2].iloc[-1]), float(apart["fcfs"].iloc[-1])]
     study.find(
         "and grows with time under FCFS",
-        "section 5.2", "linear", f"{halves[0]:,.0f} after half the time, {halves[1]:,.0f} after all",
+        "section 5.2, figure 3", "linear", f"{halves[0]:,.0f} after half the time, {halves[1]:,.0f} after all",
         "above 2U at the end, and 1.6 to 2.4 times what it was after half the time",
         halves[1] > bound and 1.6 <= halves[1] / halves[0] <= 2.4,
     )  # fmt: skip
     rates = {name: summarize(run)["total_token_throughput"] for name, run in runs.items()}
     study.find(
         "A limit on requests a minute keeps them together and wastes capacity",
-        "section 5.2, RPM", "throughput far below", f"{rates['rpm']:,.0f} against {rates['vtc']:,.0f} tokens/s",
+        "section 5.3, figure 13 (RPM, on the Arena log)", "throughput far below",
+        f"{rates['rpm']:,.0f} against {rates['vtc']:,.0f} tokens/s",
         "bounded like VTC, and under 0.8 of its throughput",
         apart["rpm"].max() <= bound and rates["rpm"] < 0.8 * rates["vtc"],
     )  # fmt: skip
@@ -48,7 +50,7 @@ def experiment(study: Study) -> None:
     }
     study.find(
         "A client that comes late is given its share under VTC, and all that it missed under LCF",
-        "section 5.2, on/off clients", "bounded, and not",
+        "section 5.2: figures 5 and 6 (on/off, VTC), 10 (LCF)", "bounded, and not",
         ", ".join(f"{name} {apart.max():,.0f}" for name, apart in late.items()),
         f"VTC at most 2U = {bound:,} once both are there, LCF above",
         late["vtc"].max() <= bound < late["lcf"].max(),
@@ -60,7 +62,8 @@ def experiment(study: Study) -> None:
     }
     study.find(
         "On Chatbot Arena's clients, overloaded, VTC's largest difference among who waits is far below FCFS's",
-        "section 5.3", "VTC far below", f"{gaps['vtc'] or 0:,.0f} against {gaps['fcfs'] or 0:,.0f}", "under half",
+        "section 5.3 (table of differences, number not verified)", "VTC far below",
+        f"{gaps['vtc'] or 0:,.0f} against {gaps['fcfs'] or 0:,.0f}", "under half",
         (gaps["vtc"] or 0) < (gaps["fcfs"] or 0) / 2,
     )  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +68,9 @@ class CsvFormat:
             raise TraceError(path, line, f"no column {missing[0]!r}; expected {', '.join(self.needed())}")
         at = {name: header.index(name) for name in header}
         rows.tenant = [] if self.tenant else None
-        rows.turn = [] if self.turn else None
+        rows.turn = array("q") if self.turn else None
         optional = self.optional_session in at
-        rows.session = [] if self.session or optional else None
+        rows.session = array("q") if self.session or optional else None
         known: dict[str, int] = {}  # session texts, numbered in order of appearance
         for line, cells in lines:
             if len(cells) != len(header):
@@ -86,7 +88,7 @@ class CsvFormat:
         output = token_count(path, line, self.output, cells[at[self.output]])
         rows.add(line, time, prompt, output)
         if rows.tenant is not None and self.tenant:
-            rows.tenant.append(cells[at[self.tenant]])
+            rows.tenant.append(sys.intern(cells[at[self.tenant]]))
         if rows.session is not None and self.session:
             rows.session.append(whole_number(path, line, self.session, cells[at[self.session]]))
         if rows.turn is not None and self.turn:

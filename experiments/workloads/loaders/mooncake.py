@@ -9,6 +9,7 @@ files use others, so the block is found from the data: the size for which every 
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def add_row(rows: TraceRows, line: int, row: dict[str, Any], arrival_ns: int) ->
     if rows.hash_ids is not None:
         rows.hash_ids.append(ids)
     if "session_id" in row and len(rows.line) == 1:
-        rows.session = []
+        rows.session = array("q")
     if rows.session is not None:
         session = json_field(path, line, row, "session_id")
         rows.session.append(whole_number(path, line, "session_id", session))

@@ -10,12 +10,14 @@ provenance.
 from __future__ import annotations
 
 from array import array
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.workloads.errors import TraceError
 from experiments.workloads.request import Workload
@@ -40,10 +42,10 @@ class TraceRows:
     output_tokens: array[int] = field(default_factory=lambda: array("q"))
     line: array[int] = field(default_factory=lambda: array("q"))
     tenant: list[str] | None = None
-    session: list[int] | None = None
-    turn: list[int] | None = None
+    session: MutableSequence[int] | None = None
+    turn: MutableSequence[int] | None = None
     hash_ids: list[tuple[int, ...]] | None = None
-    gap_ns: list[int] | None = None
+    gap_ns: MutableSequence[int] | None = None
     gap_known: list[bool] | None = None
     nested: list[bool] | None = None
     hash_block: int = 0
@@ -82,7 +84,7 @@ class TraceRows:
         if not self.has_arrivals:
             steps.append({"step": "all_at_zero", "why": "the source has no arrival times"})
         optional = {
-            name: None if column is None else [column[row] for row in rows.tolist()]
+            name: None if column is None else _kept(column, rows)
             for name, column in (
                 ("tenant", self.tenant),
                 ("session", self.session),
@@ -101,6 +103,13 @@ class TraceRows:
             name=trace_name(self.path),
             provenance=source,
         )
+
+
+def _kept(column: Any, rows: NDArray[np.intp]) -> Any:
+    """The rows that are kept, without a copy where all are."""
+    if len(rows) == len(column):
+        return column
+    return np.array(column)[rows] if isinstance(column, array) else [column[row] for row in rows.tolist()]
 
 
 def trace_name(path: str | Path) -> str:
