@@ -291,7 +291,7 @@ def measure_all(samples: int, console: Console, kept: Path | None) -> list[Row]:
             if kept is not None:
                 with kept.open("a") as file:
                     file.write(json.dumps((case, done[case])) + "\n")
-    return with_growth([Row(**row) for case in cases if (row := done[named(*case)]) is not None])
+    return with_growth([Row(**kept_row) for case in cases if (kept_row := done[named(*case)]) is not None])
 
 
 def named(kind: Kind, names: Names, waiting: int) -> tuple[object, ...]:

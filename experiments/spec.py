@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from pydantic import (
 
 from experiments.link_spec import LinkSpec
 from experiments.pool_spec import NotNegative, PoolSpec
-from experiments.workloads.spec import Count, Positive, Seed, SequenceLength, WorkloadSpec
+from experiments.workloads.spec import GENERATORS, Count, Positive, Seed, SequenceLength, WorkloadSpec
 from policies import model_shape, registry
 from policies.registry import PolicySpec
 from policies.replica_state import Limits
@@ -132,11 +133,18 @@ class ModelSpec(_Part):
     source: Annotated[str, Field(min_length=1)] = "SmolLM2-135M-Instruct"
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    device: str = "cpu"
     tensor_parallel: Annotated[int, Field(strict=True, ge=1, le=64)] = 1
     attention: str = "auto"
     quantization: Literal["none", "fp8"] = "none"
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+
+    @field_validator("device")
+    @classmethod
+    def _torchs(cls, device: str) -> str:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise ValueError(f"write cpu, cuda or cuda:1, not {device!r}")
+        return device
 
     @model_validator(mode="after")
     def _quantisable(self) -> ModelSpec:
@@ -326,11 +334,14 @@ def read_spec(path: str | Path, overrides: dict[str, Any] | None = None) -> RunS
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SpecError(f"{path} cannot be read: {error.strerror}") from error
+        hint = f"; for the workload of that name write -w {path}" if str(path) in GENERATORS else ""
+        raise SpecError(f"{path} cannot be read: {error.strerror}{hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise SpecError(f"{path} must hold the fields of a run by name, such as workload and policies")
+    if "base" in content and "workload" not in content:
+        raise SpecError(f"{path} is of a sweep: diptych sweep {path}")
     over = overrides or {}
     cost, other = content.get("cost"), over.get("cost")
     if isinstance(cost, dict) and isinstance(other, dict) and _kind(other, _kind(cost)) != _kind(cost):

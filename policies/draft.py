@@ -197,7 +197,8 @@ class Draft:
         if reason is not None:
             self.plan.blocked.append((request, reason))
             if reason in (SLOTS, TOKEN_BUDGET) and request.state is State.WAITING and self.view.fetches_ahead:
-                self.plan.fetch.append((request, "host"))
+                where = "disk" if self.view.probe(request).num_on_disk else "host"
+                self.plan.fetch.append((request, where))
         return reason is None
 
     def _admit(self, request: Request, max_chunk: int | None, whole: bool, hold: int) -> str | None:

@@ -40,10 +40,10 @@ def test_every_part_runs_and_replays_without_a_difference(monkeypatch: pytest.Mo
 def test_with_a_disk_the_conversations_are_run_with_a_small_host_and_a_disk_behind_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = replace(tiers.QUICK, profile_s=1.0, turns=2, conversations=4, link_blocks=())
+    sizes = replace(tiers.QUICK, profile_s=1.0, turns=2, link_blocks=())
     monkeypatch.setattr(tiers, "OFFLOADS", ("write_through",))
     monkeypatch.setattr(tiers, "DISK", {"host and disk": ({"offload": "write_through,fetch=always"}, True)})
-    monkeypatch.setattr(tiers, "rate_without", lambda sizes, cost: 60.0)
+    monkeypatch.setattr(tiers, "rate_without", lambda sizes, cost: 40.0)
     result: dict[str, Any] = {"model": "tiny", "device": "cpu", "torch": "2", "revision": "abc", "gb_s": {}}
     kept: list[str] = []
     bench = tiers.Bench(sizes, "cpu", time.monotonic() + 300, result, str(tmp_path))

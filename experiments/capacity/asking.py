@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.bench.spec import BenchSpec, check_bench
 from experiments.capacity.objectives import Objective
 from experiments.capacity.search import Probe
 from experiments.capacity.stability import drift
@@ -90,7 +91,6 @@ def on_server(
     """Ask a server of the OpenAI API, from outside. `fields`: of a `BenchSpec`, but workload and seed. A rate that the
     folder has all runs of is not sent again."""
     from experiments.bench import prepare, run_bench
-    from experiments.bench.spec import check_bench
     from experiments.workloads import make_workload
 
     def one(rate: float, seed: int) -> Run:
@@ -98,13 +98,12 @@ def on_server(
         spec = check_bench(**fields, workload=workload.model_dump(), seed=seed)
         place = folder / "client" / f"rate={rate:g}-seed={seed}"
         note = place / "asked.json"
-        asked = {"spec": spec.model_dump(mode="json")}
-        if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != asked:
+        if not _asked(note, spec):
             note.unlink(missing_ok=True)
             outcome = run_bench(prepare(spec, make_workload(spec.workload), api_key), place, overwrite=True)
             if outcome.interrupted:
                 raise KeyboardInterrupt
-            write_json(note, asked)
+            write_json(note, {"spec": spec.model_dump(mode="json")})
         return read_run(place)
 
     def ask(rate: float) -> Probe:
@@ -112,3 +111,11 @@ def on_server(
         return judged(rate, [(run, measured(run, measure)) for run in runs], objectives, measure, tolerance)
 
     return ask
+
+
+def _asked(note: Path, spec: BenchSpec) -> bool:
+    """Whether that is what a note says was asked, with today's defaults for fields that it is older than."""
+    try:
+        return BenchSpec(**json.loads(note.read_text(encoding="utf-8"))["spec"]) == spec
+    except (OSError, KeyError, TypeError, ValueError):  # nothing yet, or of another kind
+        return False

@@ -56,11 +56,9 @@ def bench(
     warm_up: Annotated[int, typer.Option(help="Requests before the first that counts.", min=0)] = 1,
     wait: Annotated[float, typer.Option(help="Seconds to wait for a server that is just starting.", min=0)] = 0.0,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request has failed.")] = 3600.0,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A folder with tokenizer.json; else the server is asked.")
-    ] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Send random token ids below it.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.", envvar="OPENAI_API_KEY")] = None,
+    tokenizer: options.Tokenizer = None,
+    vocab_size: options.VocabSize = None,
+    api_key: options.ApiKey = None,
     goodput: options.Goodput = None,
     save_result: Annotated[Path | None, typer.Option(help="Write vllm bench serve's result keys to this file.")] = None,
     save_detailed: Annotated[bool, typer.Option(help="In it, the figures of every request too.")] = False,
@@ -107,24 +105,32 @@ def bench(
     )
     outcome = _run(specification, folder, overwrite, api_key)
     run = read_run(folder)
-    console.print(summary_table(run, f"{specification.model} at {specification.base_url}"))
-    if slo:
-        console.print(
-            f"Goodput: {format_figure(summarize(run, slo)['request_goodput'])} requests/s met every objective"
-        )
-    _say_how_it_went(run, outcome)
+    _tell(run, outcome, specification, slo)
     if save_result is not None:
-        from experiments.bench import result_json
-
-        result = result_json(run, slo or None, detailed=save_detailed)
-        save_result.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        console.print(f"Result: {save_result}")
+        _save(save_result, run, slo, save_detailed)
     console.print(f"Records: {folder}")
     if outcome.interrupted:
         complain(f"interrupted; what was measured until then is in {folder}")
         raise typer.Exit(INTERRUPTED)
     if outcome.counts.failed:
         raise typer.Exit(1)
+
+
+def _tell(run: Run, outcome: Outcome, spec: BenchSpec, slo: dict[str, float]) -> None:
+    console.print(summary_table(run, f"{spec.model} at {spec.base_url}"))
+    if slo:
+        console.print(
+            f"Goodput: {format_figure(summarize(run, slo)['request_goodput'])} requests/s met every objective"
+        )
+    _say_how_it_went(run, outcome)
+
+
+def _save(path: Path, run: Run, slo: dict[str, float], detailed: bool) -> None:
+    from experiments.bench import result_json
+
+    result = result_json(run, slo or None, detailed=detailed)
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    console.print(f"Result: {path}")
 
 
 def _run(spec: BenchSpec, folder: Path, overwrite: bool, api_key: str | None) -> Outcome:

@@ -20,6 +20,7 @@ from experiments.compare import format_figure
 from experiments.spec import RunSpec, SpecError
 from experiments.sweeps import LocalRunner, Measure, Window
 from experiments.sweeps.cell_run import write_json
+from experiments.sweeps.spec import Panel
 
 CONFIRMING, CLOSE = 5, 1.1
 """Real runs after a simulation's answer, and the first step away from it."""
@@ -39,11 +40,9 @@ def capacity(
         str | None, typer.Option(help="Ask this server, from outside; with --panel both after the simulator.")
     ] = None,
     model_name: Annotated[str | None, typer.Option(help="As the server names it; its first one.")] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="For a server: a folder with tokenizer.json; else it is asked.")
-    ] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Send a server random token ids below it.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.", envvar="OPENAI_API_KEY")] = None,
+    tokenizer: options.Tokenizer = None,
+    vocab_size: options.VocabSize = None,
+    api_key: options.ApiKey = None,
     workload: options.Workload = None,
     requests: options.Requests = None,
     rate: Annotated[float | None, typer.Option(help="Where the search begins, requests a second (1).")] = None,
@@ -81,47 +80,46 @@ def capacity(
     folder = out or folder_of(specification, "capacity")
     measure = Measure(window=Window(skip_first=skip_first, skip_last=skip_last), slo=limits)
     start = specification.workload.rate or 1.0
+    few = {"most": min(probes, CONFIRMING), "factor": CLOSE} if panel == "both" else {"most": probes}
+    answers: dict[str, Found] = {}
     with LocalRunner(processes or seeds) as runner:
 
-        def panel_ask(which: Any) -> Ask:
+        def asking(which: Panel) -> Ask:
+            if which == "real" and base_url is not None:
+                server = _server(base_url, model_name, tokenizer, vocab_size, api_key)
+                return on_server(server, specification, range(seeds), asked, measure, folder, api_key, tolerance)
             return in_panel(specification, which, seeds, asked, measure, folder, runner, tolerance)
 
-        answers: dict[str, Found] = {}
         try:
-            if panel in ("sim", "both"):
-                answers["sim"] = _search("simulated", panel_ask("sim"), start, tolerance=tolerance, most=probes)
+            if panel != "real":
+                answers["sim"] = _search("simulated", asking("sim"), start, tolerance=tolerance, most=probes)
                 start = answers["sim"].low or start
-            if panel in ("real", "both"):
-                server = None if base_url is None else _server(base_url, model_name, tokenizer, vocab_size, api_key)
-                real = (
-                    panel_ask("real")
-                    if server is None
-                    else on_server(server, specification, range(seeds), asked, measure, folder, api_key, tolerance)
-                )
-                few: dict[str, Any] = {"most": probes}
-                if panel == "both":
-                    few = {"most": min(probes, CONFIRMING), "factor": CLOSE}
-                answers["real"] = _search("real", real, start, tolerance=tolerance, **few)
+            if panel != "sim":
+                answers["real"] = _search("real", asking("real"), start, tolerance=tolerance, **few)
         except KeyboardInterrupt:
             complain(f"interrupted; the runs that have ended are in {folder}, and the same command goes on from there")
             raise typer.Exit(INTERRUPTED) from None
-    texts = [str(objective) for objective in asked]
-    lines = {name: summary_line(found, texts) for name, found in answers.items()}
-    for name, line in lines.items():
-        console.print(f"{name}: {line}")
+    asked_for = {"spec": specification.model_dump(mode="json"), "seeds": seeds, "tolerance": tolerance}
+    _tell(answers, [str(objective) for objective in asked], measure, asked_for, folder)
+    if any(found.low is None for found in answers.values()):
+        raise typer.Exit(1)
+
+
+def _tell(
+    answers: dict[str, Found], objectives: list[str], measure: Measure, asked_for: dict[str, Any], folder: Path
+) -> None:
+    """On the terminal and in capacity.json."""
+    for name, found in answers.items():
+        console.print(f"{name}: {summary_line(found, objectives)}")
     console.print(f"Counted: {measure.window}. Runs and capacity.json: {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     content = {
-        "spec": specification.model_dump(mode="json"),
-        "objectives": texts,
+        **asked_for,
+        "objectives": objectives,
         "measure": measure.model_dump(mode="json"),
-        "seeds": seeds,
-        "tolerance": tolerance,
         "answers": {name: _as_json(found) for name, found in answers.items()},
     }
     write_json(folder / "capacity.json", content)
-    if any(found.low is None for found in answers.values()):
-        raise typer.Exit(1)
 
 
 def _check(asked: tuple[Objective, ...], limits: dict[str, float], spec: RunSpec) -> None:

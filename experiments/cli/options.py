@@ -216,3 +216,11 @@ def objectives(given: list[str]) -> dict[str, float]:
         if not 0 <= found[name] < float("inf"):
             raise SpecError(f"--goodput {objective}: an objective is a number of milliseconds, 0 or more")
     return found
+
+
+# How a command that sends requests to a server has them made.
+Tokenizer = Annotated[
+    Path | None, typer.Option(help="For prompts to a server: a folder with tokenizer.json; else the server is asked.")
+]
+VocabSize = Annotated[int | None, typer.Option(help="Send a server random token ids below it.")]
+ApiKey = Annotated[str | None, typer.Option(help="Sent to a server as a bearer token.", envvar="OPENAI_API_KEY")]

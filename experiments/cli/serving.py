@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,10 @@ from experiments.cli.options import gather
 from experiments.cli.summary import startup_line
 from experiments.spec import RunSpec, SpecError
 from runtime.serving.heartbeat import MIN_TIMEOUT_SECONDS, TIMEOUT_SECONDS
+
+if TYPE_CHECKING:
+    from experiments.serving import ServeOptions
+    from runtime.serving.messages import EngineInfo
 
 Keys = Annotated[
     list[str] | None,
@@ -33,6 +37,28 @@ HeartbeatTimeout = Annotated[
     ),
 ]
 
+Replicas = Annotated[int | None, typer.Option(help="Engines, each in a process of its own, behind --router.")]
+Replica = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="tcp://HOST:PORT",
+        help="An engine that `diptych engine` has started; may be repeated. Without --replicas only these serve.",
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Start the --replicas on the Ray cluster that this machine is in: auto, or HOST:PORT of its head.",
+    ),
+]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")]
+Admin = Annotated[bool, typer.Option(help="Offer the operator's endpoints, /admin/..., and keep recent steps.")]
+AdminKey = Annotated[
+    str | None, typer.Option(envvar="DIPTYCH_ADMIN_KEY", help="Their key; without one it is drawn and printed.")
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the run's record (default: none).")]
+
 
 @app.command()
 def serve(
@@ -49,48 +75,26 @@ def serve(
     host_memory: options.HostMemory = None,
     disk: options.Disk = None,
     disk_folder: options.DiskFolder = None,
-    replicas: Annotated[
-        int | None, typer.Option(help="Engines, each in a process of its own, behind --router.")
-    ] = None,
+    replicas: Replicas = None,
     router: options.Router = None,
-    replica: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="tcp://HOST:PORT",
-            help="An engine that `diptych engine` has started; may be repeated. Without --replicas only these serve.",
-        ),
-    ] = None,
+    replica: Replica = None,
     token: Token = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Start the --replicas on the Ray cluster that this machine is in: auto, or HOST:PORT of its head.",
-        ),
-    ] = None,
+    ray: Ray = None,
     heartbeat_timeout: HeartbeatTimeout = TIMEOUT_SECONDS,
     seed: options.Seed = None,
     settings: options.Set = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
-    ] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65_535)] = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     api_key: Keys = None,
-    admin: Annotated[
-        bool, typer.Option(help="Offer the operator's endpoints, /admin/..., and keep recent steps.")
-    ] = False,
-    admin_key: Annotated[
-        str | None, typer.Option(envvar="DIPTYCH_ADMIN_KEY", help="Their key; without one it is drawn and printed.")
-    ] = None,
+    admin: Admin = False,
+    admin_key: AdminKey = None,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait for their first token.", min=1)] = 1024,
     max_queue_tokens: Annotated[int, typer.Option(help="Prompt tokens of those.", min=1)] = 1_000_000,
     max_body_mib: Annotated[float, typer.Option(help="Of a request's body.", min=0.001)] = 16.0,
     request_timeout: Annotated[float, typer.Option(help="Seconds that a request may take; 0: any.", min=0)] = 600.0,
     drain: Annotated[float, typer.Option(help="Seconds that requests may go on after Ctrl-C.", min=0)] = 5.0,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for the run's record (default: none).")
-    ] = None,
+    out: Out = None,
     overwrite: options.Overwrite = False,
     check: options.Check = False,
 ) -> None:
@@ -105,23 +109,16 @@ def serve(
     """
     from experiments.hosting import EngineOptions  # torch is slow to import
     from experiments.replicas import Places
-    from experiments.serving import ServeOptions, serve_spec
-    from runtime.event_loop import run
-    from runtime.serving.messages import EngineInfo
+    from experiments.serving import ServeOptions
     from runtime.serving.service import EdgeLimits
 
     specification = _specification(context, spec, model)
-    if admin_key is not None and not admin:
-        raise SpecError("--admin-key is the key of the operator's endpoints; give --admin too")
-    if admin and admin_key is None:
-        admin_key = secrets.token_urlsafe(24)
-        console.print(f"admin key: {admin_key}")
     serving = ServeOptions(
         host=host,
         port=port,
         served_model_name=served_model_name,
         keys=tuple(api_key or ()),
-        admin_keys=() if admin_key is None else (admin_key,),
+        admin_keys=_admin_keys(admin, admin_key),
         edge=EdgeLimits(max_queue, max_queue_tokens, round(max_body_mib * 2**20), request_timeout),
         engine=EngineOptions(out, overwrite, keep_rows=admin, check=check),
         places=Places(
@@ -134,19 +131,37 @@ def serve(
         drain_s=drain,
     )
 
+    _serve(specification, serving)
+    console.print("ended" if out is None else f"ended. Records: {out}")
+
+
+def _admin_keys(admin: bool, given: str | None) -> tuple[str, ...]:
+    if given is not None and not admin:
+        raise SpecError("--admin-key is the key of the operator's endpoints; give --admin too")
+    if admin and given is None:
+        given = secrets.token_urlsafe(24)
+        console.print(f"admin key: {given}")
+    return () if given is None else (given,)
+
+
+def _serve(specification: RunSpec, serving: ServeOptions) -> None:
+    """Until Ctrl-C, saying what is going on."""
+    from experiments.serving import serve_spec
+    from runtime.event_loop import run
+
     def on_ready(address: str, info: EngineInfo) -> None:
         console.print(startup_line(info.startup_seconds))
         console.print(f"{info.model} in {info.dtype} on {info.device}, {info.limits.num_blocks} KV blocks", end="; ")
         console.print(", ".join(f"{role} {policy}" for role, policy in info.stack.items()))
         console.print(f"serving on {address} (Ctrl-C ends it)")
 
-    if serving.places.attached:
-        console.print(f"attaching {', '.join(serving.places.attached)}")
-    if serving.places.started:
-        on = "" if ray is None else f" on the Ray cluster {ray}"
+    places = serving.places
+    if places.attached:
+        console.print(f"attaching {', '.join(places.attached)}")
+    if places.started:
+        on = "" if places.ray is None else f" on the Ray cluster {places.ray}"
         console.print(f"loading {specification.model.source}{on}")
     run(serve_spec(specification, serving, on_ready))
-    console.print("ended" if out is None else f"ended. Records: {out}")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,30 @@ def measure(
 
 
 def _same_matrix(folder: Path, matrix: dict[str, Any]) -> None:
+    """Raise SpecError where a folder is of another matrix; else write it down there."""
     path = folder / "matrix.json"
-    text = json.dumps(matrix, indent=1, sort_keys=True) + "\n"
-    if path.exists() and path.read_text() != text:
+    if path.exists() and not _alike(path, matrix):
         raise SpecError(f"{folder} has runs of another model or of other workloads; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(json.dumps(matrix, indent=1, sort_keys=True) + "\n")
+
+
+def _alike(path: Path, matrix: dict[str, Any]) -> bool:
+    """Whether a file is of the same matrix, with today's defaults for fields that it is older than."""
+    try:
+        before = _described(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, ValueError):  # what no such file holds
+        return False
+    return before == _described(matrix)
+
+
+def _described(matrix: dict[str, Any]) -> dict[str, Any]:
+    """Each workload as a run of its own, with everything that is not said."""
+    base, found = matrix["base"], {}
+    for name, fields in matrix["works"].items():
+        work = Work(**fields)
+        workload = {"n": 1, **work.workload}  # how many there are goes by capacity
+        content = {**base, "workload": workload, "limits": {**base["limits"], **work.limits}}
+        run = RunSpec.model_validate(content).model_dump(mode="json")
+        found[name] = [run, asdict(replace(work, workload={}, limits={}))]
+    return found

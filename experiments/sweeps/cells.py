@@ -183,19 +183,27 @@ class _Expansion:
         return f"{where}: {message}" + (f" (in the cell {values})" if values and not dotted else "")
 
     def _check_knobs(self, spec: RunSpec, chosen: dict[str, tuple[int, Any]]) -> None:
+        self._check_stack(spec.policies, ("policies",), chosen)
+        for i in range(len(spec.pools)):
+            self._check_stack(spec.of_pool(i).policies, ("pools", i, "policies"), chosen)
+
+    def _check_stack(
+        self, policies: PoliciesSpec, group: tuple[str | int, ...], chosen: dict[str, tuple[int, Any]]
+    ) -> None:
         for role in PoliciesSpec.model_fields:
-            policy = PolicySpec.parse(getattr(spec.policies, role))
+            policy = PolicySpec.parse(getattr(policies, role))
             known = sorted(set(registry.knobs(registry.find(role, policy.name))) - set(registry.CONTEXT))
             for knob in policy.knobs:
                 if knob not in known:
-                    field = f"policies.{role}.{knob}"
+                    of_role = ".".join(map(str, (*group, role)))
+                    field = f"{of_role}.{knob}"
                     near = registry.nearest(str(knob), known)
                     message = f"{field}: {policy.name} has no such knob; {near}it has {', '.join(known) or 'none'}"
-                    fields = [name for name in (field, f"policies.{role}") if name in chosen]
+                    fields = [name for name in (field, of_role) if name in chosen]
                     where = (
                         self._place(fields[0], chosen[fields[0]][0])
                         if fields
-                        else self._base_lines.at((*self._prefix, "policies", role))
+                        else self._base_lines.at((*self._prefix, *group, role))
                     )
                     raise SpecError(f"{where}: {message}")
 
@@ -206,22 +214,41 @@ class _Expansion:
 
 
 def put(content: dict[str, Any], field: str, value: Any) -> None:
-    """Set a dotted field of a specification; below a policy's role it is a knob's. Raises SpecError, PolicyError."""
+    """Set a dotted field of a specification, as limits.lag or pools.0.replicas; below a policy's role it is a knob's.
+    Raises SpecError, PolicyError."""
     *path, last = field.split(".")
-    if len(path) == 2 and path[0] == "policies" and path[1] in PoliciesSpec.model_fields:
-        role = path[1]
-        policies = content.setdefault("policies", {})
-        policy = PolicySpec.parse(policies.get(role) or PoliciesSpec.model_fields[role].default)
+    if len(path) in (2, 4) and path[-2] == "policies" and path[-1] in PoliciesSpec.model_fields:
+        *group, role = path
+        policies = _inside(content, group, field)
+        of_run = (content.get("policies") or {}).get(role)  # which a pool has where it says nothing
+        policy = PolicySpec.parse(policies.get(role) or of_run or PoliciesSpec.model_fields[role].default)
         policies[role] = {"name": policy.name, **policy.knobs, last: value}
         return
-    inner = content
+    inner = _inside(content, path, field)
+    inner[_index(inner, last, field) if isinstance(inner, list) else last] = copy.deepcopy(value)
+
+
+def _inside(content: dict[str, Any], path: list[str], field: str) -> Any:
+    """The group, or the list, at a path; groups that are not there are made."""
+    inner: Any = content
     for depth, part in enumerate(path, 1):
-        if inner.get(part) is None:
-            inner[part] = {}
-        inner = inner[part]
-        if not isinstance(inner, dict):
+        if isinstance(inner, list):
+            inner = inner[_index(inner, part, field)]
+        else:
+            if inner.get(part) is None:
+                inner[part] = [] if part == "pools" else {}
+            inner = inner[part]
+        if not isinstance(inner, dict | list):
             raise SpecError(f"{field}: {'.'.join(path[:depth])} is no group of fields")
-    inner[last] = copy.deepcopy(value)
+    return inner
+
+
+def _index(items: list[Any], text: str, field: str) -> int:
+    if not text.isdecimal() or int(text) >= len(items):
+        known = ", ".join(map(str, range(len(items))))
+        hint = f"give its place: {known}" if known else "give the run some first"
+        raise SpecError(f"{field}: there is no entry {text!r} in a list of {len(items)}; {hint}")
+    return int(text)
 
 
 def _text(value: Any) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from experiments.spec import RunSpec
-from policies.registry import PolicySpec
+from experiments.sweeps.plug_ins import files_of, modules_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {"sim": ("policies", "simulator", "experiments"), "real": ("policies", "runtime", "experiments")}
@@ -32,9 +31,22 @@ def digest(value: Any) -> str:
 
 
 def cell_key(spec: RunSpec, panel: str, like: str | None) -> str:
-    """Of what a cell runs. `like`: the key of the real run that a simulation takes its limits from."""
-    described = spec.model_dump(mode="json", exclude={"target"})
-    return digest({"spec": described, "panel": panel, "files": dict(sorted(_files(described))), "like": like})
+    """Of what a cell runs. `like`: the key of the real run that a simulation takes its limits from.
+
+    What has its default value counts as not given: a field that is new since does not make a cell another one.
+    """
+    pools = [[pool.name, pool.role, _described(spec.of_pool(i))] for i, pool in enumerate(spec.pools)]
+    described = {"run": _described(spec), "pools": pools}
+    files = dict(sorted(_files(spec.model_dump(mode="json"))))
+    return digest({"spec": described, "panel": panel, "files": files, "like": like})
+
+
+def _described(spec: RunSpec) -> dict[str, Any]:
+    """A run, but for its pools."""
+    described = spec.model_dump(mode="json", exclude={"target", "pools"}, exclude_defaults=True)
+    if spec.cost is not None and spec.cost.kind == "fitted":  # the calibration's limits, where none are given
+        described["limits"] = spec.limits.model_dump(mode="json", exclude_unset=True)
+    return described
 
 
 def _files(described: Any, field: str = "") -> Iterator[tuple[str, str]]:
@@ -56,14 +68,10 @@ def _content(path: Path, changed: int) -> str:
 
 
 def code_key(panel: str, spec: RunSpec) -> str:
-    """Of this project's code for a panel, and of the files of a user's own policies."""
-    own = []
+    """Of this project's code for a panel, and of a user's own policies."""
     stacks = [spec.policies, *(spec.of_pool(i).policies for i in range(len(spec.pools)))]
-    for policy in (getattr(stack, role) for stack in stacks for role in type(stack).model_fields):
-        module, colon, _ = PolicySpec.parse(policy).name.partition(":")
-        found = importlib.util.find_spec(module) if colon else None
-        if found is not None and found.origin is not None and Path(found.origin).is_file():
-            own.append(_content(Path(found.origin), Path(found.origin).stat().st_mtime_ns))
+    modules = sorted({module for stack in stacks for module in modules_of(stack)})
+    own = [[path.name, _content(path, path.stat().st_mtime_ns)] for module in modules for path in files_of(module)]
     return digest([_project(panel), own])
 
 

@@ -128,7 +128,10 @@ def decode(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Programs: KV head fastest, so that the heads of a token are read together."""
+    """Programs: KV head fastest, so that the heads of a token are read together.
+
+    Long for its arguments: what follows is one loop over the sequences of a range.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()

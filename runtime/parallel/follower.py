@@ -22,6 +22,7 @@ import torch.distributed as dist
 from policies.replica_state import Limits
 from runtime.executor import Executor
 from runtime.memory import profile_num_blocks
+from runtime.model_config import ModelError
 from runtime.parallel import ranks, torchrun
 from runtime.parallel.ranks import Ranks
 from runtime.parallel.shard import Shard
@@ -96,11 +97,16 @@ def main(orders_fd: str, life_fd: str, rank: str, size: str, device_name: str, m
 
 
 def follow(job: torchrun.Job) -> None:
-    """Be a rank that torchrun has started, on the card that is its own by its number on this host."""
+    """Be a rank that torchrun has started, on the card that is its own by its number on this host. Raises ModelError
+    where rank 0 is not found.
+    """
     _ignore_signals()
     store = job.store()
     orders, life_socket = torchrun.find(job, store)
-    life, kind = Life(life_socket), orders.recv_bytes().decode()
+    life = Life(life_socket)
+    if not orders.poll(torchrun.MEET_S):
+        raise ModelError(f"rank 0 has said nothing for {torchrun.MEET_S:g} s; see its log")
+    kind = orders.recv_bytes().decode()
     device = torch.device(kind, job.local_rank) if kind == "cuda" else torch.device(kind)
     _serve(Shard(job.rank, job.size), device, store, orders, life)
 

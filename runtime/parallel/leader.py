@@ -41,6 +41,8 @@ SILENCE_S = 10.0
 """Without a sign of life for so long a rank counts as hanging; they come twice a second."""
 STEP_S = 0.01
 """So much has to be computed, by anybody, for a step that does not end to be only a long one."""
+START_S = 300.0
+"""For a rank to give its first sign of life, which is after the libraries are loaded."""
 PATIENCE = 6
 """So many times as long while nothing is served yet: libraries that are being loaded may hold a process up."""
 STUCK_S = 20.0
@@ -120,9 +122,12 @@ class Leader(Ranks):
         size: how many ranks there are; the others are started here, on this host, unless torchrun has started them.
         device: rank 0's; rank r of a card's model has the card r places after it.
         silence_s: after which a rank without a sign of life counts as hanging.
+        start_s: after which one that has never given any does.
     """
 
-    def __init__(self, size: int, device: torch.device | str, *, silence_s: float = SILENCE_S) -> None:
+    def __init__(
+        self, size: int, device: torch.device | str, *, silence_s: float = SILENCE_S, start_s: float = START_S
+    ) -> None:
         super().__init__(Shard(0, size))
         device, job = torch.device(device), torchrun.job()
         if job is not None:
@@ -140,7 +145,7 @@ class Leader(Ranks):
         else:
             devices = [device] * size
         self.device = devices[0]
-        self._silence_s = silence_s
+        self._silence_s, self._start_s = silence_s, start_s
         self._changed = threading.Condition()
         self._failure: str | None = None
         self._closed = False
@@ -253,11 +258,12 @@ class Leader(Ranks):
                 if self._closed and not by_life:
                     return
             now = time.monotonic()
-            limit = self._silence_s * (1 if self.serving else PATIENCE)
+            started = self._silence_s * (1 if self.serving else PATIENCE)
             for follower in by_life.values():
+                limit = started if follower.answers else self._start_s
                 if now - before > self._silence_s / 2:
                     follower.heard = now  # it is this process that was held up
-                if now - follower.heard > limit and follower.answers:
+                if now - follower.heard > limit:
                     self.fail(f"rank {follower.shard.rank} has given no sign of life for {limit:g} s and was killed")
             step = self._step
             if step is not None:

@@ -14,6 +14,8 @@ import secrets
 import socket
 import subprocess
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError, connection
 from multiprocessing.connection import Connection
@@ -24,6 +26,8 @@ from runtime.model_config import ModelError
 
 MEET_S = 300.0
 """For the processes to find each other: some hosts start late."""
+GREET_S = 10.0
+"""For one that has connected to rank 0 to say who it is, so that one that is silent does not hold up the others."""
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -45,10 +49,16 @@ class Job:
         return self.local_size == self.size
 
     def store(self) -> dist.Store:
-        """Where processes leave word for each other: that of torchrun's agent."""
+        """Where processes leave word for each other: that of torchrun's agent. Raises ModelError."""
         hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and self.rank == 0
         patience = datetime.timedelta(seconds=MEET_S)
-        store = dist.TCPStore(self.address, self.port, is_master=hosts, timeout=patience, wait_for_workers=False)
+        try:
+            store = dist.TCPStore(self.address, self.port, is_master=hosts, timeout=patience, wait_for_workers=False)
+        except dist.DistError as error:
+            raise ModelError(
+                f"torchrun's store at {self.address}:{self.port} cannot be reached ({_brief(error)}); see whether that "
+                "host is up, and the port free for torchrun"
+            ) from None
         return dist.PrefixStore(f"diptych/{self.attempt}", store)
 
 
@@ -75,8 +85,7 @@ class Elsewhere:
         """Have it end, unless it is stopped; torchrun kills it when this process ends."""
         for link in self._links:
             if not link.closed:
-                with socket.socket(fileno=os.dup(link.fileno())) as shared, contextlib.suppress(OSError):
-                    shared.shutdown(socket.SHUT_RDWR)  # if it was not first
+                _shut(link)
 
     def wait(self, timeout: float | None = None) -> int:
         """Until its last socket is shut. Raises subprocess.TimeoutExpired."""
@@ -86,40 +95,54 @@ class Elsewhere:
 
 
 def meet(job: Job, store: dist.Store) -> list[tuple[Connection, Connection]]:
-    """On rank 0: the sockets for orders and for signs of life of ranks 1, 2, ... Raises ModelError."""
-    key = secrets.token_bytes(32)
+    """On rank 0: the sockets for orders and for signs of life of ranks 1, 2, ... Raises ModelError after MEET_S."""
+    key, until = secrets.token_bytes(32), time.monotonic() + MEET_S
     links: dict[tuple[int, str], Connection] = {}
-    with socket.create_server((job.address, 0)) as server:
-        server.settimeout(MEET_S)
+    with contextlib.ExitStack() as unless_all, socket.create_server((job.address, 0)) as server:
         store.set("key", key.hex())
         store.set("port", str(server.getsockname()[1]))
         while len(links) < 2 * (job.size - 1):
             try:
+                server.settimeout(max(0.001, until - time.monotonic()))
                 accepted, _ = server.accept()
             except TimeoutError:
-                raise ModelError(f"not all of {job.size} ranks have come within {MEET_S:g} s; see their logs") from None
-            accepted.setblocking(True)
-            link = _at_once(accepted)
+                come = {rank for rank, _ in links}
+                missing = ", ".join(str(rank) for rank in range(1, job.size) if rank not in come) or "some"
+                raise ModelError(
+                    f"of {job.size} ranks these have not come within {MEET_S:g} s: {missing}; see their logs"
+                ) from None
+            link = unless_all.enter_context(_at_once(accepted))
             try:
-                connection.deliver_challenge(link, key)  # type: ignore[attr-defined]
-                connection.answer_challenge(link, key)  # type: ignore[attr-defined]
-                rank, kind = link.recv_bytes().decode().split()
-                links[int(rank), kind] = link
+                with _within(link, min(GREET_S, until - time.monotonic())):
+                    connection.deliver_challenge(link, key)  # type: ignore[attr-defined]
+                    connection.answer_challenge(link, key)  # type: ignore[attr-defined]
+                    rank, kind = link.recv_bytes().decode().split()
+                    links[int(rank), kind] = link
             except (AuthenticationError, EOFError, OSError, ValueError):
                 link.close()  # somebody else
+        unless_all.pop_all()
     return [(links[rank, "orders"], links[rank, "life"]) for rank in range(1, job.size)]
 
 
 def find(job: Job, store: dist.Store) -> tuple[Connection, Connection]:
-    """On another rank: the same sockets, from its side."""
-    address, key = (job.address, int(store.get("port"))), bytes.fromhex(store.get("key").decode())
-    links = []
-    for kind in ("orders", "life"):
-        link = _at_once(socket.create_connection(address))
-        connection.answer_challenge(link, key)  # type: ignore[attr-defined]
-        connection.deliver_challenge(link, key)  # type: ignore[attr-defined]
-        link.send_bytes(f"{job.rank} {kind}".encode())
-        links.append(link)
+    """On another rank: the same sockets, from its side. Raises ModelError after MEET_S."""
+    with contextlib.ExitStack() as unless_both:
+        try:
+            address, key = (job.address, int(store.get("port"))), bytes.fromhex(store.get("key").decode())
+            links = []
+            for kind in ("orders", "life"):
+                link = unless_both.enter_context(_at_once(socket.create_connection(address, timeout=MEET_S)))
+                with _within(link, MEET_S):  # rank 0 greets one at a time
+                    connection.answer_challenge(link, key)  # type: ignore[attr-defined]
+                    connection.deliver_challenge(link, key)  # type: ignore[attr-defined]
+                    link.send_bytes(f"{job.rank} {kind}".encode())
+                links.append(link)
+        except (AuthenticationError, EOFError, OSError, ValueError, dist.DistError) as error:
+            raise ModelError(
+                f"rank {job.rank} has not found rank 0 at {job.address} within {MEET_S:g} s ({_brief(error)}); see the "
+                "log of rank 0, and whether its host can be reached from here"
+            ) from None
+        unless_both.pop_all()
     return links[0], links[1]
 
 
@@ -127,3 +150,25 @@ def _at_once(connected: socket.socket) -> Connection:
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a step is one small message
     connected.settimeout(None)
     return Connection(connected.detach())
+
+
+@contextlib.contextmanager
+def _within(link: Connection, seconds: float) -> Iterator[None]:
+    """Shut the socket after so long, so that whoever reads from it inside gets EOFError or OSError."""
+    timer = threading.Timer(max(0.0, seconds), _shut, [link])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # or it might shut what has the same number by then
+
+
+def _shut(link: Connection) -> None:
+    with socket.socket(fileno=os.dup(link.fileno())) as shared, contextlib.suppress(OSError):
+        shared.shutdown(socket.SHUT_RDWR)  # if it was not first
+
+
+def _brief(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -55,7 +55,12 @@ class Hosted:
 
     def _change_policies(self, plane: ControlPlane, now: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """`arguments`: role -> policy as text."""
-        limits = self.info.limits
+        limits, offload = self.info.limits, arguments.get("offload", "never")
+        if offload != "never" and not (limits.num_host_blocks and limits.prefix_caching):
+            raise ValueError(
+                f"offload: {offload} keeps prefixes in host memory, and this engine has none for them; start it with "
+                "--host-memory GIB and prefix caching"
+            )
         stack, policies = self.stack.rebuilt(arguments, block_size=limits.block_size, seed=self.seed)
         plane.change_policies(policies, {role: stack.as_dict()[role] for role in arguments}, now)
         self.stack = stack

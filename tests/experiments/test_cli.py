@@ -65,6 +65,9 @@ BROKEN_TRACE = (
         (["simulate", "missing.yaml"], ["missing.yaml"]),
         (["simulate", "broken.yaml"], ["broken.yaml"]),
         (["simulate", "nan.yaml"], ["nan.yaml", "workload.rate"]),
+        (["simulate", "chat"], ["chat cannot be read", "write -w chat"]),
+        (["simulate", "sweep.yaml"], ["sweep.yaml is of a sweep: diptych sweep sweep.yaml"]),
+        (["run", "-w", "fixed", "-n", "1", "--set", "model.device=gpu"], ["write cpu, cuda or cuda:1, not 'gpu'"]),
         ([*SIMULATE, "--set", "limits.lagg=1"], ["limits.lagg"]),
         ([*SIMULATE, "--set", "limits"], ["FIELD=VALUE"]),
         ([*SIMULATE, "--device", "abacus"], ["abacus", "h100-sxm"]),
@@ -97,6 +100,7 @@ def test_a_mistake_gets_one_clear_line_and_a_non_zero_exit(
     Path("broken.csv").write_text(BROKEN_TRACE)
     Path("broken.yaml").write_text("workload: [\n")
     Path("nan.yaml").write_text("workload: {name: chat, n: 5, rate: .nan}\n")
+    Path("sweep.yaml").write_text("base: {workload: {name: fixed, n: 1}}\n")
     Path("broken.gguf").write_bytes(b"GGUF and no more")
     status, _, err = diptych(monkeypatch, capsys, *args)
     assert status == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,9 @@ from experiments.simulated import make_costs, run_simulated, simulated_limits
 from experiments.spec import CostSpec, SpecError
 from experiments.timeline import states
 from experiments.workloads import Workload
+from policies.replica_state import Limits
+from policies.stack import StackSpec
+from runtime.serving.commands import Hosted
 from tests.experiments.command import diptych
 from tests.experiments.test_host_memory import CONSTANT, spec
 
@@ -87,6 +91,13 @@ def test_an_offload_policy_where_no_prefixes_are_cached_is_refused_in_both_panel
         simulated_limits(given, make_costs(CostSpec()))
     with pytest.raises(SpecError, match=message):
         prepare(given, load(given.model))
+
+
+@pytest.mark.parametrize("limits", [Limits(9), Limits(9, num_host_blocks=4, prefix_caching=False)])
+def test_an_engine_without_room_for_prefixes_refuses_an_offload_policy_while_it_serves(limits: Limits) -> None:
+    hosted = Hosted(None, SimpleNamespace(limits=limits), StackSpec())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="offload: write_back keeps prefixes in host memory, and this engine has none"):
+        hosted._change_policies(None, 0, {"offload": "write_back"})  # type: ignore[arg-type]
 
 
 def test_the_command_line_takes_a_disk(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from experiments.fidelity import validation
 from experiments.fidelity.matrix import Cell
+from experiments.spec import SpecError
 from tests.experiments.command import diptych
 
 CELLS = (Cell("chat", None, "mixed"), Cell("chat", 0.85, "sjf"))
@@ -97,3 +100,23 @@ def test_a_folder_of_another_matrix_is_refused(validate: Validate, tmp_path: Pat
     assert status == 2
     assert "v has runs of another model or of other workloads; name another folder" in err
     assert (tmp_path / "v" / "matrix.json").read_text() == "{}\n"
+
+
+def test_a_matrix_that_was_written_before_a_field_was_there_is_the_same_one(tmp_path: Path) -> None:
+    base, works, _ = validation.quick()
+    matrix = {"base": base.model_dump(mode="json"), "works": {name: asdict(work) for name, work in works.items()}}
+    validation._same_matrix(tmp_path, matrix)
+    written = json.loads((tmp_path / "matrix.json").read_text())
+    earlier = copy.deepcopy(written)
+    del (
+        earlier["base"]["limits"]["plan_lead_ms"],
+        earlier["base"]["price_per_hour"],
+        earlier["works"]["chat"]["policies"],
+    )
+    (tmp_path / "matrix.json").write_text(json.dumps(earlier))
+    validation._same_matrix(tmp_path, matrix)
+    assert json.loads((tmp_path / "matrix.json").read_text()) == written
+    for group, field, value in (("base", "seed", 1), ("works", "chat", {"workload": {"name": "chat", "cv": 2.0}})):
+        (tmp_path / "matrix.json").write_text(json.dumps({**earlier, group: {**earlier[group], field: value}}))
+        with pytest.raises(SpecError, match="has runs of another model or of other workloads"):
+            validation._same_matrix(tmp_path, matrix)

@@ -130,6 +130,60 @@ def test_an_error_names_the_line_and_the_field(
     assert "\n" not in text
 
 
+POOLS = """\
+base:
+  workload: {name: fixed, n: 5, rate: 2}
+  policies: {queue: sjf}
+  pools:
+    - {name: fast, cost: {device: a100-sxm-80gb}}
+    - {name: slow, policies: {scheduler: "sarathi,chunk_size=64"}}
+variables:
+  grid:
+    pools.0.replicas: [1, 2]
+    pools.1.policies.scheduler.chunk_size: [128, 256]
+"""
+
+
+def test_a_field_of_one_pool_can_be_varied(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(POOLS)
+    cells = read_sweep(tmp_path / "sweep.yaml").cells
+    assert [
+        ([pool.replicas for pool in cell.spec.pools], [cell.spec.of_pool(i).policies.scheduler for i in range(2)])
+        for cell in cells
+    ] == [([replicas, 1], ["mixed", f"sarathi,chunk_size={chunk}"]) for replicas in (1, 2) for chunk in (128, 256)]
+    assert len({cell.key for cell in cells}) == 4
+    assert all(cell.spec.of_pool(1).policies.queue == "sjf" for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "where", "what"),
+    [
+        (
+            "pools.0.rep",
+            "pools.2.rep",
+            9,
+            "pools.2.replicas: there is no entry '2' in a list of 2; give its place: 0, 1",
+        ),
+        ("pools.0.rep", "pools.fast.rep", 9, "pools.fast.replicas: there is no entry 'fast' in a list of 2"),
+        ("pools.0.rep", "pools.-1.rep", 9, "pools.-1.replicas: there is no entry '-1' in a list of 2"),
+        ("[1, 2]", "[1, 0]", 9, "pools.0.replicas: Input should be greater than or equal to 1, not 0"),
+        ("pools.0.replicas", "pools.0.replica", 9, "pools.0.replica: unknown field; did you mean 'replicas'"),
+        ("pools.1.policies.scheduler.chunk_size", "pools.1.policies.scheduler.chunks", 10, "sarathi has no such knob"),
+        ("  pools:", "  tools:", 9, "pools.0.replicas: there is no entry '0' in a list of 0; give the run some first"),
+        ("pools.1.p", "pools.0.p", 10, "pools.0.policies.scheduler.chunk_size: mixed has no such knob"),
+    ],
+)
+def test_an_error_in_a_pool_names_the_line_and_the_field(
+    before: str, after: str, where: int, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sweep.yaml").write_text(POOLS.replace(before, after, 1))
+    with pytest.raises(SpecError) as caught:
+        read_sweep("sweep.yaml")
+    assert str(caught.value).startswith(f"sweep.yaml:{where}: ")
+    assert what in str(caught.value)
+
+
 def test_the_base_may_be_the_file_of_a_run_beside_the_sweep(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("workload: {name: fixed, n: 5, rate: 2}\nlimits: {num_blocks: 0}\n")
     sweep = tmp_path / "sweep.yaml"

@@ -20,11 +20,12 @@ from experiments.intervals import interval, paired
 from experiments.metrics import summarize
 from experiments.records import read_run
 from experiments.simulated import run_simulated
-from experiments.spec import SpecError
+from experiments.spec import RunSpec, SpecError
 from experiments.sweeps import Measure, Window, identity, read_sweep, run_cells, run_sweep, state_of
 from experiments.sweeps.cell_run import Job, perform_in
 from experiments.sweeps.identity import code_key
 from experiments.sweeps.measuring import measured
+from experiments.sweeps.plug_ins import files_of
 from experiments.sweeps.table import differences
 from tests.experiments.command import diptych
 from tests.experiments.test_fidelity_simulated import LIMITS, MEASURED
@@ -129,6 +130,63 @@ def test_the_code_of_a_cell_is_that_of_its_pools_policies_too_and_not_that_of_th
     folders = {path.relative_to(identity.ROOT).parts[:2] for path in seen}
     assert ("experiments", "records") in folders
     assert not folders & {("experiments", "cli"), ("experiments", "published")}
+
+
+def test_a_plug_in_is_of_its_whole_package_and_of_the_files_that_it_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queues_of_ours").mkdir()
+    files = {
+        "queues_of_ours/__init__.py": "",
+        "queues_of_ours/mine.py": PLUG_IN,
+        "queues_of_ours/other.py": "def late():\n    import numpy, helped_by\n",
+        "helped_by.py": "from math import inf\n",
+        "no_part_of_it.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    wanted = {"helped_by.py", "__init__.py", "mine.py", "other.py"}
+    assert {path.name for path in files_of("queues_of_ours.mine")} == wanted
+    for policies in ({"queue": "queues_of_ours.mine:Mine"}, {"scheduler": "mixed"}):
+        (cell,) = read_sweep({"base": {"workload": {"name": "fixed", "n": 2}, "policies": policies}}).cells
+        before = code_key("sim", cell.spec)
+        for name in files:
+            (tmp_path / name).write_text((tmp_path / name).read_text() + "# otherwise\n")
+            changed = code_key("sim", cell.spec) != before
+            assert changed == ("queue" in policies and Path(name).name in wanted), name
+            (tmp_path / name).write_text(files[name])
+            before = code_key("sim", cell.spec)
+
+
+def test_a_default_that_is_given_makes_no_other_cell_unless_it_stands_in_for_what_was_measured(tmp_path: Path) -> None:
+    def key(**fields: Any) -> str:
+        (cell,) = read_sweep({"base": {"workload": {"name": "fixed", "n": 2}, **fields}}).cells
+        return cell.key
+
+    plain = key()
+    given = RunSpec.model_validate({"target": "sim", "workload": {"name": "fixed", "n": 2}}).model_dump(mode="json")
+    assert key(**given) == plain
+    assert key(limits={"lag": 0}) != plain
+    pool = {"name": "a", "replicas": 2}
+    assert key(pools=[{**pool, "role": "both", "limits": {"block_size": 16}}]) == key(pools=[pool])
+    assert key(pools=[{**pool, "limits": {"block_size": 16}}], limits={"block_size": 32}) != key(
+        pools=[pool], limits={"block_size": 32}
+    )
+    MEASURED.calibration.save(tmp_path / "calibration.json")
+    fitted = {"kind": "fitted", "calibration": str(tmp_path / "calibration.json")}
+    assert key(cost=fitted, limits={"max_num_seqs": 256}) != key(cost=fitted)
+
+
+def test_a_field_that_a_specification_has_got_since_leaves_cells_as_they_were() -> None:
+    (cell,) = read_sweep({"base": BASE}).cells
+
+    class Later(RunSpec):
+        new: int = 3
+
+    later = Later.model_validate(cell.spec.model_dump(exclude_unset=True))
+    assert identity.cell_key(later, "sim", None) == cell.key
+    assert identity.cell_key(later.model_copy(update={"new": 4}), "sim", None) != cell.key
 
 
 def test_more_cells_run_only_what_is_new_and_other_code_runs_again(

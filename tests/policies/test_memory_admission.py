@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.admission.predicted_peak import PredictedPeak, peak_tokens
+from policies.admission.predicted_peak import Crowd, PredictedPeak, peak_tokens
 from policies.plan import Mode, Plan, Report, Step
 from policies.registry import PolicyError, make
 from policies.replica_state import Limits
@@ -213,6 +213,40 @@ def test_the_worst_of_several_samples_counts() -> None:
     left = np.array([[1, 1], [9, 0], [2, 2]])
     assert peak_tokens(np.array([5, 5]), left) == 14
     assert [peak_tokens(np.array([5, 5]), row) for row in left] == [12, 14, 14]
+
+
+SETS = st.lists(st.tuples(st.integers(1, 30), st.tuples(st.integers(1, 25), st.integers(1, 25))), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SETS, SETS, st.integers(0, 15))
+def test_whoever_is_added_to_a_crowd_one_by_one_the_peak_is_that_of_all_together(
+    first: list[tuple[int, tuple[int, int]]], then: list[tuple[int, tuple[int, int]]], per_request: int
+) -> None:
+    def columns(sets: list[tuple[int, tuple[int, int]]]) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([held for held, _ in sets], int), np.array([left for _, left in sets], int).reshape(-1, 2).T
+
+    crowd = Crowd.of(*columns(first))
+    for i, (held, left) in enumerate(then):
+        crowd = crowd.with_one_more(held, np.array(left))
+        held_by, left_by = columns([*first, *then[: i + 1]])
+        assert crowd.peak(per_request) == peak_tokens(held_by, left_by, per_request)
+        assert crowd.peak(0) == max(simulated_peak(held_by.tolist(), row.tolist()) for row in left_by)
+
+
+def test_one_requests_forecast_is_that_which_it_has_among_others() -> None:
+    rule = PredictedPeak(1, window=4, seed=3)
+    requests = [Request(i, 0, 5 + i, 60) for i in range(6)]
+    for lengths in ((), (40,), (10, 20, 40, 80)):
+        rule.on_report(ended(*lengths))
+        for done in (0, 10, 39, 80):
+            for request in requests:
+                request._tokens = request.num_prompt_tokens + done
+                request.max_tokens = max(60, done)
+            held, left = rule._forecast(requests)
+            alone = [rule._forecast_one(request) for request in requests]
+            assert [one[0] for one in alone] == held.tolist()
+            assert [one[1].tolist() for one in alone] == left.T.tolist()
 
 
 LOCK_STEP = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 25), st.integers(0, 20)), min_size=1, max_size=12)

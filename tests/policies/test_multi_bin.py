@@ -70,6 +70,28 @@ def test_of_a_burst_no_more_are_put_into_bins_in_one_plan_than_a_plan_can_start(
     assert queue.pop(0).id == 999, "the first to come, not the first to be submitted"
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.permutations(range(12)), st.sets(st.integers(0, 11)), st.sets(st.integers(0, 11)))
+def test_newcomers_go_by_arrival_in_whatever_order_they_are_pushed_taken_out_and_pushed_again(
+    arrivals: list[int], removed: set[int], back: set[int]
+) -> None:
+    queue = make("queue", "multi_bin,edges=,batch=1", block_size=4)
+    requests = [Request(i, arrival, 4, 20) for i, arrival in enumerate(arrivals)]
+    for request in requests:
+        queue.push(request, 0)
+    for i in sorted(removed):
+        queue.remove(requests[i])
+    for i in sorted(removed & back):
+        queue.push(requests[i], 0)
+    served = []
+    for _ in range(12 - len(removed - back)):
+        queue.begin(Desk(ROOMY).plane.view.draft(), 0)
+        served.append(queue.pop(0))
+    left = [request for request in requests if request.id not in removed - back]
+    assert served == sorted(left, key=lambda request: request.key)
+    assert queue.peek(0) is None
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 4))
 def test_with_one_bin_and_full_batches_it_is_first_come_first_served(lengths: list[int], size: int) -> None:

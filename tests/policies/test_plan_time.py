@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import io
 
-from benchmarks.plan_time import KINDS, NAIVE, Kind, Load, measure, stacks
+import pytest
+from rich.console import Console
+
+from benchmarks.plan_rows import GROWS, MOVES, NAIVE, OWN, Row, cause, explain, with_growth
+from benchmarks.plan_time import KINDS, Kind, Load, measure, stacks
 from policies import registry
 
 REST = ("full_prompt", "last_admitted", "lru")
@@ -40,3 +44,34 @@ def test_every_registered_policy_that_plans_is_among_those_that_are_timed() -> N
     timed = stacks()
     for place, role in enumerate(("scheduler", "queue", "admission", "preemption", "eviction")):
         assert set(registry.names(role)) - {"belady"} <= {names[place] for names in timed}
+
+
+def row(waiting: int, median: float, admitted: float = 0.0, preempted: float = 0.0, scheduler: str = "mixed") -> Row:
+    return Row(scheduler, "sjf", *REST, "preempt", waiting, 100, median, median, median, median, admitted, preempted)
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "why"),
+    [
+        (row(1_000, 1001, 0, 2), row(100_000, 9000, 0, 2), OWN),
+        (row(1_000, 500, 8, 2), row(100_000, 1300, 10, 10), MOVES),
+        (row(1_000, 500, 8, 2), row(100_000, 1301, 10, 10), GROWS),
+        (row(1_000, 900, 8, 2), row(100_000, 1001, 8, 2), GROWS),
+        (row(1_000, 900), row(100_000, 1001), GROWS),
+        (None, row(100_000, 1001, 1), GROWS),
+    ],
+)
+def test_what_is_over_the_target_is_told_by_the_same_case_with_few_waiting(
+    few: Row | None, many: Row, why: str
+) -> None:
+    assert cause(few, many) == why
+
+
+def test_growth_is_in_terms_of_the_same_stack_and_kind_of_step_with_the_fewest_waiting() -> None:
+    rows = [row(1_000, 400), row(10_000, 500), row(100_000, 1100), row(100_000, 900, scheduler="every")]
+    grown = with_growth(rows)
+    assert [r.growth for r in grown] == [1.0, 1.25, 2.75, None]
+    said = io.StringIO()
+    explain(grown, Console(file=said, width=200))
+    assert "1 of 2 within 1,000 microseconds with 100,000 waiting; the slowest is mixed, sjf" in said.getvalue()
+    assert "  mixed + sjf + full_prompt + last_admitted, preempt: 1,100 with 0.0 moved, 400 with 0.0" in said.getvalue()

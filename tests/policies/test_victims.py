@@ -167,6 +167,44 @@ def test_victims_come_in_the_order_of_the_rule_until_nobody_is_left(
     assert policy.victim(view, draft, replica.now) is None
 
 
+@pytest.mark.parametrize("name", sorted(set(WORST) - {"last_admitted"}))
+@settings(max_examples=15, deadline=None)
+@given(RUNNERS, st.data())
+def test_the_next_victim_is_the_worst_of_those_left_whoever_else_the_draft_or_a_copy_of_it_has_stopped(
+    name: str, runners: list[Runner], data: st.DataObject
+) -> None:
+    replica = Replica(runners, list(range(len(runners))))
+    policy, view = registry.make("preemption", name), replica.plane.view
+    drafts = [(view.draft(), list[Request]())]
+    for _ in runners:
+        draft, gone = data.draw(st.sampled_from(drafts), label="draft")
+        left = [r for r in view.running.values() if r not in gone]
+        if not left:
+            continue
+        if data.draw(st.booleans(), label="by the rule"):
+            spared = left[1:] if name in SPARES_ELDEST and len(left) > 1 else left
+            worst = max(spared, key=lambda r: (WORST[name](r, view, gone), *r.key))
+            found = policy.victim(view, draft, replica.now)
+            assert found == (worst, Mode.RECOMPUTE)
+            left = [worst]
+        if data.draw(st.booleans(), label="in a copy"):
+            draft, gone = draft.copy(), gone[:]
+            drafts.append((draft, gone))
+        stopped = data.draw(st.sampled_from(left), label="stopped")
+        draft.preempt(stopped, Mode.RECOMPUTE)
+        gone.append(stopped)
+
+
+def test_ranks_are_looked_at_anew_in_every_plan() -> None:
+    replica = Replica([Runner(prompt, 1, 9, 0, None, False) for prompt in (4, 10, 9)], [0, 1, 2])
+    policy, view = registry.make("preemption", "longest"), replica.plane.view
+    _, second, third = replica.requests
+    assert policy.victim(view, view.draft(), replica.now) == (second, Mode.RECOMPUTE)
+    for _ in range(2):
+        replica._step(Plan(decodes=[third]))
+    assert policy.victim(view, view.draft(), replica.now) == (third, Mode.RECOMPUTE)
+
+
 def test_of_two_that_free_as_much_the_one_that_is_computed_again_sooner_is_the_cheapest() -> None:
     """And a shared prefix makes a long request free little: `longest` and `most_blocks` part ways."""
     runners = [

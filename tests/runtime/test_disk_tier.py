@@ -43,7 +43,7 @@ def total(rows: Rows, column: str) -> int:
     return sum(step[column] for step in rows.steps)
 
 
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(data=st.data())
 def test_conversations_in_a_random_schedule_say_what_they_say_with_memory_ample(
     data: st.DataObject,
