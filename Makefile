@@ -7,6 +7,10 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 RUNS ?=
 
+# Compiled modules are kept whatever the machine says: the tests start more than a hundred processes, and each would
+# compile all of ours.
+TESTING := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadscope --no-loadscope-reorder
+
 .PHONY: help demo test check lint gpu-test gpu-bench bench screenshots docs clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -25,11 +29,11 @@ demo: $(VENV)/.base            ## serve and simulate one workload under two poli
 
 test: $(VENV)/.dev             ## every check and every test
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
+	$(TESTING) -n 3
 
 check: $(VENV)/.dev            ## the fast tier, under two minutes
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow" -x
+	$(TESTING) -n 3 -m "not slow" -x
 
 lint: $(VENV)/.dev             ## style, types, and the direction of imports
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -38,8 +39,68 @@ SLOW = (
 """Files and folders that `make check` leaves out whole; single tests elsewhere are marked where they stand."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+LONGEST = (
+    "runtime/serving",
+    "runtime/test_engine_tokens.py",
+    "dashboard",
+    "experiments/test_cli.py",
+    "runtime/kernels",
+    "experiments/test_fidelity_command.py",
+)
+"""What processes that share the suite begin with, so that none is left alone with it at the end."""
+
+SHARING = {
+    "smollm2": (
+        "runtime/test_default_model.py",
+        "runtime/test_engine_sampling.py",
+        "runtime/test_engine_tokens.py",
+        "runtime/test_llama_matches_transformers.py",
+        "runtime/test_tokenizer.py",
+    ),
+    "server": (
+        "runtime/serving/test_benchmark_clients.py",
+        "runtime/serving/test_edges.py",
+        "runtime/serving/test_events.py",
+        "runtime/serving/test_fuzz.py",
+        "runtime/serving/test_openai_package.py",
+        "runtime/serving/test_operator.py",
+        "runtime/serving/test_streams.py",
+    ),
+}
+"""Files that use a fixture of the session that takes long to make: one process runs them all, and makes it once."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = [TESTS / name for name in SLOW]
     for item in items:
         if any(item.path.is_relative_to(path) for path in slow):
             item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):  # one of several processes of pytest-xdist
+        items.sort(key=_begins)
+
+
+def _begins(item: pytest.Item) -> int:
+    ranks = (rank for rank, name in enumerate(LONGEST + SLOW) if item.path.is_relative_to(TESTS / name))
+    return next(ranks, len(LONGEST + SLOW))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --dist loadscope a file is run by one process, which makes the fixtures of its module once.
+
+    Not marks and --dist loadgroup: pytest-xdist 3.8 does not see the marks where pytest is 9.2.
+    """
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    group_of = {
+        (TESTS / name).relative_to(config.rootpath).as_posix(): g for g, names in SHARING.items() for name in names
+    }
+
+    class FilesThatShare(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return group_of.get(file, file)
+
+    return FilesThatShare(config, log)

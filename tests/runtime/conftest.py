@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -174,3 +175,11 @@ class HandRunner:
 def hand_runner() -> type[HandRunner]:
     """The class `HandRunner`, for tests to make their own."""
     return HandRunner
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    """After the test no thread of an engine runs."""
+    yield
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name == "engine" or name.startswith("model-runner")]

@@ -15,7 +15,7 @@ from runtime.engine import Details
 from runtime.weights import LoadedModel
 from tests.runtime.engines import Rows, greedy, serve, submit_together, tiny, tokens_of, transformers_model
 
-TOKENS, FEWER = 36, 24
+TOKENS, FEWER = 24, 12
 """How many of each prompt: in the batch held against transformers, and in the other ways of scheduling."""
 SCHEDULERS = ("mixed", "sarathi,chunk_size=40", "prefill_first", "static,max_batch_size=8")
 PREAMBLE = (

@@ -26,7 +26,7 @@ FAMILIES = {
     "qwen3": {"qk_norm": True, "tie_word_embeddings": True},
     "qwen3-moe": MOE,
 }
-LONG, MIDDLE = (80, 40) if CUDA else (18, 10)  # the interpreter takes a second for eight tokens
+LONG, MIDDLE = (80, 40) if CUDA else (15, 6)  # the interpreter takes a second for eight tokens
 STEPS = [{0: LONG}, {0: 1, 1: 5, 2: LONG // 3}, {0: 1, 1: 1, 2: 1}, {0: 1, 1: 1, 2: 1, 3: MIDDLE}, {3: 1, 0: 1}]
 
 

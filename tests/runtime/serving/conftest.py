@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.runtime.conftest import PROMPTS
@@ -23,6 +24,8 @@ TEMPLATE = (
 
 def make_model(folder: Path) -> Path:
     """A tiny random Llama whose tokens are of all kinds: whole words, parts of characters, special ones."""
+    import transformers  # seconds, and only one of several processes makes the model
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -58,7 +61,14 @@ def make_model(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("serving") / "babel")
+    """Made once for all processes that share the suite."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "babel"
+    if not shared.exists():
+        made = make_model(tmp_path_factory.mktemp("serving") / "babel")
+        with contextlib.suppress(OSError):  # another was quicker
+            made.rename(shared)
+    return shared
 
 
 @pytest.fixture(scope="session")
