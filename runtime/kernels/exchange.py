@@ -8,9 +8,6 @@ protocol (Hu et al., "Demystifying NCCL", arXiv:2507.04786, section III-D) with 
 
 An inbox is int64 [senders, 2, capacity]. Exchanges of the same row use its two halves in turn: who sends the next but
 one has had the next one from everybody, who had read this one before.
-
-A product that makes a rank's rows may send them itself (`runtime.kernels.skinny`), each number as soon as it is known:
-then they are there before the sum's kernel begins, which only receives.
 """
 
 from __future__ import annotations
@@ -53,13 +50,11 @@ class Mail:
     broken: Tensor
 
 
-def sum_add_norm_(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, mail: Mail, sent: bool = False
-) -> tuple[Tensor, Tensor]:
+def sum_add_norm_(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, mail: Mail) -> tuple[Tensor, Tensor]:
     """Adds the sum of all ranks' x [T, H] to the residual in place, and returns it with the norm of the sum as stored.
 
     Without a residual the sum becomes one. Sums are in float32 and in the order of the ranks, so that they are the same
-    on all of them; rounded once. `sent`: the product that made x has sent it.
+    on all of them; rounded once.
     """
     rows, hidden = x.shape
     words = words_of(hidden, x.dtype)
@@ -69,7 +64,7 @@ def sum_add_norm_(
     pdl = use_pdl(x.device)
     _sum_norm_kernel[(rows,)](
         x, total, weight, out, mail.inboxes, mail.counters, mail.broken, words, hidden, eps, mail.rank,
-        len(mail.inboxes), mail.capacity, block, 4 // x.element_size(), residual is not None, sent, pdl,
+        len(mail.inboxes), mail.capacity, block, 4 // x.element_size(), residual is not None, pdl,
         num_warps=min(max(block // (32 * WORDS_A_THREAD), 1), 16), launch_pdl=pdl,
     )  # fmt: skip
     return out, total
@@ -97,7 +92,7 @@ def _halves(word, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def word_of(low, high, DTYPE: tl.constexpr):
+def _word(low, high, DTYPE: tl.constexpr):
     """The words of two numbers each, both rounded to 16 bits."""
     low = low.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
     high = high.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
@@ -118,22 +113,12 @@ def _receive(inbox, sequence, mask, broken):
 
 
 @triton.jit
-def addresses(inboxes, SIZE: tl.constexpr):
-    """Where all inboxes are, asked for before there is anything to send."""
+def _inboxes(inboxes, SIZE: tl.constexpr):
+    """The addresses of all inboxes, asked for before there is anything to send."""
     found = ()  # type: tuple
     for rank in tl.static_range(SIZE):
         found = found + (tl.multiple_of(tl.load(inboxes + rank).to(tl.pointer_type(tl.int64)), 16),)  # noqa: RUF005
     return found
-
-
-@triton.jit
-def send(to, word, sequence, at, mask, RANK: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr):
-    """Words of an exchange with their number, into what is this rank's of the other inboxes: each half in turn."""
-    half = (sequence & 1).to(tl.int64) * CAPACITY + at
-    numbered = (sequence.to(tl.int64) << 32) | (word.to(tl.int64) & 0xFFFFFFFF)
-    for peer in tl.static_range(SIZE):
-        if peer != RANK:
-            tl.store(to[peer] + RANK * 2 * CAPACITY + half, numbered, mask)
 
 
 @kernel
@@ -155,7 +140,6 @@ def _sum_norm_kernel(
     BLOCK: tl.constexpr,
     PER_WORD: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    SENT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program a row."""
@@ -168,15 +152,18 @@ def _sum_norm_kernel(
     at = row.to(tl.int64) * WORDS + column
     words = tl.pointer_type(tl.int32)
     scale = tl.load(weight.to(words) + column, mask, 0)
-    to = addresses(inboxes, SIZE)
+    to = _inboxes(inboxes, SIZE)
     if PDL:
         gdc_wait()
     sequence = tl.load(counters + row) + 1
     mine = tl.load(x.to(words) + at, mask, 0)
 
-    if not SENT:
-        send(to, mine, sequence, at, mask, RANK, SIZE, CAPACITY)
+    # In turn into either half of the part that is this rank's in each of the other inboxes.
     half = (sequence & 1).to(tl.int64) * CAPACITY + at
+    numbered = (sequence.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            tl.store(to[peer] + RANK * 2 * CAPACITY + half, numbered, mask)
 
     if HAS_RESIDUAL:
         before = tl.load(residual.to(words) + at, mask, 0)
@@ -199,12 +186,12 @@ def _sum_norm_kernel(
             add_low, add_high = _halves(before, DTYPE)
             low += add_low
             high += add_high
-        total = word_of(low, high, DTYPE)
+        total = _word(low, high, DTYPE)
         tl.store(residual.to(words) + at, total, mask)
         low, high = _halves(total, DTYPE)
         inverse_rms = tl.rsqrt(tl.sum(low * low + high * high) / HIDDEN + EPS)
         scale_low, scale_high = _halves(scale, DTYPE)
-        normed = word_of(low * inverse_rms * scale_low, high * inverse_rms * scale_high, DTYPE)
+        normed = _word(low * inverse_rms * scale_low, high * inverse_rms * scale_high, DTYPE)
     else:
         if HAS_RESIDUAL:
             low += before.to(tl.float32, bitcast=True)
@@ -242,7 +229,7 @@ def _merge_kernel(
     """One program a row, which exchanges two words: the best score of a rank, and its token."""
     if PDL:
         gdc_launch_dependents()
-    to = addresses(inboxes, SIZE)
+    to = _inboxes(inboxes, SIZE)
     if PDL:
         gdc_wait()
     row = tl.program_id(0)
@@ -256,9 +243,12 @@ def _merge_kernel(
 
     which = tl.arange(0, 2)
     both = which < 2
-    word = tl.where(which == 0, own_score.to(tl.int32, bitcast=True), own_token)
-    send(to, word, sequence, row * 2 + which, both, RANK, SIZE, CAPACITY)
     at = (sequence & 1).to(tl.int64) * CAPACITY + row * 2 + which
+    word = tl.where(which == 0, own_score.to(tl.int32, bitcast=True), own_token)
+    numbered = (sequence.to(tl.int64) << 32) | (word.to(tl.int64) & 0xFFFFFFFF)
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            tl.store(to[peer] + RANK * 2 * CAPACITY + at, numbered, both)
     best_score = tl.full((), float("-inf"), tl.float32)
     best_token = tl.full((), VOCAB - 1, tl.int32)
     for sender in tl.static_range(SIZE):

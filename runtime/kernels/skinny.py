@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.kernels.exchange import Mail, addresses, send, word_of
 from runtime.kernels.launch import kernel, use_pdl
 
 MAX_ROWS = 64
@@ -80,7 +79,7 @@ def _finish(
     N: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Sums y [weight rows, activation rows] -> scaled, gated or biased -> out [num_rows, N]; and returns them."""
+    """Sums y [weight rows, activation rows] -> scaled, gated or biased -> out [num_rows, N]."""
     inside = outputs < N
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(y, [y.shape[0] // 2, 2, y.shape[1]]), [0, 2, 1]))
@@ -95,7 +94,6 @@ def _finish(
             y += tl.load(bias_ptr + outputs, mask=inside, other=0.0).to(tl.float32)[:, None]
     mask = inside[:, None] & (row < num_rows)[None, :]
     tl.store(out_ptr + row[None, :] * N + outputs[:, None], y.to(out_ptr.dtype.element_ty), mask=mask)
-    return y
 
 
 @triton.jit
@@ -133,8 +131,6 @@ def _vector_kernel(
     bias_ptr,
     scale_ptr,
     out_ptr,
-    inboxes_ptr,
-    counters_ptr,
     x_stride,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -145,19 +141,11 @@ def _vector_kernel(
     BLOCKS: tl.constexpr,
     DEPTH: tl.constexpr,
     VECTOR: tl.constexpr,
-    RANK: tl.constexpr,
-    SIZE: tl.constexpr,
-    CAPACITY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x [M, K] times weight [N, K] (gated: [2N, K]) transposed -> out [M, N]; the loops over M are unrolled.
-
-    With inboxes the rows are also sent to the other ranks, two 16-bit numbers a word.
-    """
+    """x [M, K] times weight [N, K] (gated: [2N, K]) transposed -> out [M, N]; the loops over M are unrolled."""
     if PDL:
         gdc_launch_dependents()
-    if inboxes_ptr is not None:
-        to = addresses(inboxes_ptr, SIZE)
     TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     column = tl.arange(0, BLOCK_K)
     ahead = ()  # type: tuple
@@ -186,13 +174,7 @@ def _vector_kernel(
         outputs, _, _ = _rows(tl.program_id(0) * BLOCKS + block, N, K, GATED, BLOCK_N)
         for m in tl.static_range(M):
             y = tl.sum(sums[m], axis=1)[:, None]
-            y = _finish(y, bias_ptr, scale_ptr, out_ptr, outputs, m + tl.arange(0, 1), M, N, GATED)
-            if inboxes_ptr is not None:
-                low, high = tl.split(tl.reshape(y, [BLOCK_N // 2, 2]))
-                pair = (tl.program_id(0) * BLOCKS + block) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-                word = word_of(low, high, out_ptr.dtype.element_ty)
-                sequence = tl.load(counters_ptr + m) + 1
-                send(to, word, sequence, m * (N // 2) + pair, pair < N // 2, RANK, SIZE, CAPACITY)
+            _finish(y, bias_ptr, scale_ptr, out_ptr, outputs, m + tl.arange(0, 1), M, N, GATED)
 
 
 @triton.jit
@@ -311,16 +293,9 @@ def _round_up(value: int, step: int) -> int:
 
 
 def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    gated: bool,
-    tiling: Tiling | None = None,
-    mail: Mail | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, gated: bool, tiling: Tiling | None = None
 ) -> Tensor:
-    """`skinny_linear` or `skinny_gated` with a tiling of the caller's choice, and for any number of rows; with `mail`
-    `skinny_sent`."""
+    """`skinny_linear` or `skinny_gated` with a tiling of the caller's choice, and for any number of rows."""
     m, k = x.shape
     total = weight.shape[0]
     n = total // 2 if gated else total
@@ -330,11 +305,9 @@ def launch(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     pdl = use_pdl(x.device)
     if not tiling.dot:
-        inboxes, counters = (None, None) if mail is None else (mail.inboxes, mail.counters)
-        rank, size, capacity = (0, 1, 0) if mail is None else (mail.rank, len(mail.inboxes), mail.capacity)
         _vector_kernel[grid](
-            x, weight, bias, scale, out, inboxes, counters, x.stride(0) if m > 1 else k, m, n, k, gated, block_n,
-            tiling.block_k, tiling.blocks, tiling.depth, 16 // weight.element_size(), rank, size, capacity, pdl,
+            x, weight, bias, scale, out, x.stride(0) if m > 1 else k, m, n, k, gated, block_n, tiling.block_k,
+            tiling.blocks, tiling.depth, 16 // weight.element_size(), pdl,
             num_warps=tiling.num_warps, launch_pdl=pdl,
         )  # fmt: skip
         return out
@@ -357,20 +330,6 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: 
     float32. Made for M <= `MAX_ROWS`.
     """
     return launch(x, weight, bias, scale, gated=False)
-
-
-def sends(m: int, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `skinny_sent` can be had for `m` rows of activations of a type."""
-    n, k = weight.shape
-    if not (0 < m <= VECTOR_ROWS and dtype.itemsize == 2 and n % 2 == 0 and serves(m, weight)):
-        return False
-    return _config(m, n, k).block_n % 2 == 0
-
-
-def skinny_sent(x: Tensor, weight: Tensor, scale: Tensor | None, mail: Mail) -> Tensor:
-    """`skinny_linear` of up to `VECTOR_ROWS` rows in 16 bits, which are also sent to the other ranks, for a
-    `sum_add_norm_` that comes next and is told so."""
-    return launch(x, weight, None, scale, gated=False, mail=mail)
 
 
 def skinny_gated(x: Tensor, gate_up: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -68,9 +68,9 @@ class GatedMlp(nn.Module):
         self.gate_up = Linear(2 * config.intermediate_size, config.hidden_size, dtype=dtype, device=device)
         self.down = Linear(config.hidden_size, config.intermediate_size, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, ops: Ops, ranks: Ranks) -> Tensor:
-        """[T, hidden_size] -> [T, hidden_size]: this rank's part of the sum."""
-        return ranks.part(ops.gated(x, self.gate_up.weight, self.gate_up.scale), self.down, ops)
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        """[T, hidden_size] -> [T, hidden_size]."""
+        return self.down(ops.gated(x, self.gate_up.weight, self.gate_up.scale), ops)
 
     def weight_slots(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name after `prefix`, as a view into the parameter it belongs to."""
@@ -113,9 +113,8 @@ class LlamaLayer(nn.Module):
         )  # fmt: skip
         query = ops.rotary(self.qkv(x, ops), how)
         attended = step.attention.attend(query, self.index, step.kv_cache, step.plan)
-        x = ranks.part(attended.flatten(1), self.output, ops)
-        x, residual = ranks.add_norm_(x, residual, self.mlp_norm, self.eps, ops)
-        return self.mlp(x, ops, ranks), residual
+        x, residual = ranks.add_norm_(self.output(attended.flatten(1), ops), residual, self.mlp_norm, self.eps, ops)
+        return self.mlp(x, ops), residual
 
 
 class LlamaModel(nn.Module):

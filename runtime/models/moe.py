@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from runtime.model_config import ModelConfig
 from runtime.models.linear import frozen
 from runtime.ops import Ops
-from runtime.parallel.ranks import Ranks
 
 
 class MoeMlp(nn.Module):
@@ -38,9 +37,8 @@ class MoeMlp(nn.Module):
         """What a checkpoint calls this part of a layer: the names of `weight_slots` come after it and a dot."""
         return "block_sparse_moe" if self.mixtral_names else "mlp"
 
-    def forward(self, x: Tensor, ops: Ops, ranks: Ranks | None = None) -> Tensor:
-        """x [T, H] -> [T, H]: this rank's part of the sum, which no product here can send to the other ranks itself.
-        Fused operations never wait for the device."""
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        """x [T, H] -> [T, H]. Fused operations never wait for the device."""
         logits = ops.linear(x, self.router)
         if ops.fused:
             from runtime.kernels.moe import experts_mlp  # Triton is optional

@@ -52,7 +52,6 @@ class Exchange:
         self.of = (hidden, dtype)
         self.max_rows = max_rows
         self._keep = inboxes
-        self._sent: Tensor | None = None  # what the last product has sent, until it is summed
         device = inboxes[shard.rank].device
         addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes], dtype=torch.int64)
         counters = torch.zeros(max_rows + MAX_DRAWS, dtype=torch.int32, device=device)
@@ -73,16 +72,6 @@ class Exchange:
         """Whether this sum is to be made here; the same on all ranks."""
         return 0 < len(x) <= self.max_rows
 
-    def linear(self, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor | None:
-        """x [T, K] times weight [H, K] transposed, sent to the other ranks on the way, for the `add_norm_` that comes
-        next; None where that cannot be had."""
-        from runtime.kernels.skinny import sends, skinny_sent
-
-        if not (self.serves(x) and sends(len(x), weight, x.dtype) and (len(weight), x.dtype) == self.of):
-            return None
-        self._sent = skinny_sent(x, weight, scale, self._sums)
-        return self._sent
-
     def add_norm_(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """The norm of the residual [T, H] with the sum of all ranks' x [T, H] added in place, and that residual.
 
@@ -90,8 +79,7 @@ class Exchange:
         """
         from runtime.kernels.exchange import sum_add_norm_
 
-        sent, self._sent = x is self._sent, None
-        return sum_add_norm_(x, residual, weight, eps, self._sums, sent)
+        return sum_add_norm_(x, residual, weight, eps, self._sums)
 
     def merge_draws(self, scores: Tensor, tokens: Tensor, start: int, vocab_size: int, out: Tensor) -> bool:
         """Fill `out` as `runtime.kernels.exchange.merge_draws` does; False where there are too many rows."""

@@ -21,7 +21,6 @@ from runtime.parallel.exchange import Exchange, connect
 from runtime.parallel.shard import Shard
 
 if TYPE_CHECKING:
-    from runtime.models.linear import Linear
     from runtime.ops import Ops
 
 logger = logging.getLogger(__name__)
@@ -66,14 +65,6 @@ class Ranks:
         if self.shard.size > 1:
             dist.all_reduce(x)
         return x
-
-    def part(self, x: Tensor, linear: Linear, ops: Ops) -> Tensor:
-        """This rank's part of a sum that `add_norm_` makes next: x [T, K] times the weights [H, K] transposed."""
-        if self._exchange is not None and ops.fused and linear.bias is None:
-            sent = self._exchange.linear(x, linear.weight, linear.scale)
-            if sent is not None:
-                return sent
-        return linear(x, ops)
 
     def add_norm_(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, ops: Ops

@@ -12,7 +12,6 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from runtime.kernels.skinny import skinny_linear
 from runtime.parallel.exchange import MAX_DRAWS, Exchange
 from runtime.parallel.shard import Shard
 
@@ -112,38 +111,6 @@ def test_numbers_that_have_wrapped_around_are_still_told_apart() -> None:
         x = [numbers(1, 64, dtype=torch.bfloat16, seed=2 * step + k) for k in range(2)]
         _, total = one.run(x, None, weight)
         assert same(total, x[0].float() + x[1].float())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "size"), [(1, 2), (3, 3)])
-def test_a_product_sends_its_rows_itself_and_the_sum_sends_them_no_more(
-    rows: int, size: int, dtype: torch.dtype
-) -> None:
-    hidden, inner = 64, 96
-    norm = numbers(hidden, dtype=dtype, seed=9)
-    weights = [numbers(hidden, inner, dtype=dtype, seed=20 + rank) for rank in range(size)]
-    one, told = (Ranks(1, size, hidden, dtype, 4) for _ in range(2))
-    for step in range(3):
-        inputs = [numbers(rows, inner, dtype=dtype, seed=10 * step + rank) / 10 for rank in range(size)]
-        parts = [skinny_linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
-        wanted = told.run(parts, None, norm)
-        sent = one.sums.linear(inputs[1], weights[1], None)
-        assert sent is not None
-        assert torch.equal(sent, parts[1])
-        for inbox, by_sum in zip(one.inboxes, told.inboxes, strict=True):
-            assert torch.equal(inbox[1], by_sum[1])  # the number of the exchange beside every word
-            inbox[1].zero_()
-            by_sum[1].zero_()
-        one.inboxes[1].copy_(told.inboxes[1])
-        found = one.sums.add_norm_(sent, None, norm, EPS)
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-        assert all(not inbox[1].any() for inbox in one.inboxes)
-    assert one.sums.linear(numbers(1, inner, dtype=torch.float32, seed=1), weights[0].float(), None) is None
-    assert one.sums.linear(numbers(5, inner, dtype=dtype, seed=1), weights[0], None) is None
-    again = numbers(rows, hidden, dtype=dtype, seed=3)  # what no product has sent is sent by the sum
-    one.sums._broken.fill_(1)
-    one.sums.add_norm_(again, None, norm, EPS)
-    assert torch.equal(one.inboxes[0][1].flatten()[: rows * hidden // 2], numbered(again, 4)[: rows * hidden // 2])
 
 
 def test_more_rows_than_there_is_room_for_are_not_served() -> None:
