@@ -57,8 +57,8 @@ class Device:
     tdp_w: float = 0.0
     """Most power that the device draws, in watts (of the data sheet); 0: not known, so that no energy is estimated."""
     disk_read_bandwidth: float = 6.9e9
-    """Bytes a second from the machine's disk, and to it: the data sheet of a PCIe 4.0 drive for servers, Samsung's
-    PM9A3. No measurement."""
+    """Bytes a second from the machine's disk, and to it: assumed, about those of a PCIe 4.0 drive for servers. No
+    measurement."""
     disk_write_bandwidth: float = 4.1e9
     idle_w: float = 0.0
     """Power while it does nothing. No data sheet says it; 0: a tenth of `tdp_w`, which is about what cards report."""
