@@ -221,7 +221,7 @@ def remember(path: Path, rows: list[Row]) -> None:
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(
                 ("date", "revision", "device", "steps", "timeouts_per_s", "requests_per_s", "reference_requests_per_s")

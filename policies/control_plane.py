@@ -16,15 +16,12 @@ from policies.enactment import Enactment
 from policies.plan import FOREVER, Plan, Report, Step
 from policies.recording import Recording
 from policies.records import Row
+from policies.refusal import RequestRefused, refusal
 from policies.repeating import Repeating
 from policies.replica_state import Limits, ReplicaState
 from policies.request import Request, State
 from policies.stack import PolicyStack
 from policies.transfers import Transfers
-
-
-class RequestRefused(ValueError):
-    """This request can never be served here; the message says why, with both numbers."""
 
 
 class PolicyStalled(RuntimeError):
@@ -151,7 +148,8 @@ class ControlPlane:
         self.repeating.stop()
         if self.limits.prefix_caching:
             request._keys = list(keys)
-        reason = self._refusal(request)
+        in_use = f"request id {request.id} is in use" if request.id in self._state.requests else None
+        reason = in_use or refusal(request, self.limits)
         if reason is not None:
             self.refuse(request, reason)
             raise RequestRefused(reason)
@@ -171,28 +169,6 @@ class ControlPlane:
         self._record_end(request, 0, reason)
         if self.on_end is not None:
             self.on_end(request)
-
-    def _refusal(self, request: Request) -> str | None:
-        limits = self.limits
-        if request.id in self._state.requests:
-            return f"request id {request.id} is in use"
-        if request.num_prompt_tokens < 1:
-            return "the prompt is empty; give at least one token"
-        if request.max_tokens < 1:
-            return f"max_tokens must be at least 1, not {request.max_tokens}"
-        if request.num_prompt_tokens >= limits.max_model_len:
-            return (
-                f"the prompt has {request.num_prompt_tokens} tokens; the model's limit of {limits.max_model_len} "
-                f"leaves room for a prompt of {limits.max_model_len - 1} at most"
-            )
-        longest = min(request.num_prompt_tokens + request.max_tokens, limits.max_model_len)
-        blocks = -(-longest // limits.block_size)
-        if blocks > limits.num_blocks:
-            return (
-                f"prompt and max_tokens need {blocks} KV blocks of {limits.block_size} tokens; this replica has "
-                f"{limits.num_blocks}: lower max_tokens or shorten the prompt"
-            )
-        return None
 
     def cancel(
         self,
