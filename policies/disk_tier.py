@@ -175,7 +175,7 @@ class DiskTier:
             found.append(block)
         return max(0, len(keys) - start), found
 
-    def fetch(self, request: Request, now: int) -> None:
+    def fetch_ahead(self, request: Request, now: int) -> None:
         """Have read what this request is to wait for, as far as the host has room."""
         if request._reads is not None:
             return

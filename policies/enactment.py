@@ -14,7 +14,6 @@ from policies.block_pool import num_idle
 from policies.contract import Hit
 from policies.decoding import advance_group, finish, note_filled, open_block, run_chunk
 from policies.draft import NO_BLOCKS, SLOTS, TOKEN_BUDGET
-from policies.host_tier import HostTier
 from policies.plan import Plan, Step
 from policies.preempting import Returns, objection_to_preempting, take_memory
 from policies.replica_state import ReplicaState
@@ -393,10 +392,8 @@ class Enactment:
                 self.step.refused.append((request, "no tier to fetch from"))
             elif request.state is not State.WAITING or state.requests.get(request.id) is not request:
                 self.step.refused.append((request, "not waiting"))
-            elif isinstance(tier, HostTier):
-                tier.fetch_ahead(request, self.now)
             else:
-                tier.fetch(request, self.now)
+                tier.fetch_ahead(request, self.now)
 
     def _register(self) -> None:
         """Prompt blocks are named as soon as the step that computes them is on its way: steps run in order."""

@@ -7,11 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.divergence import diff_decisions
 from experiments.metrics import summarize
 from experiments.real import load, prepare, real_limits, run_real
 from experiments.records import read_run
-from experiments.replaying import replay_run
 from experiments.simulated import make_costs, run_simulated, simulated_limits
 from experiments.spec import CostSpec, SpecError
 from experiments.timeline import states
@@ -20,6 +18,7 @@ from policies.replica_state import Limits
 from policies.stack import StackSpec
 from runtime.serving.commands import Hosted
 from tests.experiments.command import diptych
+from tests.experiments.replayed import check_replay
 from tests.experiments.test_host_memory import CONSTANT, spec
 
 LIMITS = {"num_blocks": 18, "max_model_len": 150, "num_host_blocks": 12, "num_disk_blocks": 60}
@@ -39,10 +38,7 @@ def test_runs_with_prefixes_on_disk_replay_and_say_what_was_moved_in_both_panels
     run_simulated(given, tmp_path / "sim", workload=workload, check=True)
     for name in ("real", "sim"):
         run = read_run(tmp_path / name)
-        replay_run(run, tmp_path / f"{name}-replay", check=True)
-        replayed = read_run(tmp_path / f"{name}-replay")
-        assert diff_decisions(run, replayed) is None
-        assert run.steps.equals(replayed.steps)
+        check_replay(run, tmp_path / f"{name}-replay")
         figures, steps = summarize(run), run.steps
         assert figures["disk_blocks_out"] == steps["disk_out"].sum() // 16 > 0
         assert figures["disk_blocks_in"] == steps["disk_in"].sum() // 16 > 0

@@ -22,6 +22,7 @@ from experiments.workloads import Workload
 from policies.records import ADDED
 from simulator.costs import FittedCost
 from tests.experiments.command import diptych
+from tests.experiments.replayed import check_replay
 from tests.experiments.test_replay import _workload
 
 CONSTANT = {"kind": "constant", "step_ms": 2, "swap_ns_per_token": 500}
@@ -49,10 +50,7 @@ def spec(lag: int = 1, preemption: str = "last_admitted,mode=swap", **more: Any)
 
 
 def check(run: Run, folder: Path) -> None:
-    replay_run(run, folder, check=True)
-    replayed = read_run(folder)
-    assert diff_decisions(run, replayed) is None
-    assert run.steps.equals(replayed.steps)
+    check_replay(run, folder)
     preempted = run.decisions[run.decisions["kind"] == "preempt"]
     assert "swap" in set(preempted["reason"])
     assert run.limits["num_host_blocks"] == 40
@@ -93,10 +91,7 @@ def test_runs_with_prefixes_in_host_memory_replay_and_say_what_was_moved_in_both
     run_simulated(given, tmp_path / "sim", workload=workload, check=True)
     for name in ("real", "sim"):
         run = read_run(tmp_path / name)
-        replay_run(run, tmp_path / f"{name}-replay", check=True)
-        replayed = read_run(tmp_path / f"{name}-replay")
-        assert diff_decisions(run, replayed) is None
-        assert run.steps.equals(replayed.steps)
+        check_replay(run, tmp_path / f"{name}-replay")
         figures, steps = summarize(run), run.steps
         moved = (steps["swapped_out"] - steps["offloaded"]).sum() // 16
         assert figures["swapped_blocks_out"] == moved

@@ -93,6 +93,17 @@ variables:
 """
 
 
+def assert_refused(content: str, where: int | None, what: str) -> None:
+    """A file in the current folder: the error is one line, and names the line of the file if there is one."""
+    Path("sweep.yaml").write_text(content)
+    with pytest.raises(SpecError) as caught:
+        read_sweep("sweep.yaml")
+    text = str(caught.value)
+    assert text.startswith(f"sweep.yaml:{where}: " if where else "sweep.yaml ")
+    assert what in text
+    assert "\n" not in text
+
+
 @pytest.mark.parametrize(
     ("before", "after", "where", "what"),
     [
@@ -118,16 +129,10 @@ variables:
     ],
 )
 def test_an_error_names_the_line_and_the_field(
-    before: str, after: str, where: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    before: str, after: str, where: int | None, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("sweep.yaml").write_text(FILE.replace(before, after, 1))
-    with pytest.raises(SpecError) as caught:
-        read_sweep("sweep.yaml")
-    text = str(caught.value)
-    assert text.startswith(f"sweep.yaml:{where}: " if where else "sweep.yaml ")
-    assert what in text
-    assert "\n" not in text
+    assert_refused(FILE.replace(before, after, 1), where, what)
 
 
 POOLS = """\
@@ -177,11 +182,7 @@ def test_an_error_in_a_pool_names_the_line_and_the_field(
     before: str, after: str, where: int, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("sweep.yaml").write_text(POOLS.replace(before, after, 1))
-    with pytest.raises(SpecError) as caught:
-        read_sweep("sweep.yaml")
-    assert str(caught.value).startswith(f"sweep.yaml:{where}: ")
-    assert what in str(caught.value)
+    assert_refused(POOLS.replace(before, after, 1), where, what)
 
 
 def test_the_base_may_be_the_file_of_a_run_beside_the_sweep(tmp_path: Path) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from typing import Any
+
+import pytest
 
 from runtime.engine import Engine
+from runtime.weights import LoadedModel
 from tests.runtime.engines import PATIENCE
 
 
@@ -24,3 +28,16 @@ def wait_until_it_is(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never came about"
         time.sleep(0.002)
+
+
+def fail_after(monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, steps: int) -> None:
+    """The model computes so many steps more, and none after them."""
+    forward, left = loaded.model.forward, [steps]
+
+    def fail(inputs: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise ArithmeticError("the card is on fire")
+        return forward(inputs)
+
+    monkeypatch.setattr(loaded.model, "forward", fail)

@@ -21,7 +21,7 @@ from policies.schedulers.mixed import Mixed
 from runtime.engine import Details, Engine, EngineDead
 from runtime.model_runner import ModelRunner
 from runtime.sequence import Output
-from tests.runtime.ending import all_free, some_prompts, wait_until_it_is
+from tests.runtime.ending import all_free, fail_after, some_prompts, wait_until_it_is
 from tests.runtime.engines import Listener, Rows, greedy, serve, submit_together, tiny, tokens_of
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
@@ -33,15 +33,7 @@ def test_a_failing_model_ends_every_request_with_its_error(
     monkeypatch: pytest.MonkeyPatch, lag: int, after: int
 ) -> None:
     loaded = tiny()
-    forward, left = loaded.model.forward, [after]
-
-    def fail(inputs: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise ArithmeticError("the card is on fire")
-        return forward(inputs)
-
-    monkeypatch.setattr(loaded.model, "forward", fail)
+    fail_after(monkeypatch, loaded, after)
     rows = Rows()
     engine = serve(loaded, recorder=rows, lag=lag, max_num_seqs=2)
     cache = weakref.ref(engine._runner.kv_cache)
@@ -83,15 +75,7 @@ def test_everybody_is_told_although_the_device_does_not_even_close(monkeypatch: 
 
 def test_a_stream_learns_that_the_engine_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = tiny()
-    forward, left = loaded.model.forward, [5]
-
-    def fail(inputs: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise ArithmeticError("the card is on fire")
-        return forward(inputs)
-
-    monkeypatch.setattr(loaded.model, "forward", fail)
+    fail_after(monkeypatch, loaded, 5)
     seen: list[Output] = []
 
     async def read(engine: Engine) -> None:
