@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,14 @@ SHARING = {
     ),
 }
 """Files that use a fixture of the session that takes long to make: one process runs them all, and makes it once."""
+
+
+@pytest.fixture(autouse=True)
+def main_module_is_put_back() -> Iterator[None]:
+    """Streamlit's AppTest puts the page in its place, which processes started later would run as their own."""
+    main = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = main
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
