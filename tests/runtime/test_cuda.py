@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from runtime.sampling.params import SamplingParams
 from runtime.sequence import Completion
 from runtime.weights import LoadedModel, default_model, load_model
 from tests.runtime import conftest
+from tests.runtime.engines import Rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,6 +122,30 @@ def test_tokens_survive_prefixes_that_come_back_from_pinned_memory(
             assert [completion.token_ids for (completion,) in engine.generate(PROMPTS, params)] == greedy
         hosts = engine.call(lambda plane, now: plane.view.num_host_blocks).result()
     assert hosts == 120
+
+
+def test_blocks_go_to_disk_beside_the_steps_and_tokens_survive_coming_back(
+    on_card: LoadedModel, greedy: list[tuple[int, ...]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    limits = replace(TIGHT, num_host_blocks=24, num_disk_blocks=400, disk_folder=str(tmp_path), lag=1)
+    limits = replace(limits, capture_sizes=(1, 2, 4, 8), mixed_capture_sizes=(64,))
+    params, rows = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True), Rows()
+    stack = StackSpec(offload="write_through,fetch=always").build()
+    with Engine(on_card, limits, stack, recorder=rows, check=True) as engine:
+        for _ in range(3):
+            assert [completion.token_ids for (completion,) in engine.generate(PROMPTS, params)] == greedy
+        until = time.monotonic() + 20
+        while engine.call(lambda plane, now: plane.awaits_disk).result():
+            if time.monotonic() > until:
+                faulthandler.dump_traceback()
+                pytest.fail(f"the disk does not come to an end; its threads stand here:\n{capfd.readouterr().err}")
+            time.sleep(0.01)
+    written, read = (sum(step[column] for step in rows.steps) for column in ("disk_out", "disk_in"))
+    lost = {row["reason"] for row in rows.decisions if row["kind"] == "disk"}
+    assert lost == {""}
+    assert written > 0
+    assert read > 0
+    assert sum(row["disk_tokens"] for row in rows.requests.values()) > 0
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 8])
