@@ -67,9 +67,10 @@ class Cluster(Simulation):
     """Pools behind one router.
 
     A request is offered only those replicas that could ever hold it, as long as there are any. While no replica takes
-    requests but some start, arrivals wait for the first. Replicas that are one too many take nothing new and stop once
-    they have finished what they have: those that start still go first, the last one asked for before the others, then
-    those with the fewest requests, of equal ones the highest id. One that has failed is replaced by an autoscaler.
+    requests but some start, or an autoscaler will have one start, arrivals wait for the first. Replicas that are one
+    too many take nothing new and stop once they have finished what they have: those that start still go first, the last
+    one asked for before the others, then those with the fewest requests, of equal ones the highest id. One that has
+    failed is replaced by an autoscaler.
 
     Args:
         pools: whose replicas have the numbers from 0 on, in order; those that come later have the next ones.
@@ -173,7 +174,7 @@ class Cluster(Simulation):
         super().fail(replica)
         self._tell(member, "fail")
         self._pool_of[replica].replicas.remove(member)
-        self._release_unless_any_starts()
+        self._release_unless_some_will_serve()
 
     def _tell(self, replica: Member, what: str) -> None:
         if self._on_change is not None:
@@ -190,14 +191,20 @@ class Cluster(Simulation):
         return able or self._routable
 
     def _dispatch(self, arrival: Arrival) -> None:
-        if not self._routable and any(members.starting for members in self._pools):
+        if not self._routable and self._some_will_serve:
             self._held.append(arrival)
         else:
             super()._dispatch(arrival)
 
-    def _release_unless_any_starts(self) -> None:
+    @property
+    def _some_will_serve(self) -> bool:
+        """Whether a replica starts, or will be asked for: an autoscaler always wants one."""
+        scalers = [members.pool.autoscaler for members in self._pools]
+        return any(members.starting for members in self._pools) or any(s is not None and s.every_ns for s in scalers)
+
+    def _release_unless_some_will_serve(self) -> None:
         """Nobody will come for those that wait: they are refused, as all are then."""
-        if self._held and not any(members.starting for members in self._pools):
+        if self._held and not self._some_will_serve:
             held, self._held = self._held, []
             for arrival in held:
                 super()._dispatch(arrival)
