@@ -39,6 +39,7 @@ def demo(
     from experiments.profiling import profile
 
     started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring that could not be saved
     show = Demo(out, model, "dummy" if dummy else "auto")
     console.rule("1. the model")
     loaded = show.load()
@@ -56,7 +57,6 @@ def demo(
             loaded=loaded,
             on_progress=lambda x: bar.update(TaskID(0), completed=round(100 * x)),
         )
-    out.mkdir(parents=True, exist_ok=True)
     costs.save(out / "calibration.json")
     device = [error for error in costs.calibration.held_out if error.part == "device"]
     shown = ", ".join(f"{error.regime} {100 * error.mean:.1f}%" for error in device)

@@ -24,6 +24,8 @@ def one_line(error: Exception) -> str:
     the user's, such as a policy, the line is named too. Of anything else the place is always named.
     """
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename} cannot be used: {error.strerror}; give another path"
     if not isinstance(error, (ValueError, OSError, RuntimeError)) or not text:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     where = _where(error, always=not isinstance(error, (ValueError, OSError)))
