@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+from experiments.at_once import throughput_at_once
 from experiments.compare import Comparison, compare
 from experiments.divergence import Divergence, diff_decisions
-from experiments.metrics import summarize
 from experiments.real import load, real_limits, run_real
 from experiments.records import read_run
 from experiments.repeats import noise_floor
@@ -17,7 +16,6 @@ from experiments.replaying import replay_run
 from experiments.simulated import run_simulated
 from experiments.spec import CostSpec, RunSpec, check_spec
 from experiments.workloads import Workload, make_workload
-from policies.replica_state import Limits
 from runtime.engine import Engine
 from runtime.sampling.params import SamplingParams
 from runtime.sequence import Output
@@ -90,7 +88,7 @@ class Demo:
         """
         limits = real_limits(self.spec, loaded)
         workload = make_workload(self.spec.workload)
-        capacity = simulated_capacity(self.spec, workload, costs, limits)
+        capacity = throughput_at_once(self.spec, workload, costs=costs, limits=limits)
         rate = LOAD * capacity
         count = max(10, min(400, round(rate * seconds)))
         specification = self.spec.workload.model_copy(update={"rate": rate, "n": count, "arrivals": "poisson"})
@@ -128,12 +126,3 @@ class Demo:
             diff_decisions(read_run(real), read_run(replayed)),
             noise,
         )
-
-
-def simulated_capacity(spec: RunSpec, workload: Workload, costs: FittedCost, limits: Limits) -> float:
-    """Requests a second that the simulator finishes when all arrive at once."""
-    at_once = workload.poisson_arrivals(rate=1e6, seed=0)
-    with TemporaryDirectory() as scratch:
-        run_simulated(spec, Path(scratch) / "run", workload=at_once, costs=costs, limits=limits)
-        throughput = summarize(read_run(Path(scratch) / "run"))["request_throughput"]
-    return float(throughput)

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from experiments.at_once import throughput_at_once
 from experiments.capacity.asking import Ask, in_panel, on_server
 from experiments.capacity.objectives import Objective, parse_objectives
-from experiments.capacity.search import MOST, TOLERANCE, Found, Probe, find, summary_line
+from experiments.capacity.search import MOST, TOLERANCE, Found, Probe, find, rounded, summary_line
 from experiments.cli import options
 from experiments.cli.app import app, complain, console
 from experiments.cli.failures import INTERRUPTED
@@ -21,6 +22,7 @@ from experiments.spec import RunSpec, SpecError
 from experiments.sweeps import LocalRunner, Measure, Window
 from experiments.sweeps.cell_run import write_json
 from experiments.sweeps.spec import Panel
+from experiments.workloads import make_workload
 
 CONFIRMING, CLOSE = 5, 1.1
 """Real runs after a simulation's answer, and the first step away from it."""
@@ -45,7 +47,13 @@ def capacity(
     api_key: options.ApiKey = None,
     workload: options.Workload = None,
     requests: options.Requests = None,
-    rate: Annotated[float | None, typer.Option(help="Where the search begins, requests a second (1).")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Where the search begins, requests a second (what the simulator finishes where all come at once; "
+            "1 with --panel real)."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each rate, for a confidence interval.", min=1)] = 1,
     skip_first: Annotated[float, typer.Option(help="Share of the arrivals that is warm-up.", min=0, max=0.9)] = 0.1,
     skip_last: Annotated[float, typer.Option(help="Share of the arrivals that is left out at the end.", min=0)] = 0.0,
@@ -79,7 +87,7 @@ def capacity(
     _check(asked, limits, specification)
     folder = out or folder_of(specification, "capacity")
     measure = Measure(window=Window(skip_first=skip_first, skip_last=skip_last), slo=limits)
-    start = specification.workload.rate or 1.0
+    start = specification.workload.rate or (1.0 if panel == "real" else _first_guess(specification))
     few = {"most": min(probes, CONFIRMING), "factor": CLOSE} if panel == "both" else {"most": probes}
     answers: dict[str, Found] = {}
     with LocalRunner(processes or seeds) as runner:
@@ -103,6 +111,12 @@ def capacity(
     _tell(answers, [str(objective) for objective in asked], measure, asked_for, folder)
     if any(found.low is None for found in answers.values()):
         raise typer.Exit(1)
+
+
+def _first_guess(spec: RunSpec) -> float:
+    """Where a search begins that was not told."""
+    workload = make_workload(spec.workload)
+    return 1.0 if workload.parents is not None else rounded(throughput_at_once(spec, workload))
 
 
 def _tell(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import TaskID
@@ -18,8 +19,11 @@ from experiments.records.environment import usable_cores
 from experiments.spec import SpecError
 from experiments.sweeps import Cell, Sweep, read_sweep, run_sweep, state_of
 from experiments.sweeps.summary import known_metrics
-from experiments.sweeps.table import value_text
+from experiments.sweeps.table import means, value_text
 from policies.registry import nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHOWN = 40
 """Rows of a table on the screen; all of them are in the files."""
@@ -106,22 +110,33 @@ def _list(asked: Sweep, folder: Path, keep_outdated: bool) -> None:
     console.print(f"{len(asked.cells)} cells, to run: {told}")
 
 
-def _show(asked: Sweep, table: Any) -> None:
+def _show(asked: Sweep, table: pd.DataFrame) -> None:
+    """Means over seeds; as many figures as the terminal has room for."""
     metrics = known_metrics(asked, table)
     for metric in asked.spec.metrics or ():
         if metric not in table:
-            complain(
-                f"metrics: runs have no figure {metric}; {nearest(metric, list(table))}results.csv has all of them"
-            )
-    fields = [*asked.spec.variables.fields, *(name for name in ("seed", "panel") if name in table)]
+            near = nearest(metric, [str(name) for name in table])
+            complain(f"metrics: runs have no figure {metric}; {near}results.csv has all of them")
+    fields = [*asked.spec.variables.fields, *(["panel"] if table["panel"].nunique() > 1 else [])]
+    rows = means(table, asked.spec, metrics)
+    texts = [
+        [
+            *(str(values[field]) for field in fields),
+            *(format_figure(None if f is None else f.mean) for f in figures.values()),
+        ]
+        for values, figures in rows[:SHOWN]
+    ]
+    titles = [*(field.rsplit(".", 1)[-1] for field in fields), *(metric.replace("_", " ") for metric in metrics)]
+    widths = [max(len(text) for text in (*title.split(), *(row[i] for row in texts))) for i, title in enumerate(titles)]
+    room = sum(3 + width <= console.width - 1 for width in accumulate(widths, lambda a, b: a + 3 + b))
     shown = Table()
-    for field in fields:
-        shown.add_column(field.rsplit(".", 1)[-1], overflow="fold")
-    for metric in metrics:
-        shown.add_column(metric.replace("_", " "), justify="right")
-    for row in table.head(SHOWN).to_dict("records"):
-        figures = [format_figure(None if row[name] != row[name] else row[name]) for name in metrics]
-        shown.add_row(*(str(row[field]) for field in fields), *(figures if row["status"] == "ok" else ["failed"]))
+    for i, title in enumerate(titles[:room]):
+        shown.add_column(title, justify="left" if i < len(fields) else "right", width=widths[i])
+    for row in texts:
+        shown.add_row(*row[:room])
     console.print(shown)
-    if len(table) > SHOWN:
-        console.print(f"{len(table) - SHOWN} more rows")
+    notes = [f"means over {table['seed'].nunique()} seeds"] if "seed" in table and table["seed"].nunique() > 1 else []
+    notes += [f"{len(rows) - SHOWN} more rows"] if len(rows) > SHOWN else []
+    notes += [f"no room for {', '.join(titles[room:])}"] if room < len(titles) else []
+    if notes:
+        console.print("; ".join(notes).capitalize())

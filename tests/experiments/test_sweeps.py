@@ -353,3 +353,24 @@ def test_cells_can_be_run_without_a_sweep(tmp_path: Path) -> None:
     assert list(notes) == said == [cell.name for cell in cells]
     shutil.rmtree(tmp_path / "cells" / said[1])
     assert list(state_of(cells, tmp_path).finished) == said[:1]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_the_table_on_a_terminal_has_means_over_seeds_and_what_there_is_room_for(
+    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    content = {
+        "base": BASE,
+        "variables": {"grid": {"policies.scheduler": ["mixed", "sarathi,chunk_size=64"]}, "seeds": 2},
+    }
+    Path("sweep.yaml").write_text(json.dumps(content), encoding="utf-8")
+    status, out, _ = diptych(monkeypatch, capsys, "sweep", "sweep.yaml", "--processes", "1")
+    assert status == 0
+    table = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
+    assert max(map(len, table)) <= columns
+    assert sum(line.startswith("│ sarathi,chunk_size=64 │") for line in table) == 1
+    assert "…" not in "".join(table)
+    assert "eans over 2 seeds" in out
+    assert ("no room for" in out) == (columns < 200)
