@@ -197,7 +197,6 @@ class _Tried:
     """Host memory of one block for each thread that asks."""
 
     def __init__(self, block_bytes: int) -> None:
-        self._bytes = block_bytes
         self._content = bytes(block_bytes)
 
     def block_bytes(self, host: int) -> memoryview:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 VLLM = "vLLM 0.24.0"
-CARD = "H100 80GB HBM3"
 MODELS = ("llama-3.1-8b", "qwen3-0.6b")
 ONLINE_MODELS = ("llama-3.1-8b",)
 

@@ -18,8 +18,6 @@ from experiments.sweeps.cells import Sweep
 from experiments.sweeps.measuring import in_window
 from experiments.sweeps.spec import SweepSpec, Window
 
-FIXED = ("cell", "panel", "status", "error")
-
 
 def value_text(value: Any) -> Any:
     """A varied value as a table has it: numbers as they are, a policy as `name,knob=value`, all else as JSON."""

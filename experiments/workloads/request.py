@@ -235,11 +235,6 @@ class Workload:
         times = arrivals.poisson(rate, len(self), streams.stream(seed, "arrivals"))
         return self.with_arrivals(times, "poisson_arrivals", rate=rate, seed=seed)
 
-    def gamma_arrivals(self, rate: float, cv: float, seed: int) -> Workload:
-        """New arrivals with Gamma gaps of coefficient of variation `cv`; the first at 0."""
-        times = arrivals.gamma(rate, cv, len(self), streams.stream(seed, "arrivals"))
-        return self.with_arrivals(times, "gamma_arrivals", rate=rate, cv=cv, seed=seed)
-
     def with_arrivals(self, seconds: NDArray[np.float64], step: str, **parameters: Any) -> Workload:
         """New arrival times in seconds, sorted, one a request."""
         return self.replace(arrival_ns=arrivals.to_ns(seconds)).note(step, **parameters)
