@@ -36,6 +36,7 @@ SLOW = (
     "runtime/test_engine_tokens.py",
     "runtime/test_llama_matches_transformers.py",
     "runtime/test_tokenizer.py",
+    "test_docs_run.py",
     "test_gpu_bench.py",
 )
 """Files and folders that `make check` leaves out whole; single tests elsewhere are marked where they stand."""

@@ -22,12 +22,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def _blocks(page: Path, language: str) -> list[str]:
+def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def _commands(page: Path) -> list[str]:
-    lines = "\n".join(_blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
     return [" ".join(line.split()) for line in lines if line.startswith("diptych ")]
 
 
@@ -51,7 +51,7 @@ def test_a_documented_command_is_one_that_the_command_line_takes(command: str) -
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_python_of_a_page_compiles_and_imports_what_there_is(page: Path) -> None:
-    for block in _blocks(page, "python"):
+    for block in blocks(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if (
                 isinstance(node, ast.ImportFrom)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from experiments.sweeps.cell_run import Job, perform_in
@@ -96,7 +98,7 @@ class _Worker:
         self.end()
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        with _one_thread(not self._alone):
+        with _one_thread(not self._alone), _without_main():
             self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
             self._process.start()
         theirs.close()
@@ -148,6 +150,18 @@ def _one_thread(wanted: bool) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """A process that is started within does not run the script again from which a sweep was called: it needs nothing
+    of that, and a script without `if __name__ == "__main__":` would begin the sweep once more."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _serve(pipe: Connection) -> None:
