@@ -87,7 +87,8 @@ def test_damaged_truncated_and_missing_files_are_dropped_counted_and_computed_ag
         assert tokens_of(running.generate(TALKS, greedy(4))) == said
     reasons = [row["reason"] for row in rows.decisions if row["kind"] == "disk" and row["reason"]]
     assert {"damaged", "truncated", "missing"} >= set(reasons) != set()
-    assert 0 < total(rows, "disk_dropped") <= len(reasons)  # what is found out after the last plan is in no step
+    # Not just as many: a write may come too late, and what is found out after the last plan is in no step.
+    assert total(rows, "disk_dropped") > 0
 
 
 def test_a_full_disk_keeps_nothing_and_serving_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
