@@ -52,6 +52,15 @@ def test_a_bundle_counts_the_tokens_and_blocks_that_the_decodes_of_its_step_take
         assert step.admitted == []
 
 
+def test_bundles_that_share_a_member_run_whole_or_not_at_all_as_one() -> None:
+    for budget, runs in ((24, True), (23, False)):
+        desk = Desk(Limits(20, 4, 4, budget, 80, prefix_caching=False))
+        a, b, c = desk.submit(8), desk.submit(8), desk.submit(8)
+        step = desk.plan(Plan(chunks=[(a, 8), (b, 8), (c, 8)], bundles=[bundle(a, b), bundle(b, c)]))
+        assert step.admitted == ([a, b, c] if runs else [])
+        assert [request for request, _ in step.refused] == ([] if runs else [a, b, c])
+
+
 def test_a_bundle_with_a_member_that_cannot_run_does_not_run_in_part() -> None:
     scene = make_scene()
     plan = Plan(chunks=[(scene.waiting, 4), (scene.prefill, 99)], bundles=[bundle(scene.waiting, scene.prefill)])

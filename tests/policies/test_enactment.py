@@ -131,6 +131,22 @@ def test_a_request_that_is_preempted_and_planned_again_comes_back_to_the_queue_o
     assert victim.num_blocks == 0
 
 
+def test_a_request_is_not_dropped_and_preempted_in_one_plan() -> None:
+    scene = make_scene()
+    step = scene.desk.plan(Plan(drop=[(scene.prefill, "late")], preempt=[(scene.prefill, Mode.RECOMPUTE)]))
+    assert (step.dropped, step.preempted) == ([(scene.prefill, "late")], [])
+    assert [request for request, _ in step.refused] == [scene.prefill]
+    assert scene.prefill.state is State.DROPPED
+
+
+def test_a_request_that_is_named_twice_among_the_decodes_decodes_once() -> None:
+    scene = make_scene()
+    step = scene.desk.run(Plan(decodes=[scene.decode, scene.decode]))
+    assert step.decodes == [scene.decode]
+    assert step.refused == [(scene.decode, "planned twice")]
+    assert scene.decode.num_output_tokens == 2
+
+
 def test_dropping_a_request_twice_ends_it_once() -> None:
     scene = make_scene()
     step = scene.desk.run(Plan(drop=[(scene.waiting, "late"), (scene.waiting, "later")]))
