@@ -42,7 +42,7 @@ class Cache:
             policy = registry.make("eviction", policy, block_size=block_size, seed=0, oracle={}, future=future)
         assert not isinstance(policy, str)
         self.policy = Watched(policy)
-        self.pool = BlockPool(num_blocks, block_size, self.policy)
+        self.pool = BlockPool(num_blocks, self.policy)
         self.hits: list[int] = []
         for number, chain in enumerate(chains):
             owner = Request(number, number, len(chain) * block_size, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from policies.registry import PolicyError, make
-from policies.stack import StackSpec
 
 
 @pytest.mark.parametrize(
@@ -24,8 +23,3 @@ from policies.stack import StackSpec
 def test_a_knob_that_makes_no_sense_is_refused(role: str, text: str, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         make(role, text)  # type: ignore[call-overload]
-
-
-def test_a_role_that_no_stack_has_cannot_be_changed() -> None:
-    with pytest.raises(PolicyError, match="there is no role 'sheduler' in a stack; it has scheduler, queue"):
-        StackSpec().rebuilt({"sheduler": "mixed"})
