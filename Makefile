@@ -11,7 +11,7 @@ RUNS ?=
 # compile all of ours.
 TESTING := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadscope --no-loadscope-reorder
 
-.PHONY: help demo test check lint gpu-test gpu-bench bench screenshots docs clean
+.PHONY: help demo test check lint coverage gpu-test gpu-bench bench screenshots docs clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -40,6 +40,11 @@ lint: $(VENV)/.dev             ## style, types, and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+coverage: $(VENV)/.dev         ## which branches of policies and simulator their own tests take; at least 95 %
+	$(TESTING) -n 3 tests/policies tests/simulator --cov=policies --cov=simulator --cov-branch \
+		--cov-report=term-missing:skip-covered --cov-report=json:build/coverage.json
+	$(BIN)/python -m tests.branch_coverage build/coverage.json
 
 gpu-test:        ## the tests that need a CUDA card, and those of the kernels, on this machine's
 	$(GPU_PYTHON) -m benchmarks.gpu.run_tests

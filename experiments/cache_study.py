@@ -74,7 +74,7 @@ def study_cache(
         raise ValueError(f"{len(lengths)} lengths for {len(chains)} chains")
     name, policy = _make(eviction, chains, block_size)
     room = num_blocks or max(1, len({key for chain in chains for key in chain}))
-    pool = BlockPool(room, block_size, policy)
+    pool = BlockPool(room, policy)
     started = time.perf_counter()
     hit_blocks = hit_tokens = registered = 0
     share = 0.0

@@ -42,11 +42,10 @@ def num_idle(blocks: Iterable[CachedBlock]) -> int:
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens. With `eviction=None` nothing is cached."""
+    """So many blocks, of a size that it need not know. With `eviction=None` nothing is cached."""
 
-    def __init__(self, num_blocks: int, block_size: int, eviction: Eviction | None) -> None:
+    def __init__(self, num_blocks: int, eviction: Eviction | None) -> None:
         self.num_blocks = num_blocks
-        self.block_size = block_size
         self.eviction = eviction
         self.num_idle = 0
         self.on_evict: Callable[[CachedBlock, int], None] | None = None  # told of what is to be given out anew

@@ -89,7 +89,7 @@ class ReplicaState:
         self.limits = limits
         self.stack = stack
         self.cost = cost
-        self.pool = BlockPool(limits.num_blocks, limits.block_size, stack.eviction if limits.prefix_caching else None)
+        self.pool = BlockPool(limits.num_blocks, stack.eviction if limits.prefix_caching else None)
         self.host = HostPool(limits.num_host_blocks)
         self.tier: HostTier | None = None  # of cached prefixes
         if limits.num_host_blocks and limits.prefix_caching:

@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -24,6 +23,7 @@ from policies.replica_state import Limits
 from policies.request import Request, State
 from policies.stack import PolicyStack
 from runtime.engine_stats import EngineStats, LapClock
+from runtime.inbox import Answer, Call, Inbox
 from runtime.intake import Entry, Intake
 from runtime.model_runner import Launched, ModelRunner, StepResult
 from runtime.sampling.params import SamplingParams
@@ -36,24 +36,6 @@ logger = logging.getLogger(__name__)
 
 GPU_PLAN_LEAD_NS = 3_000_000
 """`Limits.plan_lead_ns` on a card: what waking up, a plan and its launch take there, and some more."""
-LOOK_NS = 1_000_000
-"""How often the engine looks, while it holds a plan back, whether the step in flight has ended already."""
-
-Answer = TypeVar("Answer")
-
-
-class _Call(Generic[Answer]):
-    """A function that waits for the engine's thread, and its answer."""
-
-    def __init__(self, function: Callable[[ControlPlane, int], Answer]) -> None:
-        self._function = function
-        self.future: Future[Answer] = Future()
-
-    def run(self, plane: ControlPlane, now: int) -> None:
-        try:
-            self.future.set_result(self._function(plane, now))
-        except Exception as error:
-            self.future.set_exception(error)
 
 
 class EngineDead(RuntimeError):
@@ -121,15 +103,8 @@ class Engine:
         self._on_flush = on_flush or (lambda: None)
         self._stats = EngineStats()
         self._clock = LapClock(self._stats.host_ns)
-        # The inbox: the only thing that other threads touch.
-        self._inbox = threading.Condition()
-        self._submitted: list[Sequence] = []
-        self._cancelled: list[tuple[int, int | None]] = []  # request id; output tokens where a stop string ended it
-        self._calls: list[_Call[Any]] = []
-        self._from_disk: list[tuple[int, str]] = []
-        self._closing = False
-        self._alarm = False  # the model's other ranks are to be looked at
-        self._runner.watch(self._wake)
+        self._inbox = Inbox()
+        self._runner.watch(self._inbox.alarm)
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
@@ -167,31 +142,25 @@ class Engine:
         with self._inbox:
             self.raise_if_dead()
             sequences = [self._intake.sequence(entry, self.now()) for entry in entries]
-            self._submitted += sequences
-            self._inbox.notify()
+            self._inbox.submit(sequences)
         return [sequence.request.id for sequence in sequences]
 
     def cancel(self, request_id: int) -> None:
         """End a request in whatever state it is. Its blocks are free before the next step; unknown ids do nothing."""
-        with self._inbox:
-            self._cancelled.append((request_id, None))
-            self._inbox.notify()
+        self._inbox.end(request_id)
 
     def stop(self, request_id: int, num_output_tokens: int) -> None:
         """As `cancel`, for a request whose text has come to a stop string after so many output tokens: it ends as one
         that stopped. For listeners that make the text themselves; they get no output that says so."""
-        with self._inbox:
-            self._cancelled.append((request_id, num_output_tokens))
-            self._inbox.notify()
+        self._inbox.end(request_id, num_output_tokens)
 
     def call(self, function: Callable[[ControlPlane, int], Answer]) -> Future[Answer]:
         """Have `function(control plane, now)` called on the engine's thread, before the next plan and after everything
         that was handed in until now. What it raises is the future's; EngineDead where the engine has stopped."""
-        call = _Call(function)
+        call = Call(function)
         with self._inbox:
             if not self.dead:
-                self._calls.append(call)
-                self._inbox.notify()
+                self._inbox.call(call)
                 return call.future
         call.future.set_exception(EngineDead(self._obituary()))
         return call.future
@@ -261,7 +230,7 @@ class Engine:
                 output = await queue.get()
                 finished = output.finish_reason is not None
                 if output.finish_reason == "error":
-                    raise (EngineDead if self._closing else RequestRefused)(output.error)
+                    raise (EngineDead if self._inbox.closing else RequestRefused)(output.error)
                 yield output
         finally:
             if not finished:
@@ -272,9 +241,7 @@ class Engine:
 
         Waits until the engine's threads are gone, except inside `on_output`, where it only asks them to go.
         """
-        with self._inbox:
-            self._closing = True
-            self._inbox.notify()
+        self._inbox.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -287,7 +254,7 @@ class Engine:
     @property
     def dead(self) -> bool:
         """Whether the engine serves nothing any more."""
-        return self._closing or self._error is not None
+        return self._inbox.closing or self._error is not None
 
     def raise_if_dead(self) -> None:
         """Raise EngineDead, with its cause, where the engine serves nothing any more."""
@@ -329,7 +296,7 @@ class Engine:
                 for step in launched.values():
                     self._hold(step)
                 lap("wait")
-                answer = None if self._closing else self._deliver()
+                answer = None if self._inbox.closing else self._deliver()
                 lap("deliver")
             elif isinstance(action, Launch):
                 self._launch(action.step, launched)
@@ -356,31 +323,24 @@ class Engine:
         if lead is None or not launched.step.chunks:
             return
         end = self._runner.expected_end(launched)
-        if end is None:
-            return
-        with self._inbox:
-            while (left := end - lead - time.monotonic_ns()) > 0 and not (self._closing or launched.pending.done()):
-                self._inbox.wait(min(left, LOOK_NS) / 1e9)  # the step may be over sooner than the last ones were
+        if end is not None:
+            self._inbox.hold(end - lead, launched.pending.done)  # it may be over sooner than the last ones were
 
     def _deliver(self) -> int:
         """Submissions in the order of their stamps, then ends from outside by id, then calls: the simulator's order
         too."""
         self._runner.check()
         with self._inbox:
-            submitted, self._submitted = self._submitted, []
-            cancelled, self._cancelled = self._cancelled, []
-            calls, self._calls = self._calls, []
-            from_disk, self._from_disk = self._from_disk, []
-            now = self.now()  # what is stamped later comes before a later step
+            mail, now = self._inbox.take(), self.now()  # what is stamped later comes before a later step
         # All of them first: if anything fails below, whoever is known here is told.
-        self._sequences.update((sequence.request.id, sequence) for sequence in submitted)
-        for sequence in submitted:
+        self._sequences.update((sequence.request.id, sequence) for sequence in mail.submitted)
+        for sequence in mail.submitted:
             keys = sequence.new_keys(self.limits.block_size) if self.limits.prefix_caching else ()
             try:
                 self._plane.submit(sequence.request, now, keys)
             except RequestRefused as refusal:
                 self._finish(sequence, "error", str(refusal))
-        for request_id, stopped_after in sorted(cancelled, key=operator.itemgetter(0)):
+        for request_id, stopped_after in sorted(mail.ends, key=operator.itemgetter(0)):
             live = self._sequences.get(request_id)
             if live is None:
                 continue
@@ -389,9 +349,9 @@ class Engine:
             else:
                 self._plane.cancel(request_id, now, stopped_after, State.STOPPED)
                 del self._sequences[request_id]
-        for number, error in from_disk:
+        for number, error in mail.from_disk:
             self._plane.disk_done(number, error, now)
-        for call in calls:
+        for call in mail.calls:
             call.run(self._plane, now)
         return now
 
@@ -403,7 +363,7 @@ class Engine:
         if started is not None:
             launched[step.index] = started
         if step.disk:
-            self._runner.use_disk(step.disk, self._disk_done)
+            self._runner.use_disk(step.disk, self._inbox.disk_done)
 
     def _sleep(self, wake_at: int | None) -> None:
         if wake_at is None and self._plane.num_live and not (self._plane.held or self._plane.awaits_disk):
@@ -411,23 +371,7 @@ class Engine:
         timeout = threading.TIMEOUT_MAX
         if wake_at is not None:
             timeout = min(timeout, max(0, wake_at - self.now()) / 1e9)
-        with self._inbox:
-            self._inbox.wait_for(
-                lambda: (
-                    self._submitted or self._cancelled or self._calls or self._from_disk or self._closing or self._alarm
-                ),
-                timeout,
-            )
-
-    def _disk_done(self, number: int, error: str) -> None:
-        with self._inbox:
-            self._from_disk.append((number, error))
-            self._inbox.notify()
-
-    def _wake(self) -> None:
-        with self._inbox:
-            self._alarm = True
-            self._inbox.notify()
+        self._inbox.wait(timeout)
 
     def _collect(self, launched: Launched) -> Report:
         result = self._runner.collect(launched)
@@ -486,12 +430,11 @@ class Engine:
 
     def _end_everybody(self) -> None:
         with self._inbox:
-            self._closing = True
-            waiting, self._submitted = self._submitted, []
-            calls, self._calls = self._calls, []
-        for sequence in [*self._sequences.values(), *waiting]:
+            self._inbox.close()
+            mail = self._inbox.take()
+        for sequence in [*self._sequences.values(), *mail.submitted]:
             self._finish(sequence, "error", self._obituary())
-        for call in calls:
+        for call in mail.calls:
             call.future.set_exception(EngineDead(self._obituary()))
         self._on_flush()
         try:

@@ -18,8 +18,12 @@ TESTS = Path(__file__).parent
 SLOW = (
     "dashboard",  # starts servers and renders pages
     "experiments/test_bench.py",
+    "experiments/test_bench_failures.py",
     "experiments/test_bench_records.py",
     "experiments/test_cli.py",  # real commands, many of them processes
+    "experiments/test_cli_interrupts.py",
+    "experiments/test_cli_mistakes.py",
+    "experiments/test_cli_own_policies.py",
     "experiments/test_fidelity_command.py",  # real runs
     "experiments/test_library_replay.py",
     "experiments/test_published.py",  # several simulations each
@@ -47,6 +51,7 @@ LONGEST = (
     "runtime/test_engine_tokens.py",
     "dashboard",
     "experiments/test_cli.py",
+    "experiments/test_cli_mistakes.py",
     "runtime/kernels",
     "experiments/test_fidelity_command.py",
 )

@@ -1,4 +1,4 @@
-"""One `diptych` command, as a test runs it."""
+"""One `diptych` command, as a test runs it, and flags for small ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import sys
 import pytest
 
 from experiments import cli
+
+SIMULATE = ["simulate", "-w", "chat", "-n", "60", "--rate", "8"]
+TINY = ["--model", "tiny", "--set", "model.load_format=dummy", "--set", "limits.num_blocks=64"]
+TINY += ["--set", "limits.max_model_len=128", "--set", "workload.length_scale=0.02"]
 
 
 def diptych(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:

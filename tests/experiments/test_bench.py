@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,30 +14,33 @@ import pytest
 from experiments.bench.load import Counts, Load
 from experiments.bench.measuring import Measured
 from experiments.bench.result import result_json
-from experiments.bench.spec import check_bench
 from experiments.metrics import latencies_ms, per_request, summarize
 from experiments.records import Run, read_run
-from experiments.spec import SpecError
 from experiments.token_times import token_times
 from experiments.workloads import WorkloadSpec, make_workload, prompt_token_ids
 from runtime.client import AsyncClient
-from tests.experiments.command import diptych
+from tests.experiments.benching import (
+    CHAT,
+    COMPLETIONS,
+    RANDOM_IDS,
+    SMALL,
+    bench,
+    encode,
+    model_server,
+    no_model,
+    steady,
+)
 from tests.openai_server import (
     DONE,
     Answer,
-    FakeServer,
     Seen,
     chat_chunk,
-    event,
     serving,
     text_chunk,
     usage_chunk,
 )
 
-REPO = Path(__file__).resolve().parents[2]
-SMALL = ["-w", "fixed", "--set", "workload.prompt_tokens=6", "--set", "workload.output_tokens=4"]
-RANDOM_IDS = ["--vocab-size", "500"]
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 RESULT_KEYS = """
 date endpoint_type backend label model_id tokenizer_id num_prompts request_rate burstiness max_concurrency
@@ -52,52 +48,6 @@ duration completed failed total_input_tokens total_output_tokens request_through
 output_throughput total_token_throughput max_output_tokens_per_s max_concurrent_requests rtfx
 input_lens output_lens ttfts itls latencies start_times errors
 """
-
-Handler = Callable[[Seen, Answer], Awaitable[None]]
-
-
-def encode(text: str) -> list[int]:
-    """The fake server's tokenizer: a token a character."""
-    return [ord(character) % 500 for character in text]
-
-
-def model_server(generate: Handler) -> Handler:
-    """A whole server: its model list, its tokenizer, and `generate` for everything that is to be generated."""
-
-    async def handler(seen: Seen, answer: Answer) -> None:
-        if seen.path == "/v1/models":
-            await answer.whole(200, {"data": [{"id": "the-model"}]})
-        elif seen.path == "/tokenize":
-            await answer.whole(200, {"tokens": encode(seen.body["prompt"])})
-        elif seen.path == "/detokenize":
-            await answer.whole(200, {"prompt": "".join(chr(97 + i % 26) for i in seen.body["tokens"])})
-        else:
-            await generate(seen, answer)
-
-    return handler
-
-
-async def steady(seen: Seen, answer: Answer) -> None:
-    """A token each 10 ms up to max_tokens, then the usage."""
-    n = seen.body["max_tokens"]
-    await answer.start()
-    for i in range(n):
-        await answer.write(text_chunk(" x", "length" if i == n - 1 else None), gap_s=0.01)
-    await answer.write(usage_chunk(len(seen.body["prompt"]), n), DONE)
-    await answer.end()
-
-
-def bench(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str, *args: str
-) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of one command, in this process; the run is in the folder `run`."""
-    return diptych(monkeypatch, capsys, "bench", "--base-url", url, "-o", "run", *args)
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def test_an_open_loop_run_sends_each_request_at_its_time_and_records_it(
@@ -239,60 +189,6 @@ def test_chat_sends_messages_and_its_first_token_is_the_first_with_content(
         assert len(body["messages"][0]["content"]) == 6
 
 
-async def misbehaving(seen: Seen, answer: Answer) -> None:
-    """Every kind of failure, by the prompt's first token, and an answer for the others."""
-    match seen.body["prompt"][0] % 8:
-        case 0:
-            await answer.whole(503, {"error": {"message": "queue is full"}}, Retry_After="1")
-        case 1:
-            await answer.whole(400, {"error": {"message": "too long"}})
-        case 2:
-            await answer.whole(500, b"oh no")
-        case 3:
-            await answer.hang_up()
-        case 4:
-            await answer.start()
-            await answer.write(text_chunk("a"))
-            await asyncio.sleep(0.02)
-            await answer.hang_up()
-        case 5:
-            await answer.start()
-            await answer.write(text_chunk("a"), event({"error": {"message": "engine died"}}), DONE)
-            await answer.end()
-        case 6:
-            await answer.start()
-            await answer.write(text_chunk("a"))
-            await asyncio.sleep(3)
-        case _:
-            await steady(seen, answer)
-
-
-def test_every_failure_is_counted_and_listed_and_none_is_lost_or_tried_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--warm-up", "0", "--timeout", "0.8", "--rate", "200", *RANDOM_IDS]
-    with serving(model_server(misbehaving)) as server:
-        status, out, err = bench(monkeypatch, capsys, server.url, *SMALL, "-n", "80", *flags)
-    kinds = Counter(body["prompt"][0] % 8 for body in server.bodies(COMPLETIONS))
-    assert set(kinds) == set(range(8))
-    assert sum(kinds.values()) == 80
-    run = read_run("run")
-    summary = summarize(run)
-    assert status == 1
-    assert summary["completed"] == summary["statuses"]["length"] == kinds[7]
-    assert summary["statuses"]["refused"] == kinds[0] + kinds[1]
-    assert summary["statuses"]["failed"] == kinds[2] + kinds[3] + kinds[4] + kinds[5] + kinds[6]
-    errors = Counter(run.requests["error"])
-    assert errors["HTTP 503: queue is full"] == kinds[0]
-    assert errors["HTTP 500: oh no"] == kinds[2]
-    assert errors["the server ended the stream with an error: engine died"] == kinds[5]
-    assert sum(count for error, count in errors.items() if re.match(r".*(silent|within 0.8 s)", error)) == kinds[6]
-    assert f"{80 - kinds[7]} of 80 requests failed" in err
-    assert err.count(" x ") == 5
-    assert summary["failed"] == 80 - kinds[7]
-    assert f"{kinds[7]} length" in out
-
-
 def test_answers_without_usage_are_counted_by_their_chunks_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,69 +234,6 @@ def test_warm_up_requests_do_not_count_and_begin_like_no_other(
     assert {len(body["prompt"]) for body in bodies} == {6}
 
 
-async def no_model(seen: Seen, answer: Answer) -> None:
-    await answer.whole(404, {"error": {"message": "The model `x` does not exist."}})
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["-m", "x", *RANDOM_IDS], "a warm-up request failed: HTTP 404: The model `x` does not exist."),
-        ([], "the server was asked for its models: HTTP 404"),
-        (["-m", "x"], "give --tokenizer FOLDER, or --vocab-size N"),
-        (["-m", "x", "--concurrency", "2"], "leave --rate and --speed-up out"),
-        (["-m", "x", "--api", "chat", "--prompts", "ids"], "the chat API takes no token ids"),
-        (["-m", "x", "--api", "embeddings"], "api: Input should be 'completions' or 'chat'"),
-        (["-m", "x", "--set", "limits.lag=0"], "the server has its own"),
-        (["-m", "x", "--goodput", "itl:3"], "no objective 'itl'"),
-        (["-m", "x", "--goodput", "ttft"], "as ttft:200"),
-        (["-m", "x", "--extra-body", "[1]"], "write a JSON object"),
-        (["-m", "x", "--tokenizer", "nowhere"], "nowhere has no tokenizer.json"),
-    ],
-)
-def test_what_cannot_work_is_said_in_one_line_before_a_run_folder_is_made(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
-) -> None:
-    with serving(no_model) as server:
-        status, _, err = bench(monkeypatch, capsys, server.url, *SMALL, "-n", "2", "--rate", "9", *flags)
-    assert status == 2
-    assert said in err
-    assert err.count("\n") == 1
-    assert not Path("run").exists()
-
-
-def test_nobody_at_the_address_is_said_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with serving(no_model) as server:
-        url = server.url
-    status, _, err = bench(monkeypatch, capsys, url, *SMALL, "-n", "2", "--rate", "9")
-    assert status == 2
-    assert re.fullmatch(r"diptych: the server was asked for its models: http://\S+ cannot be reached: .*\n", err)
-
-
-def test_a_server_that_is_just_starting_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    async def starting(seen: Seen, answer: Answer) -> None:
-        asked.append(seen.path)
-        if len(asked) < 3:
-            await answer.whole(503, b"loading")
-        else:
-            await model_server(steady)(seen, answer)
-
-    asked: list[str] = []
-    flags = ["-n", "2", "--rate", "90", "--goodput", "ttft:5000", *RANDOM_IDS]
-    with serving(starting) as server:
-        status, _, err = bench(monkeypatch, capsys, server.url, *SMALL, *flags)
-        assert status == 2
-        assert "asked for its models: HTTP 503: loading" in err
-        status, out, _ = bench(monkeypatch, capsys, server.url, *SMALL, *flags, "--wait", "20")
-    assert status == 0
-    assert asked[:3] == ["/v1/models"] * 3
-    assert re.search(r"Goodput: [\d.]+ requests/s met every objective", out)
-
-
 def test_a_server_that_tells_no_tokenizer_gets_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -413,46 +246,6 @@ def test_a_server_that_tells_no_tokenizer_gets_words(
     assert status == 0
     assert "as many words as the workload has tokens" in out
     assert {len(body["prompt"].split()) for body in server.bodies(COMPLETIONS)[1:]} == {6}
-
-
-def test_ctrl_c_keeps_what_was_measured() -> None:
-    async def slow(seen: Seen, answer: Answer) -> None:
-        await answer.start()
-        for _ in range(100 if seen.body["prompt"][0] % 2 else 2):
-            await answer.write(text_chunk("a"), gap_s=0.05)
-        await answer.write(text_chunk("b", "stop"), DONE)
-        await answer.end()
-
-    with serving(model_server(slow)) as server:
-        command = [sys.executable, "-c", "from experiments.cli import main; main()", "bench", "--base-url", server.url]
-        command += [*SMALL, "-n", "4000", "--rate", "40", "--warm-up", "0", *RANDOM_IDS, "-o", "run"]
-        command += ["--save-result", "result.json"]
-        environment = {**os.environ, "PYTHONPATH": str(REPO)}
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        _wait_for(server, 60)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "interrupted; what was measured until then is in run" in err
-    assert "Traceback" not in err
-    assert "unfinished" in out
-    run = read_run("run")
-    statuses = Counter(run.requests["status"])
-    assert not run.complete
-    assert statuses["stop"] > 0
-    assert statuses["unfinished"] > 0
-    # Of those that were on their way to the server just then, it need not have read the body.
-    read, sent = len(server.bodies(COMPLETIONS)), sum(statuses.values())
-    assert read <= sent <= read + statuses["unfinished"]
-    result = json.loads(Path("result.json").read_text())
-    assert (result["completed"], result["num_prompts"]) == (statuses["stop"], sum(statuses.values()))
-
-
-def _wait_for(server: FakeServer, requests: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(server.bodies(COMPLETIONS)) < requests:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_generator_that_falls_behind_says_by_how_much(
@@ -504,13 +297,3 @@ def test_counts_add_up_while_it_runs() -> None:
     assert max(running for _, running, _, _ in seen) > 3
     assert seen[-1] == (40, 0, 40, 0)
     assert sorted(measured.request_id for measured in ended) == list(range(40))
-
-
-def test_a_specification_names_the_field_that_is_wrong() -> None:
-    workload: dict[str, Any] = {"name": "fixed", "n": 1}
-    with pytest.raises(SpecError, match="base_url: 'localhost' is no server's address"):
-        check_bench(base_url="localhost", model="m", workload=workload)
-    with pytest.raises(SpecError, match="vocab_size is for random token ids"):
-        check_bench(base_url="http://h", model="m", workload=workload, api="chat", vocab_size=9)
-    spec = check_bench(base_url="http://h/v1/", model="m", workload=workload, api="chat")
-    assert (spec.base_url, spec.prompts, spec.path) == ("http://h", "text", CHAT)

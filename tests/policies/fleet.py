@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from policies import registry
+from policies.contract import Router
 from policies.request import Request
 from policies.shapes import StepShape
+
+SECOND = 1_000_000_000
 
 
 @dataclass
@@ -71,3 +74,21 @@ def chain(name: str, num_blocks: int) -> list[bytes]:
 def prompt(id: int, num_blocks: int = 1, block_size: int = 16, **more: object) -> Request:
     """A request of so many full blocks, which comes at the time of its id."""
     return Request(id, id, num_blocks * block_size, 16, **more)  # type: ignore[arg-type]
+
+
+def make(text: str, seed: int = 0) -> Router:
+    """As `make_router`, with a seed of one's own."""
+    return make_router(text, seed=seed)
+
+
+def send(router: Router, request: Request, fleet: Sequence[Loaded], keys: Sequence[bytes] = (), now: int = 0) -> int:
+    """Where it goes; the replica has it from then on."""
+    route = router.route(request, keys, fleet, now)
+    assert route is not None
+    replica = next(replica for replica in fleet if replica.id == route.replica)
+    replica.num_running += 1
+    return replica.id
+
+
+def fleet_of(loads: Sequence[int], **more: object) -> list[Loaded]:
+    return [Loaded(i, num_running=load, **more) for i, load in enumerate(loads)]  # type: ignore[arg-type]

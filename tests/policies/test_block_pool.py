@@ -20,7 +20,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(9, SIZE, Lru())
+        self.pool = BlockPool(9, Lru())
         self.key: dict[int, bytes | None] = dict.fromkeys(range(9))
         self.idle_since: dict[int, int] = {}
         self.tables: dict[int, list[int]] = {}
@@ -126,7 +126,7 @@ TestPoolAgainstModel.settings = settings(max_examples=80, stateful_step_count=40
 
 
 def test_the_end_of_a_chain_is_evicted_before_its_head() -> None:
-    pool, keys = BlockPool(4, SIZE, Lru()), CHAINS[0][:4]
+    pool, keys = BlockPool(4, Lru()), CHAINS[0][:4]
     table = pool.allocate(4, 0)
     for depth, (block, key) in enumerate(zip(table, keys, strict=True)):
         pool.register(block, key, depth, 0)
@@ -137,7 +137,7 @@ def test_the_end_of_a_chain_is_evicted_before_its_head() -> None:
 
 
 def test_a_block_that_was_hit_is_not_evicted() -> None:
-    pool, keys = BlockPool(3, SIZE, Lru()), CHAINS[0][:2]
+    pool, keys = BlockPool(3, Lru()), CHAINS[0][:2]
     table = pool.allocate(2, 0)
     for depth in (0, 1):
         pool.register(table[depth], keys[depth], depth, 0)
@@ -150,9 +150,26 @@ def test_a_block_that_was_hit_is_not_evicted() -> None:
     assert (hit[0].references, hit[0].hits, hit[0].last_used_ns) == (1, 1, 1)
 
 
+def test_a_block_is_used_as_long_as_it_is_held_and_its_content_takes_no_blank_block() -> None:
+    """What an eviction policy sees of it: when it was used last."""
+    pool = BlockPool(3, Lru())
+    table = pool.allocate(2, 10)
+    block = pool.register(table[0], b"k", 0, 20)
+    assert block is not None
+    assert (block.last_used_ns, pool.num_unused) == (20, 1)
+    pool.release(table, 30)
+    assert (block.last_used_ns, pool.num_unused, pool.num_free) == (30, 2, 3)
+    pool.claim([block], 40)
+    pool.claim([block], 41)
+    pool.release([block.id], 50)
+    assert block.last_used_ns == 41  # somebody holds it still
+    pool.release([block.id], 60)
+    assert block.last_used_ns == 60
+
+
 def test_looking_up_changes_nothing() -> None:
     """The block that was looked up last is evicted like any other: a probe does not make it recent."""
-    pool, keys = BlockPool(2, SIZE, Lru()), [CHAINS[0][0], CHAINS[1][0]]
+    pool, keys = BlockPool(2, Lru()), [CHAINS[0][0], CHAINS[1][0]]
     for key in keys:
         block = pool.allocate(1, 0)
         pool.register(block[0], key, 0, 0)
@@ -163,7 +180,7 @@ def test_looking_up_changes_nothing() -> None:
 
 
 def test_a_key_stands_for_one_block_at_a_time() -> None:
-    pool = BlockPool(2, SIZE, Lru())
+    pool = BlockPool(2, Lru())
     first, second = pool.allocate(2, 0)
     assert pool.register(first, b"k", 0, 0)
     assert not pool.register(second, b"k", 0, 0)
@@ -172,7 +189,7 @@ def test_a_key_stands_for_one_block_at_a_time() -> None:
 
 
 def test_without_an_eviction_policy_nothing_is_idle() -> None:
-    pool = BlockPool(4, SIZE, None)
+    pool = BlockPool(4, None)
     table = pool.allocate(3, 0)
     assert pool.num_freed_by(table, {}) == 3
     pool.release(table, 0)
@@ -180,7 +197,7 @@ def test_without_an_eviction_policy_nothing_is_idle() -> None:
 
 
 def test_allocating_no_blocks_takes_none() -> None:
-    pool = BlockPool(4, SIZE, None)
+    pool = BlockPool(4, None)
     assert pool.allocate(0, 0) == []
     assert pool.num_free == 4
 
@@ -197,7 +214,7 @@ def test_allocating_no_blocks_takes_none() -> None:
     ],
 )
 def test_the_pools_own_check_notices_books_that_are_wrong(break_it: object, message: str) -> None:
-    pool = BlockPool(4, SIZE, Lru())
+    pool = BlockPool(4, Lru())
     table = pool.allocate(2, 0)
     assert table == [0, 1]
     pool.register(0, b"k", 0, 0)

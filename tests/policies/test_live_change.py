@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from policies.control_plane import ControlPlane
 from policies.eviction.lru import Lru
+from policies.plan import Plan
 from policies.prefix import block_keys
 from policies.queues.fcfs import Fcfs
 from policies.records import DECISIONS, REQUESTS
@@ -19,6 +20,7 @@ from policies.replica_state import Limits
 from policies.request import Request, State
 from policies.schedulers.mixed import Mixed
 from policies.stack import StackSpec
+from tests.policies.byhand import Desk
 from tests.policies.harness import Drive, Job, Log
 from tests.policies.test_control_plane import ADMISSIONS, SCHEDULERS, jobs
 
@@ -165,6 +167,49 @@ def test_a_hold_runs_nothing_and_a_release_goes_on() -> None:
     assert plane.plan(6).admitted
     named = [dict(zip(DECISIONS, row, strict=True)) for row in log.decisions]
     assert [(row["step"], row["kind"]) for row in named if row["request_id"] == -1] == [(0, "hold"), (4, "release")]
+
+
+def test_what_an_operator_does_stands_in_the_record_before_the_plan_that_follows() -> None:
+    desk = Desk(Limits(20, 4, 4, 32, 80))
+    cached = desk.submit(9, keys=tuple(block_keys([1] * 8, 4)))
+    desk.run(Plan(chunks=[(cached, 9)]), cached)
+    desk.plane.change_policies({"eviction": Lru()}, {"eviction": "lru", "admission": "watermark"}, desk.now)
+    desk.plane.hold(desk.now)
+    held = [desk.plane.held]
+    desk.plane.release(desk.now)
+    held.append(desk.plane.held)
+    assert held == [True, False]
+    assert [desk.plane.flush(desk.now), desk.plane.flush(desk.now)] == [2, 0]
+    told = [dict(zip(DECISIONS, row, strict=True)) for row in desk.log.decisions]
+    acts = [(row["step"], row["kind"], row["tokens"], row["reason"]) for row in told if row["request_id"] == -1]
+    assert acts == [
+        (1, "swap", 0, "eviction: lru; admission: watermark"),
+        (1, "hold", 0, ""),
+        (1, "release", 0, ""),
+        (1, "flush", 2, ""),
+        (1, "flush", 0, ""),
+    ]
+
+
+CALLS: dict[str, Act] = {
+    "submit": lambda plane, now: plane.submit(Request(9, now, 4, 4), now),
+    "cancel": lambda plane, now: plane.cancel(0, now),
+    "plan": lambda plane, now: plane.plan(now),
+    "change": lambda plane, now: plane.change_policies({"eviction": Lru()}, {"eviction": "lru"}, now),
+    "hold": lambda plane, now: plane.hold(now),
+    "release": lambda plane, now: plane.release(now),
+    "flush": lambda plane, now: plane.flush(now),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_no_call_takes_time_back(call: str) -> None:
+    desk = Desk(Limits(20, 4, 4, 32, 80))
+    desk.now = 50
+    desk.submit(8)
+    with pytest.raises(AssertionError, match="time went back from 50 to 49"):
+        CALLS[call](desk.plane, 49)
+    CALLS[call](desk.plane, 50)
 
 
 def test_a_request_stopped_from_outside_is_recorded_as_one_that_stopped() -> None:

@@ -17,7 +17,9 @@ from policies.replica_state import Limits
 from policies.request import Request, State
 from policies.schedulers.preemptive import Line, Preemptive
 from policies.stack import StackSpec
+from tests.policies.decisions import decisions
 from tests.policies.harness import STEP_NS, Drive, Job, LinearCost
+from tests.policies.test_live_change import Operated, _change
 
 HERE = "tests.policies.test_preemptive:"
 
@@ -140,6 +142,21 @@ def stops(drive: Drive) -> list[tuple[int, list[tuple[int, str]], list[int]]]:
         for s in drive.steps
         if s.preempted
     ]
+
+
+def test_where_more_decode_than_there_are_tokens_the_first_in_the_order_do_and_nobody_is_stopped() -> None:
+    """As where another scheduler has run before, that gives the tokens of a step to prompts alone."""
+    work = [Job(2, 6, priority=i % 3) for i in range(12)]
+    limits, before = Limits(60, 4, 12, 8, 64, prefix_caching=False), StackSpec("prefill_first", "priority")
+    drive = Operated(limits, before, work, {3: _change(scheduler="preemptive", queue="priority")})
+    made = decisions(drive)
+    assert [len(decision.tokens) for decision in made[:3]] == [4, 4, 4]  # the prompts
+    first = sorted(range(12), key=lambda i: (i % 3, i))[:8]
+    for decision in made[3:8]:  # until they have their five more tokens
+        assert decision.tokens == dict.fromkeys(first, 1)
+    assert set(made[8].tokens) == set(range(12)) - set(first)
+    assert stops(drive) == []
+    assert all(request.state is State.LENGTH for request in drive.requests)
 
 
 def test_nobody_is_stopped_for_a_slot_where_blocks_are_missing_all_the_same() -> None:

@@ -103,7 +103,7 @@ class HashCache:
     """The pool that serves, with its chain of hashes and LRU."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.pool = BlockPool(num_blocks, block_size, Lru())
+        self.pool = BlockPool(num_blocks, Lru())
         self.size = block_size
 
     def serve(self, tokens: Tokens, now: int) -> int:

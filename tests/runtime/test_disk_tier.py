@@ -131,7 +131,8 @@ def test_who_goes_away_while_its_blocks_are_read_disturbs_nobody_and_steps_do_no
         go_on.set()
         assert tokens_of(running.generate(TALKS, greedy(4))) == said
     assert total(rows, "disk_in") > 0
-    assert total(rows, "disk_dropped") == 0
+    # Nothing is lost on its way. (A write may come too late on a busy machine, which is a loss without a reason.)
+    assert {row["reason"] for row in rows.decisions if row["kind"] == "disk"} == {""}
 
 
 def test_a_file_is_read_back_only_as_what_was_written_whole_by_the_same_model(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import re
+import threading
 import time
 import weakref
 from typing import Any
@@ -22,7 +23,7 @@ from runtime.engine import Details, Engine, EngineDead
 from runtime.model_runner import ModelRunner
 from runtime.sequence import Output
 from tests.runtime.ending import all_free, fail_after, some_prompts, wait_until_it_is
-from tests.runtime.engines import Listener, Rows, greedy, serve, submit_together, tiny, tokens_of
+from tests.runtime.engines import PATIENCE, Listener, Rows, greedy, serve, submit_together, tiny, tokens_of
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
@@ -135,7 +136,14 @@ def test_a_plan_is_not_held_back_beyond_the_end_of_the_step(monkeypatch: pytest.
 
 
 def test_closing_an_engine_that_never_served_returns() -> None:
-    serve(tiny()).close()
+    engine = serve(tiny())
+    wait_until_it_is(lambda: engine._stats.host_ns["plan"] > 0)  # it has planned nothing, and sleeps
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(PATIENCE)
+    assert not closing.is_alive()
+    assert engine.dead
+    assert not engine._thread.is_alive()
 
 
 def test_a_closed_engine_has_given_its_kv_cache_back() -> None:

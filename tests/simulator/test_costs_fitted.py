@@ -103,6 +103,17 @@ def test_sizes_between_the_measured_ones_are_interpolated() -> None:
     assert worst(EXACT, UNSEEN) < 0.02
 
 
+def test_what_the_devices_time_is_made_of_sums_to_it() -> None:
+    for shape in [*UNSEEN, decodes(1, 100)]:
+        terms = EXACT.device_terms(shape)
+        assert set(terms) == {"products", "attention", "sampling"}
+        assert sum(terms.values()) == pytest.approx(EXACT.cost(shape).device_ns, abs=1)
+    few, many = EXACT.device_terms(decodes(64, 100)), EXACT.device_terms(decodes(64, 3000))
+    # 64 sequences, 2,900 more of context each, at 40 ns a token; the longest has as many more, at 150.
+    assert many["attention"] - few["attention"] == pytest.approx(64 * 2_900 * 40 + 2_900 * 150, rel=0.02)
+    assert many["products"] == pytest.approx(few["products"], rel=0.02)
+
+
 def test_known_prices_are_recovered_from_noisy_times() -> None:
     random = np.random.default_rng(7)
     samples = [machine(shape, lambda: random.normal(1, 0.02)) for shape in grid() for _ in range(5)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from simulator.devices import DEVICES, Device, DeviceError, load_device, measured_cpu
+from simulator.devices import DEVICES, Device, DeviceError, device_like, load_device, measured_cpu
 
 
 def test_an_h100_reaches_what_was_measured_on_one() -> None:
@@ -20,6 +20,26 @@ def test_an_h200_is_an_h100_with_more_and_faster_memory() -> None:
     assert h200.bf16_flops == h100.bf16_flops
     assert h200.memory_bandwidth > 1.4 * h100.memory_bandwidth
     assert h200.memory_bytes == 141e9
+
+
+def test_devices_without_a_link_of_their_own_reach_each_other_by_the_host() -> None:
+    alone = Device("d", 1e14, 1e13, 1e12, 10**10, 3e10, host_link_efficiency=0.5)
+    assert (alone.peer_bandwidth, alone.reached_peer_link) == (3e10, 1.5e10)
+    linked = Device("d", 1e14, 1e13, 1e12, 10**10, 3e10, host_link_efficiency=0.5, peer_link_bandwidth=4e11)
+    assert (linked.peer_bandwidth, linked.reached_peer_link) == (4e11, 2e11)
+
+
+def test_a_device_is_known_by_what_its_driver_calls_it() -> None:
+    assert device_like("NVIDIA H100 80GB HBM3") is DEVICES["h100-sxm"]
+    assert device_like("NVIDIA A100-SXM4-80GB") is DEVICES["a100-80gb"]
+    assert device_like("NVIDIA H100 PCIe") is None  # which has other limits
+    assert device_like("Radeon") is None
+
+
+def test_energy_rises_from_idle_to_full_power_with_the_time_that_it_is_busy() -> None:
+    sheet = Device("d", 1e14, 1e13, 1e12, 10**10, 3e10, idle_w=100, tdp_w=500)
+    assert [sheet.energy_j(10, busy) for busy in (0, 4, 10)] == [1_000, 2_600, 5_000]
+    assert Device("d", 1e14, 1e13, 1e12, 10**10, 3e10).energy_j(10, 4) is None
 
 
 def test_every_device_names_its_source_and_is_slower_in_fp32() -> None:

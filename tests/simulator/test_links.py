@@ -170,3 +170,17 @@ def test_who_is_aborted_in_the_moment_of_its_end_leaves_nobody_behind_on_its_lin
     env.run()
     assert second.done.triggered
     assert third.done.triggered
+
+
+@pytest.mark.parametrize(
+    ("speed", "message"),
+    [
+        ((0.0, 64), "bandwidth must be above 0, not 0.0"),
+        ((math.nan, 64), "bandwidth must be above 0, not nan"),
+        ((1e9, 0), "a block at least a byte"),
+        ((1e9, 64, -1), "latency must be at least 0"),
+    ],
+)
+def test_what_is_no_speed_is_refused(speed: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LinkSpeed(*speed)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
 from experiments.replicas import Places
 from experiments.spec import SpecError
@@ -107,8 +108,10 @@ async def _strangers() -> None:
         await listening.attached()
         listening.send(b"welcome")
 
-    async def attach(token: str) -> RemoteLink:
+    async def attach(token: str, keys: tuple[bytes, bytes] | None = None) -> RemoteLink:
         link = RemoteLink(listening.address, token)
+        if keys is not None:
+            link._socket.curve_publickey, link._socket.curve_secretkey = keys
         try:
             await link.open(lambda data: None, lambda reason: None)
         except EngineStartError:
@@ -121,14 +124,14 @@ async def _strangers() -> None:
         hearing = asyncio.create_task(hear(listening))
         with pytest.raises(EngineStartError, match="the token is not the engine's, or no engine is behind it"):
             await attach("another token of length")
+        with pytest.raises(EngineStartError, match="refuses this front"):
+            await attach(TOKEN, zmq.curve_keypair())  # knows the engine's key, and has none of a front's
+        await _knock(listening, 3)
         link, _ = await asyncio.gather(attach(TOKEN), greet(listening))
         gone = asyncio.create_task(listening.gone())
         with pytest.raises(EngineStartError, match="it has one already"):
             await attach(TOKEN)
-        host, port = listening.address.removeprefix("tcp://").split(":")
-        with socket.create_connection((host, int(port))) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            await asyncio.to_thread(_read_all, stranger)
+        await _knock(listening, 2)
         assert not gone.done()
         link.send(b"still here")
         while len(heard) < 2:
@@ -137,6 +140,17 @@ async def _strangers() -> None:
         await link.close(None)
         await asyncio.wait_for(gone, 5)
         hearing.cancel()
+
+
+async def _knock(listening: FrontSocket, count: int) -> None:
+    """So many at once who speak another protocol; all of them are gone afterwards."""
+    host, port = listening.address.removeprefix("tcp://").split(":")
+    with contextlib.ExitStack() as opened:
+        strangers = [opened.enter_context(socket.create_connection((host, int(port)))) for _ in range(count)]
+        for stranger in strangers:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        for stranger in strangers:
+            await asyncio.to_thread(_read_all, stranger)
 
 
 def _read_all(connection: socket.socket) -> None:
