@@ -65,6 +65,7 @@ BROKEN_TRACE = (
         (["run", "-w", "fixed", "-n", "1", "--set", "replicas=3"], ["one replica, not 3", "diptych simulate"]),
         (["run", "-w", "fixed", "-n", "1", *TINY, *HUGE], ["needs 8,192.0 GiB, and cpu has"]),
         (["run", "-w", "fixed", "-n", "1", "--model", "tiny"], ["preset", "--set model.load_format=dummy"]),
+        (["demo", "--out", "broken.csv"], ["broken.csv cannot be used: File exists"]),
         (["policies", "badd:X"], ["badd:X: there is no module 'badd'"]),
     ],
 )
@@ -92,7 +93,7 @@ def test_compare_makes_no_folder_before_it_has_read_both_runs(
     for args, words in {
         ("run", "missing", "--plots", "new", "--json", "new/c.json"): "missing",
         ("run", "run", "--json", "."): ". is a folder",
-        ("run", "run", "--plots", "a-file"): "File exists: 'a-file'",
+        ("run", "run", "--plots", "a-file"): "a-file cannot be used: File exists; give another path",
     }.items():
         status, _, err = diptych(monkeypatch, capsys, "compare", *args)
         assert status == 2
