@@ -137,3 +137,15 @@ def test_blocks_of_generated_tokens_can_be_hit_by_the_names_that_they_get() -> N
     desk.plane.extend_keys(request, keys[2:])
     desk.report(step)
     assert desk.plane.match(keys) == 3
+
+
+def test_the_first_token_comes_with_the_last_chunk_of_a_prompt_and_no_later_token_moves_its_time() -> None:
+    desk = Desk(Limits(20, 4, 4, 32, 80, prefix_caching=False))
+    request = desk.submit(20)
+    for tokens, at in ((8, None), (8, None), (4, 30)):
+        desk.run(Plan(chunks=[(request, tokens)]))
+        assert request.first_token_ns == at
+    desk.run(Plan(decode_all=True))
+    desk.run(Plan(decodes=[request]))
+    assert request.first_token_ns == 30
+    assert request.num_output_tokens == 3
