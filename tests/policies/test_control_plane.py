@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.control_plane import ControlPlane
-from policies.plan import Report
+from policies.plan import Plan, Report
 from policies.prefix import block_keys
 from policies.records import DECISIONS, REQUESTS, STEPS
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.stack import StackSpec
+from tests.policies.byhand import Desk
 from tests.policies.harness import Drive, Job
 
 SCHEDULERS = [
@@ -122,3 +123,29 @@ def test_a_scheduler_hears_of_a_cancellation_in_whatever_state(cancelled_before:
     assert plane.cancel(0, cancelled_before)
     assert heard == [(0, "cancelled")]
     assert plane.num_free_blocks == 40
+
+
+def test_blocks_of_generated_tokens_can_be_hit_by_the_names_that_they_get() -> None:
+    keys = tuple(block_keys([1] * 12, 4))
+    desk = Desk(Limits(20, 4, 4, 32, 80))
+    request = desk.submit(8, keys=keys[:2])
+    desk.run(Plan(chunks=[(request, 8)]))
+    for _ in range(3):
+        desk.run(Plan(decode_all=True))
+    assert desk.plane.match(keys) == 2
+    step = desk.plan(Plan(decode_all=True))  # which computes the twelfth token, the last of the third block
+    desk.plane.extend_keys(request, keys[2:])
+    desk.report(step)
+    assert desk.plane.match(keys) == 3
+
+
+def test_the_first_token_comes_with_the_last_chunk_of_a_prompt_and_no_later_token_moves_its_time() -> None:
+    desk = Desk(Limits(20, 4, 4, 32, 80, prefix_caching=False))
+    request = desk.submit(20)
+    for tokens, at in ((8, None), (8, None), (4, 30)):
+        desk.run(Plan(chunks=[(request, tokens)]))
+        assert request.first_token_ns == at
+    desk.run(Plan(decode_all=True))
+    desk.run(Plan(decodes=[request]))
+    assert request.first_token_ns == 30
+    assert request.num_output_tokens == 3

@@ -122,3 +122,20 @@ def test_a_request_that_ends_while_it_waits_after_a_preemption_leaves_the_queue(
     desk.report(first, request)
     assert request.state is State.STOPPED
     assert desk.scheduler.queue == []
+
+
+def test_one_that_goes_elsewhere_after_its_first_token_and_is_preempted_by_then_gets_its_second_one_here() -> None:
+    """It has to be computed again, and what that samples is its second token."""
+    desk = Desk(Limits(20, 4, 4, 32, 80, prefix_caching=False, lag=1))
+    request, other = Request(7, 0, 6, 10), Request(8, 0, 4, 10)
+    desk.plane.submit(request, 0, hands_off=True)
+    desk.plane.submit(other, 0)
+    assert (request.max_tokens, request._tokens_elsewhere) == (1, 9)
+    first = desk.plan(Plan(chunks=[(request, 6)]))
+    second = desk.plan(Plan(preempt=[(request, Mode.RECOMPUTE)], chunks=[(other, 4)]))
+    assert second.preempted == [(request, Mode.RECOMPUTE)]
+    desk.report(first)
+    assert request.state is State.WAITING
+    assert (request.max_tokens, request._tokens_elsewhere) == (2, 8)
+    step = desk.plan(Plan(decode_all=True, chunks=[(request, 7)]))
+    assert [(c.request, c.start, c.num_tokens, c.samples) for c in step.chunks] == [(request, 0, 7, True)]

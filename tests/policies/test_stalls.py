@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from policies.control_plane import PolicyStalled
+from policies.eviction.lru import Lru
 from policies.plan import FOREVER, Plan
 from policies.replica_state import Limits
 from tests.policies.byhand import Desk
@@ -63,6 +64,20 @@ def test_planning_nothing_is_no_stall_while_a_step_is_in_flight_or_nobody_is_the
     for _ in range(3):
         desk.plan(Plan())
     desk.report(first, request)
+
+
+def test_twice_in_a_row_counts_from_anew_after_a_hold_and_after_a_change_of_policies() -> None:
+    desk = Desk(LIMITS)
+    desk.submit(8)
+    desk.plan(Plan())
+    desk.plane.hold(desk.now)
+    desk.plan(Plan())
+    desk.plane.release(desk.now)
+    desk.plan(Plan())
+    desk.plane.change_policies({"eviction": Lru()}, {"eviction": "lru"}, desk.now)
+    desk.plan(Plan())
+    with pytest.raises(PolicyStalled):
+        desk.plan(Plan())
 
 
 def test_what_a_policy_raises_comes_out_and_leaves_the_replica_as_it_was() -> None:

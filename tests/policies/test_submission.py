@@ -8,6 +8,7 @@ import pytest
 
 from policies.control_plane import RequestRefused
 from policies.plan import Plan
+from policies.prefix import block_keys
 from policies.records import REQUESTS
 from policies.replica_state import Limits
 from policies.request import Request, State
@@ -56,3 +57,14 @@ def test_a_second_request_with_the_id_of_a_live_one_is_refused_and_leaves_the_fi
     desk.run(Plan(decode_all=True), first)
     refused, served = desk.log.requests
     assert (refused[0], refused[3], served[0], served[3]) == (0, 1, 0, 0)  # column 3: before_step
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_names_of_blocks_are_kept_and_recorded_only_where_blocks_are_cached(caching: bool) -> None:
+    desk = Desk(Limits(20, 4, 4, 32, 80, prefix_caching=caching))
+    keys = tuple(block_keys([1] * 8, 4))
+    request = desk.submit(9, keys=keys)
+    desk.run(Plan(chunks=[(request, 9)]), request)
+    (row,) = desk.log.requests
+    assert list(dict(zip(REQUESTS, row, strict=True))["block_keys"]) == (list(keys) if caching else [])
+    assert desk.plane.match(keys) == (2 if caching else 0)

@@ -188,17 +188,23 @@ def test_without_an_autoscaler_nobody_waits_for_what_will_not_come() -> None:
     assert [(row["status"], row["error"]) for row in rows] == [("refused", "every replica has failed")]
 
 
-def test_who_waits_for_a_replica_that_dies_as_it_starts_is_refused_unless_another_one_starts() -> None:
-    for asked, ends in ((Wants(1, 0), ["cancelled", "refused"]), (Wants(2), ["cancelled", "length"])):
-        pools = [pool(ConstantCost(MS), autoscaler=asked, cold_start_ns=20 * MS)]
-        plan = [(5, 0), (15, 1)]  # the second is on its way when somebody has come for it
-        _, rows, events = run(
-            pools,
-            [(0, 4, 50), (12, 4, 3)],
-            plan=lambda c, plan=plan: [c.at(at * MS, lambda n=n: c.fail(n)) for at, n in plan],  # type: ignore[misc]
-        )
-        assert (15, 1, "fail") in events
-        assert [row["status"] for row in rows] == ends
+def test_who_waits_for_a_replica_that_dies_as_it_starts_is_served_by_the_next() -> None:
+    pools = [pool(ConstantCost(MS), autoscaler=Wants(1), cold_start_ns=20 * MS)]
+
+    def plan(cluster: Cluster) -> None:
+        cluster.at(5 * MS, lambda: cluster.fail(0))
+        cluster.at(15 * MS, lambda: cluster.fail(1))  # asked for at 10, when somebody has come for it
+
+    _, rows, events = run(pools, [(0, 4, 50), (12, 4, 3), (22, 4, 3)], plan=plan)
+    assert events == [
+        (0, 0, "serve"),
+        (5, 0, "fail"),
+        (10, 1, "start"),
+        (15, 1, "fail"),
+        (20, 2, "start"),
+        (40, 2, "serve"),
+    ]
+    assert [(row["status"], row["replica"]) for row in rows][2] == ("length", 2)
 
 
 def test_an_autoscaler_without_a_router_is_an_error() -> None:

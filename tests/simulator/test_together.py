@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from policies.contract import View
 from policies.control_plane import ControlPlane
-from policies.plan import Report, Step
+from policies.plan import Plan, Report, Step
 from policies.prefix import chain_key, root_key
 from policies.queues.fcfs import Fcfs
 from policies.records import STEPS
@@ -282,6 +283,30 @@ def test_a_policy_that_listens_hears_of_every_step(lag: int) -> None:
             assert queue.heard == ran
             assert simulation.replicas[0].plane.num_asked < 0.7 * len(ran)
     assert found[0] == found[1]
+
+
+class Briefly(Mixed):
+    """Says of no plan that it will do for more than four steps."""
+
+    def plan(self, view: View, now: int) -> Plan:
+        plan = super().plan(view, now)
+        if plan.decode_all and not plan.chunks:
+            plan.repeats = 4
+        return plan
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_policy_is_asked_again_after_as_many_steps_as_it_said(lag: int) -> None:
+    limits = Limits(**{**_fields(LIMITS), "num_blocks": 400, "lag": lag, "prefix_caching": False})
+    stack = StackSpec().build(block_size=4)
+    stack.scheduler = Briefly(Fcfs())
+    assert stack.ignores_reports()
+    simulation = Simulation(limits, [stack], COST, check=True)
+    simulation.run([Arrival(Request(i, 0, 8, 101), 101) for i in range(3)])
+    plane = simulation.replicas[0].plane
+    # A step of prompts, a hundred of decodes, and with lag a few plans that find nothing left to do.
+    assert 101 <= plane.next_step <= 104
+    assert 26 <= plane.num_asked <= 30
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -204,6 +204,22 @@ def test_who_is_cancelled_while_it_waits_for_a_slot_to_go_on_in_is_recorded_as_a
     assert counted == [1, 1, 1, 1], "the first, then the second"
 
 
+def test_a_scheduler_hears_once_that_a_request_is_gone_also_if_it_is_cancelled_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(Limits(40, 4, 4, 32, 100, prefix_caching=False))
+    request = desk.submit(6)
+    desk.run(Plan(chunks=[(request, 6)]))
+    removed: list[Request] = []
+    monkeypatch.setattr(desk.scheduler, "remove", lambda request, now: removed.append(request))
+    assert desk.plane.transfers.export(request, desk.now)
+    assert removed == [request]
+    assert desk.plane.cancel(request.id, desk.now)
+    assert (removed, request.state) == ([request], State.CANCELLED)
+    assert desk.plane.num_free_blocks == 40
+    assert desk.plane.live_ids == []
+
+
 def test_a_prefill_that_its_own_replica_pulls_stays_there() -> None:
     """Without being copied: it goes on at 1,000, though replica 1 works."""
     router = To({0: Route(0, LATER), 1: Route(1)})
