@@ -27,6 +27,14 @@ from experiments.workloads import make_workload
 CONFIRMING, CLOSE = 5, 1.1
 """Real runs after a simulation's answer, and the first step away from it."""
 
+Start = Annotated[
+    float | None,
+    typer.Option(
+        help="Where the search begins, requests a second (what the simulator finishes where all come at once; "
+        "1 with --panel real)."
+    ),
+]
+
 
 @app.command()
 def capacity(
@@ -47,13 +55,7 @@ def capacity(
     api_key: options.ApiKey = None,
     workload: options.Workload = None,
     requests: options.Requests = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(
-            help="Where the search begins, requests a second (what the simulator finishes where all come at once; "
-            "1 with --panel real)."
-        ),
-    ] = None,
+    rate: Start = None,
     seeds: Annotated[int, typer.Option(help="Runs of each rate, for a confidence interval.", min=1)] = 1,
     skip_first: Annotated[float, typer.Option(help="Share of the arrivals that is warm-up.", min=0, max=0.9)] = 0.1,
     skip_last: Annotated[float, typer.Option(help="Share of the arrivals that is left out at the end.", min=0)] = 0.0,
