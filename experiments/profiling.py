@@ -165,8 +165,8 @@ def profile(
     if on_start is not None:
         on_start({**prepared.seconds, **runner.startup_seconds})
     progress, before, started = on_progress or (lambda share: None), gpu_state(), time.monotonic_ns()
-    looked_up = _lookups(spec, uncached, LOOKUP_SHARE * seconds, loaded, runner)
-    left = 1 - LOOKUP_SHARE
+    part, left = LOOKUP_SHARE, 1 - LOOKUP_SHARE
+    looked_up = _lookups(spec, uncached, part * seconds, loaded, runner, lambda share: progress(part * share))
     stack = StackSpec().build(block_size=limits.block_size)
     scheduler = ProfileScheduler(Fcfs(), spec.seed, swaps=limits.num_host_blocks > 0)
     stack.scheduler = scheduler
@@ -176,7 +176,7 @@ def profile(
         recorder = StepRows(writer)
         with start_engine(loaded, uncached, stack, spec.model, recorder=recorder, runner=runner) as engine:
             later = time.monotonic_ns() - engine.now() - started
-            stream = _Stream(engine, left * seconds, lambda share: progress(LOOKUP_SHARE + left * share))
+            stream = _Stream(engine, left * seconds, lambda share: progress(part + left * share))
             stream.rounds(Design(uncached, spec.seed).rounds(), DESIGN_SHARE)
             scheduler.vary = False
             serving_from_ns = engine.now() + later
@@ -203,7 +203,12 @@ def profile(
 
 
 def _lookups(
-    spec: RunSpec, uncached: Limits, seconds: float, loaded: LoadedModel, runner: ModelRunner
+    spec: RunSpec,
+    uncached: Limits,
+    seconds: float,
+    loaded: LoadedModel,
+    runner: ModelRunner,
+    on_progress: Callable[[float], None],
 ) -> list[tuple[object, ...]]:
     """Rows of the steps of an engine that caches prefixes, as if of another replica."""
     limits = replace(uncached, prefix_caching=True, num_host_blocks=0)
@@ -211,7 +216,7 @@ def _lookups(
     with tempfile.TemporaryDirectory() as scratch, RunWriter(Path(scratch) / "profile", _about(spec, limits)) as writer:
         recorder = StepRows(writer)
         with start_engine(loaded, limits, stack, spec.model, recorder=recorder, runner=runner) as engine:
-            _Stream(engine, seconds, lambda share: None).rounds(Design(limits, spec.seed).lookups(), 1)
+            _Stream(engine, seconds, on_progress).rounds(Design(limits, spec.seed).lookups(), 1)
     return [(1, *row[1:]) for row in recorder.rows]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def lookups(model: FittedCost, samples: Sequence[StepSample]) -> LookupFit | Non
         return None
     sizes = np.array([[getattr(sample.shape, name) for name in LOOKUP_TERMS] for sample in found], np.float64)
     taken = np.array([sample.prepare_ns for sample in found], np.float64)
-    plain = np.array([model.cost(sample.shape).prepare_ns for sample in found], np.float64)
+    plain = _typical(model, samples) * np.array([model.cost(sample.shape).prepare_ns for sample in found], np.float64)
     predicted = np.zeros(len(found))
     for fold in range(_FOLDS):
         its = np.arange(len(found)) % _FOLDS == fold
@@ -41,6 +42,12 @@ def lookups(model: FittedCost, samples: Sequence[StepSample]) -> LookupFit | Non
         held_out=_error(plain + predicted, taken),
         without=_error(plain, taken),
     )
+
+
+def _typical(model: FittedCost, samples: Sequence[StepSample]) -> float:
+    """What prepare usually takes of the model's time for it, which has the rare long delays of a server in its mean."""
+    others = [sample for sample in samples if sample.shape.num_chunks and not looks_up(sample.shape)]
+    return median(sample.prepare_ns / max(1, model.cost(sample.shape).prepare_ns) for sample in others) if others else 1
 
 
 def _prices(sizes: Array, taken: Array, plain: Array) -> list[float]:

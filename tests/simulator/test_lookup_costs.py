@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,16 @@ def test_prices_are_found_under_noise_and_its_size_is_the_held_out_error() -> No
     assert lookups is not None
     assert {name: getattr(lookups, name) for name in PRICES} == pytest.approx(PRICES, rel=0.25)
     assert 0.1 < lookups.held_out < 0.25 < lookups.without
+
+
+def test_a_servers_rare_long_delays_are_not_taken_off_the_price_of_look_ups() -> None:
+    serving = [replace(sample, serving=True) for sample in PLAIN * 4]
+    late = [replace(one, prepare_ns=5 * one.prepare_ns) if i % 10 == 0 else one for i, one in enumerate(serving)]
+    model = fit([*late, *looking_up(60)])
+    lookups = model.calibration.lookups
+    assert lookups is not None
+    assert {name: getattr(lookups, name) for name in PRICES} == pytest.approx(PRICES, rel=0.02)
+    assert model.cost(chunk(100)).prepare_ns > 1.3 * measured(chunk(100)).prepare_ns, "which are in the mean"
 
 
 def test_too_few_steps_that_look_up_give_no_price() -> None:
