@@ -11,6 +11,8 @@ of each kind.
     mixed     a few prompts that arrive together, the first of which decode while the last ones wait for their turn
     beside    a batch that decodes for a while, and prompts that arrive meanwhile, alone or a few together: so many that
               the step is as large as a captured one, or a token larger or smaller; or of any length
+    lookup    for an engine that caches prefixes, in a design of their own: a few prompts of any lengths together, new
+              to the cache, and then as many that begin alike
 """
 
 from __future__ import annotations
@@ -35,12 +37,14 @@ BESIDE, ARRIVALS, TOGETHER = 2, 12, 6
 class Round:
     """Requests that are submitted together, as (prompt tokens, output tokens).
 
-    `overlap`: how many of them may still run when the next round comes.
+    `overlap`: how many of them may still run when the next round comes. `texts`: a number for each prompt; those with
+    the same one begin alike. None: all do.
     """
 
     kind: str
     requests: tuple[tuple[int, int], ...]
     overlap: int = 0
+    texts: tuple[int, ...] = ()
 
 
 class Design:
@@ -65,6 +69,17 @@ class Design:
                 yield from self._beside(next(batches), totals, long=i % 2 == 0)
             yield self._mixed()
             yield self._skew()
+
+    def lookups(self) -> Iterator[Round]:
+        """Without an end."""
+        text = 0
+        while True:
+            count = int(self._random.integers(1, TOGETHER + 1))
+            texts = tuple(range(text, text + count))
+            for _ in range(2):
+                sizes = self._random.integers(1, self._longest + 1, size=count).tolist()
+                yield Round("lookup", tuple((size, 1) for size in sizes), overlap=1, texts=texts)
+            text += count
 
     def _size(self, largest: float) -> int:
         return int(np.exp(self._random.uniform(0, np.log(max(1.0, largest)))))

@@ -3,7 +3,8 @@
 The steps measured are the engine's own. First come the rounds of `experiments.profile_design`, under a scheduler whose
 token budget differs from step to step, so that chunks of all sizes begin at all positions; then one trace under one
 policy, as a server meets it: requests of the `chat` workload, kept at a few levels of concurrency. With a host tier,
-now and then a request that decodes is swapped out, and comes back in the next step.
+now and then a request that decodes is swapped out, and comes back in the next step. Before all that, prompts are looked
+up in a prefix cache, on an engine of its own: everywhere else each is to be computed.
 
 What a run's host does beside its steps is done here too, for the device waits for it now and then: all is recorded to
 disk, and the trace's prompts are in memory from the beginning, each with tokens of its own.
@@ -25,12 +26,12 @@ import numpy as np
 import pandas as pd
 
 from experiments.profile_design import Design, Round
-from experiments.real import Prepared, load, prepare, start_engine
+from experiments.real import Prepared, load, prepare, start_engine, start_runner
 from experiments.records import RunWriter, describe_environment, run_info, write_compact
 from experiments.records.environment import gpu_state
 from experiments.records.schema import to_table
 from experiments.refitting import DESIGN_SHARE
-from experiments.spec import RunSpec
+from experiments.spec import ModelSpec, RunSpec
 from experiments.workloads import WorkloadSpec, make_workload, prompt_token_ids
 from policies.contract import Queue, Recorder, View
 from policies.plan import Mode, Plan
@@ -52,6 +53,8 @@ CONCURRENCY = ((1 / 64, 1), (1 / 16, 1), (1 / 8, 1), (1 / 4, 1), (1 / 2, 2), (1,
 """Requests of the trace that are kept in flight, as a share of `max_num_seqs`; and for how long, relatively: many take
 longer until old and young ones are mixed as in the long run."""
 TRACE_REQUESTS = 1000
+LOOKUP_SHARE = 0.1
+"""Of the time, for prefix caching."""
 
 
 @dataclass
@@ -153,6 +156,17 @@ def profile(
     spec, limits = prepared.spec, prepared.limits
     # Prompts repeat here, and each is to be computed; and a host that waits would look like a busy one.
     uncached = replace(limits, prefix_caching=False, plan_lead_ns=None, num_disk_blocks=0)
+    if runner is None:
+        with closing(start_runner(loaded, uncached, spec.model)) as runner:
+            return profile(
+                spec, seconds, loaded=loaded, prepared=prepared, runner=runner, on_progress=on_progress,
+                on_start=on_start, steps_to=steps_to,
+            )  # fmt: skip
+    if on_start is not None:
+        on_start({**prepared.seconds, **runner.startup_seconds})
+    progress, before, started = on_progress or (lambda share: None), gpu_state(), time.monotonic_ns()
+    part, left = LOOKUP_SHARE, 1 - LOOKUP_SHARE
+    looked_up = _lookups(spec, uncached, part * seconds, loaded, runner, lambda share: progress(part * share))
     stack = StackSpec().build(block_size=limits.block_size)
     scheduler = ProfileScheduler(Fcfs(), spec.seed, swaps=limits.num_host_blocks > 0)
     stack.scheduler = scheduler
@@ -161,30 +175,23 @@ def profile(
     with tempfile.TemporaryDirectory() as scratch, RunWriter(Path(scratch) / "profile", about) as writer:
         recorder = StepRows(writer)
         with start_engine(loaded, uncached, stack, spec.model, recorder=recorder, runner=runner) as engine:
-            if on_start is not None:
-                on_start({**prepared.seconds, **engine.startup_seconds})
-            before = gpu_state()
-            stream = _Stream(engine, seconds, on_progress or (lambda share: None))
+            later = time.monotonic_ns() - engine.now() - started
+            stream = _Stream(engine, left * seconds, lambda share: progress(part + left * share))
             stream.rounds(Design(uncached, spec.seed).rounds(), DESIGN_SHARE)
             scheduler.vary = False
-            serving_from_ns = engine.now()
+            serving_from_ns = engine.now() + later
             levels = [(max(1, round(share * uncached.max_num_seqs)), time) for share, time in CONCURRENCY]
             stream.trace(itertools.cycle(requests), levels)
             after = gpu_state()
+    rows = [*looked_up, *(_moved(row, later) for row in recorder.rows)]
     if steps_to is not None:
-        _save_steps(recorder.rows, steps_to)
-    steps = pd.DataFrame(recorder.rows, columns=list(STEPS))
+        _save_steps(rows, steps_to)
+    steps = pd.DataFrame(rows, columns=list(STEPS))
     provenance = {
         **describe_environment("real"),
         "gpu_before": before,
         "gpu_after": after,
-        "model": loaded.name,
-        "shape": _shape_of(loaded),
-        "dtype": spec.model.dtype,
-        "quantization": spec.model.quantization,
-        "kv_cache_dtype": spec.model.kv_cache_dtype,
-        "tensor_parallel": spec.model.tensor_parallel,
-        "attention": spec.model.attention,
+        **_model(spec.model, loaded),
         "limits": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(limits).items()},
         "seconds": seconds,
         "seed": spec.seed,
@@ -195,6 +202,35 @@ def profile(
     return fit(samples, provenance)
 
 
+def _lookups(
+    spec: RunSpec,
+    uncached: Limits,
+    seconds: float,
+    loaded: LoadedModel,
+    runner: ModelRunner,
+    on_progress: Callable[[float], None],
+) -> list[tuple[object, ...]]:
+    """Rows of the steps of an engine that caches prefixes, as if of another replica."""
+    limits = replace(uncached, prefix_caching=True, num_host_blocks=0)
+    stack = StackSpec().build(block_size=limits.block_size)
+    with tempfile.TemporaryDirectory() as scratch, RunWriter(Path(scratch) / "profile", _about(spec, limits)) as writer:
+        recorder = StepRows(writer)
+        with start_engine(loaded, limits, stack, spec.model, recorder=recorder, runner=runner) as engine:
+            _Stream(engine, seconds, on_progress).rounds(Design(limits, spec.seed).lookups(), 1)
+    return [(1, *row[1:]) for row in recorder.rows]
+
+
+def _moved(row: tuple[object, ...], later: int) -> tuple[object, ...]:
+    """A row of a step whose replica began so much later."""
+    return tuple(
+        value + later if name in _TIMES and isinstance(value, int) else value
+        for name, value in zip(STEPS, row, strict=True)
+    )
+
+
+_TIMES = ("plan_ns", "launch_ns", "end_ns", "wake_ns")
+
+
 class _Stream:
     """Keeps an engine busy until the time is up."""
 
@@ -203,8 +239,8 @@ class _Stream:
         self._seconds = seconds
         self._on_progress = on_progress
         self._started = time.monotonic()
-        vocab = engine.loaded.config.vocab_size
-        self._tokens = [(7 * i) % vocab for i in range(engine.limits.max_model_len)]
+        self._vocab = engine.loaded.config.vocab_size
+        self._tokens = [(7 * i) % self._vocab for i in range(engine.limits.max_model_len)]
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._running: set[int] = set()
 
@@ -213,8 +249,9 @@ class _Stream:
         overlap = 0
         for one in rounds:
             self._wait_for(overlap)
-            for prompt, output in one.requests:
-                self._submit(self._tokens[:prompt], output)
+            texts = one.texts or (0,) * len(one.requests)
+            for (prompt, output), text in zip(one.requests, texts, strict=True):
+                self._submit([text % self._vocab, *self._tokens[1:prompt]], output)
             overlap = one.overlap
             if self._passed() >= share:
                 break
@@ -271,9 +308,18 @@ def _about(spec: RunSpec, limits: Limits) -> dict[str, Any]:
     )
 
 
-def _shape_of(loaded: LoadedModel) -> dict[str, int]:
+def _model(spec: ModelSpec, loaded: LoadedModel) -> dict[str, Any]:
+    """What is to be known of it."""
     sizes = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
-    return {name: int(getattr(loaded.config, name)) for name in (*sizes, "num_experts")}
+    return {
+        "model": loaded.name,
+        "shape": {name: int(getattr(loaded.config, name)) for name in (*sizes, "num_experts")},
+        "dtype": spec.dtype,
+        "quantization": spec.quantization,
+        "kv_cache_dtype": spec.kv_cache_dtype,
+        "tensor_parallel": spec.tensor_parallel,
+        "attention": spec.attention,
+    }
 
 
 def _save_steps(rows: Sequence[tuple[object, ...]], path: Path) -> None:

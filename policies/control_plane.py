@@ -148,6 +148,8 @@ class ControlPlane:
         self.repeating.stop()
         if self.limits.prefix_caching:
             request._keys = list(keys)
+            self._state.num_named += 1
+            self._state.named_blocks += request.num_prompt_tokens // self.limits.block_size
         in_use = f"request id {request.id} is in use" if request.id in self._state.requests else None
         reason = in_use or refusal(request, self.limits)
         if reason is not None:

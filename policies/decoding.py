@@ -107,14 +107,15 @@ def finish(state: ReplicaState, step: Step, contexts: list[int]) -> None:
         size = state.limits.block_size
         out = size * sum(len(copy.device) for copy in step.copies if copy.out)
         back = size * sum(len(copy.device) for copy in step.copies if not copy.out)
-    step.shape = _shape(state, step, context, longest, out, back)
+    step.shape = _shape(state, step, context, longest, (out, back, *_of_names(state, step)))
 
 
-def _shape(state: ReplicaState, step: Step, context: int, longest: int, out: int, back: int) -> StepShape:
+def _shape(state: ReplicaState, step: Step, context: int, longest: int, rest: tuple[int, ...]) -> StepShape:
+    """`rest`: the fields from `swapped_out` on."""
     limits, decodes, chunks = state.limits, step.num_decodes, step.chunks
     if not chunks:
         padded, graph = padded_batch(decodes, 0, 0, limits.capture_sizes)
-        return _new(StepShape, (decodes, context, longest, 0, 0, 0, 0, 0, decodes, padded, graph, out, back))
+        return _new(StepShape, (decodes, context, longest, 0, 0, 0, 0, 0, decodes, padded, graph, *rest))
     tokens = pairs = ends = squares = samples = 0
     for _, start, count, last in chunks:
         end = start + count
@@ -127,8 +128,18 @@ def _shape(state: ReplicaState, step: Step, context: int, longest: int, out: int
             longest = end
     padded, graph = padded_batch(decodes, len(chunks), tokens, limits.capture_sizes, limits.mixed_capture_sizes)
     pairs += (squares + tokens) // 2
-    sizes = (tokens, pairs, ends, squares, decodes + samples, padded, graph, out, back)
+    sizes = (tokens, pairs, ends, squares, decodes + samples, padded, graph, *rest)
     return _new(StepShape, (decodes, context, longest, len(chunks), *sizes))
+
+
+def _of_names(state: ReplicaState, step: Step) -> tuple[int, int, int]:
+    """Prompts that were named for this step, their blocks, and blocks looked up for who is admitted. A step that runs
+    nothing leaves what was named to the next one that does."""
+    if not state.limits.prefix_caching or not step.runs:
+        return 0, 0, 0
+    named, blocks = state.num_named, state.named_blocks
+    state.num_named = state.named_blocks = 0
+    return named, blocks, sum(request.num_prompt_tokens // state.limits.block_size for request in step.admitted)
 
 
 _new = tuple.__new__

@@ -170,7 +170,7 @@ class Recording:
         after = (len(state.running), state.num_waiting, len(state.paused), None, 0, 0, len(state.swapped))
         row = (
             *(self._replica, index, *times[0], *first[:11], clock, 0, 0, 0, unused[0], state.pool.num_idle),
-            *(*after, state.host.num_unused, 0, 0, state.host.num_cached, *NO_COPIES, *self._of_disk(None)),
+            *(*after, state.host.num_unused, 0, 0, state.host.num_cached, *NO_COPIES, *self._of_disk(None), 0, 0, 0),
         )
         steps = DecodeSteps(row, times, unused, longest, -1 if prefill is None else prefill.id)
         if not is_open:
@@ -244,10 +244,11 @@ class Recording:
             cached,
             *copies,
             *of_disk,  # type: ignore[misc]
+            *shape[-3:],  # the last columns
         )
 
     def _of_disk(self, step: Step | None) -> tuple[int, int, int, int]:
-        """The last columns."""
+        """The columns about the disk."""
         disk, size = self._state.disk, self._state.block_size
         if disk is None:
             return 0, 0, 0, 0

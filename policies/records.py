@@ -95,6 +95,9 @@ STEPS: dict[str, str] = {
     "disk_in": "int32",  # the same, from disk to host memory
     "disk_blocks": "int32",  # on disk, or on their way there: of cached prefixes
     "disk_dropped": "int32",  # blocks lost since the last plan: not written, too late, or not as they were
+    "num_named": "int32",
+    "named_blocks": "int32",
+    "looked_up_blocks": "int32",
 }
 """steps.parquet, one row a call of plan(), steps counted from 0 on each replica.
 
@@ -122,6 +125,9 @@ ADDED: dict[str, dict[str, object]] = {
         "disk_in": 0,
         "disk_blocks": 0,
         "disk_dropped": 0,
+        "num_named": 0,
+        "named_blocks": 0,
+        "looked_up_blocks": 0,
     },
 }
 """Table -> columns that runs of earlier versions lack, and what those would have had there; of `chunk_squares`, what a

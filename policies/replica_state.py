@@ -113,6 +113,7 @@ class ReplicaState:
         self.reserved: dict[int, list[int]] = {}  # request id -> blocks that KV is on its way into, or out of
         self.left_group: list[Request] = []
         self.waiting_tokens = 0  # summed over the waiting requests
+        self.num_named = self.named_blocks = 0  # prompts whose blocks were named since the last step that ran
         self.last_launched = -1
         self.last_reported = -1
         # The view's fixed sizes, at hand

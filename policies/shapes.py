@@ -27,6 +27,9 @@ class StepShape(NamedTuple):
     graph: bool = False  # run from a captured graph
     swapped_out: int = 0  # KV copied to host memory before it, in tokens: whole blocks
     swapped_in: int = 0  # the same, from host memory
+    num_named: int = 0  # with prefix caching, requests that came since the step before
+    named_blocks: int = 0  # the full blocks of their prompts, which are named then
+    looked_up_blocks: int = 0  # those of who is admitted: looked up, and hit or entered in the prefix index
 
     @property
     def num_tokens(self) -> int:
@@ -45,8 +48,11 @@ def growing(
         most, paired = longest if longest > end else end, tokens * start + pairs
         yield fill(
             StepShape,
-            (num_decodes, context, most, chunks, tokens, paired, end, squares, num_decodes, padded, graph, 0, 0),
-        )
+            (
+                num_decodes, context, most, chunks, tokens, paired, end, squares, num_decodes, padded, graph,
+                0, 0, 0, 0, 0,
+            ),
+        )  # fmt: skip
         context += num_decodes
         longest += 1
         start = end

@@ -54,6 +54,16 @@ def profile(
             *(f"{100 * e:.1f}" for e in (error.mean, error.p50, error.p90)),
         )
     console.print(table)
+    lookups = fitted.calibration.lookups
+    if lookups is not None:
+        prompt, named, looked_up = (
+            ns / 1e3 for ns in (lookups.num_named, lookups.named_blocks, lookups.looked_up_blocks)
+        )
+        console.print(
+            f"Prefix caching costs the host {prompt:.1f} us a prompt, {named:.2f} us a block that is named and "
+            f"{looked_up:.2f} us one that is looked up; its preparation is off by {lookups.held_out:.0%} on held-out "
+            f"steps, {lookups.without:.0%} without that"
+        )
     longest = specification.limits.max_model_len or 1024
     console.print(
         f"Calibration: {out}. Use it with: diptych simulate --calibration {out} --workload chat -n 100 --rate 1 "

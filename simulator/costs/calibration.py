@@ -28,6 +28,8 @@ DEVICE_TERMS = (
 others are fields of StepShape."""
 PREPARE_TERMS = ("step", "num_decodes", "num_chunks", "chunk_tokens")
 FINISH_TERMS = ("step", "num_samples")
+LOOKUP_TERMS = ("num_named", "named_blocks", "looked_up_blocks")
+"""What prefix caching adds to the host's prepare, as fields of StepShape."""
 RANGE_FIELDS = (
     "num_decodes",
     "decode_context",
@@ -131,6 +133,23 @@ class SwapFit(_Part):
     overlaps: bool = False
 
 
+class LookupFit(_Part):
+    """What prefix caching adds to the host's prepare: nanoseconds a prompt that is named, a block of it, and a block
+    that is looked up and hit or entered.
+
+    Attributes:
+        held_out: mean relative error of prepare, on steps that the fit had not seen.
+        without: the same without these prices.
+    """
+
+    num_samples: int = Field(ge=1)
+    num_named: Coefficient
+    named_blocks: Coefficient
+    looked_up_blocks: Coefficient
+    held_out: FiniteFloat
+    without: FiniteFloat
+
+
 class MeasuredRange(_Part):
     """Smallest and largest of each size that was measured, for one way to run and one kind of step."""
 
@@ -177,6 +196,8 @@ class Calibration(_Part):
     """None where it was not measured."""
     swap: SwapFit | None = None
     """None where no step of the measurement swapped anything."""
+    lookups: LookupFit | None = None
+    """None where no step of the measurement named a prompt's blocks: they cost nothing."""
     ranges: list[MeasuredRange]
     held_out: list[HeldOutError]
     """Empty where there were too few samples to hold any out."""

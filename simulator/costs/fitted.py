@@ -71,7 +71,8 @@ class _Prices:
 class FittedCost:
     """A sum of terms, each of them a measured price times a size of the step, none of them negative.
 
-    Copies to host memory and back cost nothing where the calibration has no price for them (`prices_swaps`).
+    Copies to host memory and back cost nothing where the calibration has no price for them (`prices_swaps`), and
+    neither do the names and look-ups of prefix caching.
 
     So no prediction is negative, and among steps that run the same way none falls when a size grows, but for padded
     tokens: the larger a captured batch, the better a card may divide its context. Steps that ran in different ways have
@@ -89,7 +90,7 @@ class FittedCost:
             raise CalibrationError("the calibration has no fit, neither decode, chunked nor other; make it anew")
         self._decode, self._chunked = _Prices.of(self._decode_fit), _Prices.of(self._chunked_fit)
         self._other = _Prices.of(self._other_fit)
-        self._swap = calibration.swap
+        self._swap, self._lookups = calibration.swap, calibration.lookups
         self._ranges = {(measured.graph, measured.regime): measured for measured in calibration.ranges}
 
     @classmethod
@@ -122,6 +123,10 @@ class FittedCost:
             swap = self._swap
             device += swap.copies * ((shape.swapped_out > 0) + (shape.swapped_in > 0))
             device += swap.swapped_out * shape.swapped_out + swap.swapped_in * shape.swapped_in
+        if self._lookups is not None and (shape.num_named or shape.looked_up_blocks):
+            lookups = self._lookups
+            prepare += lookups.num_named * shape.num_named + lookups.named_blocks * shape.named_blocks
+            prepare += lookups.looked_up_blocks * shape.looked_up_blocks
         finish, finish_sample = prices.finish
         return StepCost(whole_ns(prepare), whole_ns(device), whole_ns(finish + finish_sample * samples))
 

@@ -32,6 +32,7 @@ from simulator.costs.features import DeviceFeatures, term
 from simulator.costs.fitted import FittedCost
 from simulator.costs.history_fit import Corrections, delays, fit_load
 from simulator.costs.least_squares import FLOOR_NS, Array, robust_nnls
+from simulator.costs.lookup_fit import looks_up, lookups
 from simulator.costs.samples import StepSample
 
 MIN_SHAPES = 10
@@ -78,6 +79,7 @@ def fit(samples: Sequence[StepSample], provenance: Mapping[str, JsonValue] | Non
                 "provenance": dict(provenance or {}),
                 "held_out": held_out,
                 "swap": swap,
+                "lookups": lookups(model, samples),
                 "delay": delays(model, samples, MIN_SERVING),
             }
         )
@@ -157,7 +159,7 @@ def _points(samples: Sequence[StepSample]) -> list[_Point]:
 
 def _by_size(shape: StepShape) -> tuple[int, ...]:
     sizes = (int(getattr(shape, name)) for name in RANGE_FIELDS)
-    return (shape.padded_tokens, *sizes, int(shape.graph), shape.swapped_out, shape.swapped_in)
+    return (shape.padded_tokens, *sizes, int(shape.graph), *shape[shape._fields.index("swapped_out") :])
 
 
 def _counts(points: Sequence[_Point]) -> list[int]:
@@ -204,13 +206,14 @@ def _mode(points: Sequence[_Point], corrections: Corrections, name: str) -> Mode
         [len(point.timed) for point in timed],
     )
     samples = [sample for point in points for sample in point.samples]
+    prepared = [sample for sample in samples if not looks_up(sample.shape)]  # the others have prices of their own
     finished = [sample for sample in samples if sample.finish_ns is not None]
     slowdown, usual = corrections.modes.get(name, (0.0, 0.0))
     return ModeFit(
         num_samples=len(samples),
         num_finish_samples=len(finished),
         **features.named(device),
-        prepare=_host_terms(samples, [sample.prepare_ns for sample in samples], PREPARE_TERMS),
+        prepare=_host_terms(prepared, [sample.prepare_ns for sample in prepared], PREPARE_TERMS),
         finish=_host_terms(finished, [sample.finish_ns or 0 for sample in finished], FINISH_TERMS),
         slowdown=slowdown,
         usual_load=usual,
@@ -283,7 +286,7 @@ def _compare(
         device_ns = cost.device_ns * corrections.factor(sample)
         if sample.waited:
             pairs.setdefault((kind, "device"), []).append((device_ns, sample.device_ns))
-        if sample.finish_ns is not None:
+        if sample.finish_ns is not None and not looks_up(point.shape):
             total = sample.prepare_ns + sample.device_ns + sample.finish_ns
             pairs.setdefault((kind, "step"), []).append((cost.prepare_ns + device_ns + cost.finish_ns, total))
 

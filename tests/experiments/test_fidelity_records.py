@@ -61,8 +61,9 @@ def test_the_kept_calibration_is_what_its_profiled_steps_give() -> None:
     assert kept.calibration.under_load is not None
     assert again.calibration.under_load is not None
     assert again.calibration.under_load.time_constant_ns == kept.calibration.under_load.time_constant_ns
-    steps = pd.read_parquet(path.with_suffix(".parquet"), columns=list(StepShape._fields))
-    for row in steps[steps["padded_tokens"] > 0].iloc[::50].itertuples(index=False, name=None):
+    steps = pd.read_parquet(path.with_suffix(".parquet"))
+    sizes = steps[[name for name in StepShape._fields if name in steps]]  # of before there were prices of look-ups
+    for row in sizes[steps["padded_tokens"] > 0].iloc[::50].itertuples(index=False, name=None):
         shape = StepShape(*row)
         assert again.cost(shape) == pytest.approx(kept.cost(shape), rel=2e-3, abs=2_000)
 

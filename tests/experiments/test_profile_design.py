@@ -135,3 +135,18 @@ def test_a_trace_is_profiled_with_the_whole_budget() -> None:
     steady, usual = Drive(LIMITS, Steady(), jobs), Drive(LIMITS, StackSpec(), jobs)
     assert [step.shape for step in steady.steps] == [step.shape for step in usual.steps]
     assert not any(step.shape.swapped_out for step in steady.steps)
+
+
+def test_rounds_of_look_ups_come_twice_with_the_same_beginnings_and_other_lengths() -> None:
+    rounds = list(itertools.islice(Design(LIMITS, 0).lookups(), 200))
+    seen: set[int] = set()
+    for first, second in zip(rounds[::2], rounds[1::2], strict=True):
+        assert first.texts == second.texts
+        assert len(first.texts) == len(first.requests) == len(second.requests)
+        assert seen.isdisjoint(first.texts)
+        seen.update(first.texts)
+    sizes = [prompt for one in rounds for prompt, _ in one.requests]
+    assert min(sizes) >= 1
+    assert max(sizes) <= 899
+    assert min(sizes) < 50 < 800 < max(sizes)
+    assert {len(one.requests) for one in rounds} == {1, 2, 3, 4, 5, 6}
