@@ -86,10 +86,10 @@ class Recording:
             left,
             status,
             error,
-            request._token_steps,
-            runs,
-            request._keys,
-            moves,
+            request._token_steps[:],  # it may live on in a step in flight
+            runs[:],
+            request._keys[:],
+            moves[:],
             request.num_fetched_tokens,
             request.num_disk_tokens,
         ))  # fmt: skip
@@ -158,12 +158,13 @@ class Recording:
         first: StepShape,
         clock: int,
         unused: Sequence[int],
-        longest: Sequence[int],
+        longest: int,
         prefill: Request | None,
         is_open: bool,
     ) -> Row:
         """Steps that change nothing but counts (`policies.coasting`), from the one with this index, shape and decode
-        clock on: each one's times, the unused blocks after it and its longest context, and the prefill that goes on.
+        clock on: each one's times and the unused blocks after it, the longest decode in the first one, and the
+        prefill that goes on.
 
         `is_open`: the last one has not ended yet. Then its row is answered, for `ended_step`."""
         state = self._state
@@ -177,9 +178,9 @@ class Recording:
             self._decode_steps(steps)
             return row
         if len(times) > 1:
-            self._decode_steps(steps._replace(times=times[:-1], unused=unused[:-1], longest=longest[:-1]))
+            self._decode_steps(steps._replace(times=times[:-1], unused=unused[:-1]))
             steps = steps.without(len(times) - 1)
-        for decision in next(steps.decision_rows()):
+        for decision in steps.decision_rows():
             self._recorder.decision(decision)
         return steps.first
 
@@ -188,8 +189,8 @@ class Recording:
         self._recorder.step(row)
 
     def _decode_steps_by_rows(self, steps: DecodeSteps) -> None:
-        for decisions, step in zip(steps.decision_rows(), steps.step_rows(), strict=True):
-            for decision in decisions:
+        for later, step in enumerate(steps.step_rows()):
+            for decision in steps.decision_rows(later):
                 self._recorder.decision(decision)
             self._recorder.step(step)
 
