@@ -27,7 +27,7 @@ class Recording:
         self._blocked: dict[int, str] = {}
         self._empty_rows: list[tuple[object, ...]] = []
         self._decode_steps = getattr(recorder, "decode_steps", self._decode_steps_by_rows)
-        self._plan_rows: dict[int, tuple[object, ...]] = {}
+        self._plan_rows: dict[int, tuple[Row, Row, Row]] = {}  # columns of a step's row, but for the report's
         self._num_dropped = 0  # blocks on their way to disk or from it, as far as that is recorded
 
     def submitted(self, request: Request, next_step: int) -> None:
@@ -121,20 +121,23 @@ class Recording:
             decision((replica, index, request.id, "refused", 0, reason))
         if plan.blocked or self._blocked:
             self._passed_over({request.id: reason for request, reason in plan.blocked}, index)
-        state = self._state
+        state, shape = self._state, step.shape
         self._plan_rows[index] = (
-            len(step.admitted),
-            len(step.preempted),
-            state.pool.num_unused,
-            state.pool.num_idle,
-            len(state.running),
-            state.num_waiting,
-            len(state.paused),
-            step.wake_at,
-            len(state.swapped),
-            state.host.num_unused,
-            *_of_prefixes(step, state),
-            state.host.num_cached,
+            (*shape[:11], step.decode_clock, len(step.admitted), len(step.preempted)),  # from num_decodes on
+            (
+                state.pool.num_unused,
+                state.pool.num_idle,
+                len(state.running),
+                state.num_waiting,
+                len(state.paused),
+                step.wake_at,
+                shape.swapped_out,
+                shape.swapped_in,
+                len(state.swapped),
+                state.host.num_unused,
+                *(_of_prefixes(step, state) if step.copies else (0, 0)),
+                state.host.num_cached,
+            ),
             self._of_disk(step),
         )
         if not step.runs:
@@ -219,33 +222,9 @@ class Recording:
     def _step_row(
         self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int, copies: CopyTimes
     ) -> tuple[object, ...]:
-        admitted, preempted, *after, swapped, free_host, kept, fetched, cached, of_disk = self._plan_rows.pop(
-            step.index
-        )
-        shape = step.shape
-        return (
-            self._replica,
-            step.index,
-            step.plan_ns,
-            launch_ns,
-            end_ns,
-            device_ns,
-            *shape[:11],  # the columns from num_decodes to graph
-            step.decode_clock,
-            admitted,
-            preempted,
-            num_finished,
-            *after,
-            shape.swapped_out,
-            shape.swapped_in,
-            swapped,
-            free_host,
-            kept,
-            fetched,
-            cached,
-            *copies,
-            *of_disk,  # type: ignore[misc]
-        )
+        sizes, after, of_disk = self._plan_rows.pop(step.index)
+        times = (step.plan_ns, launch_ns, end_ns, device_ns)
+        return (self._replica, step.index, *times, *sizes, num_finished, *after, *copies, *of_disk)
 
     def _of_disk(self, step: Step | None) -> tuple[int, int, int, int]:
         """The last columns."""

@@ -38,9 +38,6 @@ class StepRows:
         self._times = bytearray()  # of each step of the runs
         self._unused: list[int] = []
 
-    def __len__(self) -> int:
-        return len(self._wakes)
-
     def add(self, row: Row) -> None:
         """A row. Raises RunError where it does not fit."""
         try:
@@ -53,7 +50,7 @@ class StepRows:
 
     def add_run(self, steps: DecodeSteps) -> None:
         """A row for each of these steps."""
-        self._runs.append(len(self))
+        self._runs.append(len(self._wakes))
         self.add(steps.first)
         self._lengths.append(len(steps.times))
         self._longest.append(steps.longest)
@@ -67,7 +64,7 @@ class StepRows:
         numbers = np.ascontiguousarray(np.frombuffer(self._rows, np.int64).reshape(-1, len(STEPS)).T)
         wakes = pa.array(self._wakes, SCHEMAS["steps"].field(_WAKE).type)
         if self._runs:
-            lengths = np.ones(len(self), np.int64)
+            lengths = np.ones(len(self._wakes), np.int64)
             lengths[self._runs] = self._lengths
             of, later = _unfolded(lengths)
             numbers, wakes = numbers[:, of], wakes.take(pa.array(of))

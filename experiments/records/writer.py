@@ -1,6 +1,6 @@
 """Writing a run's records while it goes.
 
-Rows are collected in lists. By row count, and by age in a thread of its own, they go to disk as whole Parquet files
+Rows are collected in memory. By row count, and by age in a thread of its own, they go to disk as whole Parquet files
 in `parts/`, each under its name only once it is complete, so that a run that is killed keeps what it had. `close` joins
 the parts into one file a table. Those depend on the rows alone: row groups have a fixed size, each is written at once.
 """
@@ -29,11 +29,11 @@ Row = Sequence[object]
 ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072, "client": 4096, "replicas": 4096}
 """Rows of a row group in the final files. Requests carry their block keys: tens of kilobytes each for long prompts."""
 
-PART_ROWS = {"requests": 1024, "steps": 65_536, "decisions": 131_072}
+PART_ROWS = {"requests": 2048, "steps": 65_536, "decisions": 131_072}
 """Rows at which a table is flushed, whatever its age."""
 
 PACKED_AT = 2048
-"""Rows that wait as Python's objects, before they become Arrow's: as many as a processor's cache has room for."""
+"""Decisions that wait as Python's objects, before they become Arrow's: as many as a processor's cache has room for."""
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -83,8 +83,9 @@ class RunWriter:
         self.decision: Callable[[Row], None] = self._decisions.append if "decisions" in self.tables else _leave_out
         self._client: list[Row] = []
         self._replicas: list[Row] = []
-        self._packed: dict[str, list[pa.Table]] = {"decisions": [], "steps": []}
-        self._pack_decisions_at, self._pack_steps_at = (min(PACKED_AT, PART_ROWS[table]) for table in self._packed)
+        self._packed: list[pa.Table] = []  # decisions
+        self._num_packed = 0
+        self._pack_at = min(PACKED_AT, PART_ROWS["decisions"])
         self._num_requests = 0  # rows so far
         self._settled = 0  # leading request rows whose last step's row is here too
         self._written = 0  # request rows on disk
@@ -132,23 +133,19 @@ class RunWriter:
     def _came(self) -> None:
         """Rows of steps have come, and the decisions before them."""
         self._settled = self._num_requests
-        few_steps = len(self._steps) < self._pack_steps_at and self._steps.num_rows < PART_ROWS["steps"]
-        if few_steps and len(self._decisions) < self._pack_decisions_at:
-            return
-        with self._lock:
-            self._pack_rows()
-        if any(sum(map(len, packed)) >= PART_ROWS[table] for table, packed in self._packed.items()):
+        if len(self._decisions) >= self._pack_at:
+            with self._lock:
+                self._pack_decisions()
+        if self._steps.num_rows >= PART_ROWS["steps"] or self._num_packed >= PART_ROWS["decisions"]:
             self.flush()
 
-    def _pack_rows(self) -> None:
-        """With the lock held: the rows of steps and decisions so far become Arrow's."""
+    def _pack_decisions(self) -> None:
+        """With the lock held: the decisions so far become Arrow's."""
         if count := len(self._decisions):
-            self._packed["decisions"].append(decisions_table(self._decisions[:count]))
+            packed = decisions_table(self._decisions[:count])
             del self._decisions[:count]  # not a new list: rows may be appended to this one meanwhile
-        with self._taking:
-            steps, self._steps = self._steps, StepRows()
-        if len(steps):
-            self._packed["steps"].append(steps.table())
+            self._packed.append(packed)
+            self._num_packed += len(packed)
 
     def replica_changed(self, time_ns: int, replica: int, pool: str, event: str) -> None:
         """A replica starts, serves, drains, stops or has failed."""
@@ -179,11 +176,14 @@ class RunWriter:
             raise self._failure
         # Requests last: whoever reads the parts finds the steps that a request refers to. How many was read before the
         # steps are counted, so a step that comes in meanwhile makes no difference.
-        self._pack_rows()
-        for table, packed in self._packed.items():
-            if packed:
-                self._write_part(table, pa.concat_tables(packed).combine_chunks())
-                packed.clear()
+        self._pack_decisions()
+        if self._packed:
+            self._write_part("decisions", pa.concat_tables(self._packed).combine_chunks())
+            self._packed, self._num_packed = [], 0
+        with self._taking:
+            steps, self._steps = self._steps, StepRows()
+        if steps.num_rows:
+            self._write_part("steps", steps.table())
         for table, rows, count in (
             ("replicas", self._replicas, len(self._replicas)),
             ("client", self._client, len(self._client)),
