@@ -16,7 +16,6 @@ from pathlib import Path
 from experiments.records.environment import REVISION, git_revision
 
 MODULES = (
-    *("experiments/records/unfolding.py", "experiments/records/writer.py"),
     *("policies/block_pool.py", "policies/coasting.py", "policies/control_plane.py", "policies/decode_group.py"),
     *("policies/decoding.py", "policies/draft.py", "policies/enactment.py", "policies/loop.py", "policies/plan.py"),
     *("policies/recording.py", "policies/repeating.py", "policies/replica_state.py", "policies/request.py"),
