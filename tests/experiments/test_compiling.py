@@ -30,6 +30,7 @@ class Hasty(Mixed):
 
     def plan(self, view, now):
         self.asked += 1
+        assert (next(view.decoding(), None) is None) == (view.num_decoding == 0)
         request = self.queue.peek(now)
         if request is not None and self.asked % 7 == 0:
             self.queue.pop(now)
