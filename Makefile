@@ -11,7 +11,7 @@ RUNS ?=
 # compile all of ours.
 TESTING := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadscope --no-loadscope-reorder
 
-.PHONY: help demo test check lint coverage gpu-test gpu-bench bench screenshots docs clean
+.PHONY: help demo test check lint coverage gpu-test gpu-bench bench compiled screenshots docs clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -57,6 +57,9 @@ bench: $(VENV)/.base           ## the benchmarks that need no GPU
 	$(BIN)/python -m benchmarks.plan_time
 	$(BIN)/python -m benchmarks.load_generator
 	$(BIN)/python -m benchmarks.eviction
+
+compiled: $(VENV)/.dev         ## the simulator compiled, in build/compiled, for PYTHONPATH; needs a C compiler, a minute
+	$(BIN)/python -m experiments.compiling build/compiled
 
 screenshots: $(VENV)/.dev      ## pictures of the dashboard for docs/, over recorded runs or those of RUNS=FOLDER; needs a Chromium
 	$(BIN)/python -m benchmarks.screenshots $(RUNS)

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from benchmarks.saving import cpu_name, save
 from experiments.records import RunWriter, read_run, run_info
+from experiments.records.environment import is_compiled
 from policies.replica_state import Limits
 from policies.request import Request
 from policies.shapes import StepShape
@@ -175,7 +176,8 @@ def _latencies(requests: pd.DataFrame) -> dict[str, list[float]]:
 
 def show(rows: list[Row], console: Console) -> None:
     """Two tables: speed, here and as it would be on the machine that ran Vidur, and how far the answers are apart."""
-    table = Table(title="10,000 requests on one core, here and on the machine of the reference")
+    how = "compiled" if is_compiled() else "interpreted"
+    table = Table(title=f"10,000 requests on one core, {how}, here and on the machine of the reference")
     for heading in (
         "",
         "requests/s",
@@ -229,7 +231,8 @@ def remember(path: Path, rows: list[Row]) -> None:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         for row in rows:
             figures = (row.timeouts_per_s, row.requests_per_s, row.reference_requests_per_s)
-            writer.writerow((today, revision.stdout.strip(), cpu_name(), row.name, *map(round, figures)))
+            name = f"{row.name}, compiled" if is_compiled() else row.name
+            writer.writerow((today, revision.stdout.strip(), cpu_name(), name, *map(round, figures)))
 
 
 def main() -> None:
@@ -246,7 +249,8 @@ def main() -> None:
         parser.error(f"{error.filename} is missing; name the folder that holds the scenario")
     rows = [run(arguments.folder, costs, together=together) for together in (False, True)]
     show(rows, Console(width=110))
-    save(arguments.json, "vidur", {"reference_timeouts_per_s": REFERENCE_TIMEOUTS_PER_S}, rows)
+    header = {"reference_timeouts_per_s": REFERENCE_TIMEOUTS_PER_S, "compiled": is_compiled()}
+    save(arguments.json, "vidur", header, rows)
     remember(arguments.history, rows)
 
 

@@ -60,12 +60,9 @@ def coast(
             _regroup(state, recording, index + taken)
         unused = _advance(state, times, index + taken, prefill, tokens)
         if recording is not None:
-            longest_of: Sequence[int] = range(longest, longest + len(times))
-            if prefill is not None:
-                longest_of = [max(own, start + (i + 1) * tokens) for i, own in enumerate(longest_of)]
             first = next(growing(decodes, context, longest, start, tokens, padded, graph))
             clock = group.clock - len(times) + 1
-            row = recording.coasted(index + taken, times, first, clock, unused, longest_of, prefill, is_open)
+            row = recording.coasted(index + taken, times, first, clock, unused, longest, prefill, is_open)
             last = row if is_open else None
         elif is_open:
             last = ()

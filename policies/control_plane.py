@@ -16,16 +16,12 @@ from policies.enactment import Enactment
 from policies.plan import FOREVER, Plan, Report, Step
 from policies.recording import Recording
 from policies.records import Row
-from policies.refusal import RequestRefused, refusal
+from policies.refusal import PolicyStalled, RequestRefused, refusal
 from policies.repeating import Repeating
 from policies.replica_state import Limits, ReplicaState
 from policies.request import Request, State
 from policies.stack import PolicyStack
 from policies.transfers import Transfers
-
-
-class PolicyStalled(RuntimeError):
-    """The policy plans nothing although requests wait, nothing is in flight, and it did not ask to be woken."""
 
 
 class ControlPlane:

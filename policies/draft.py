@@ -40,8 +40,9 @@ class Draft:
 
     def copy(self) -> Draft:
         """A draft to try something in: what is done to it leaves this one as it is."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
+        other = Draft(self.view, self.admission, self.preemption)
+        other.tokens_left, other.num_tokens, other.seqs_left = self.tokens_left, self.num_tokens, self.seqs_left
+        other.blocks_left, other.host_blocks_left = self.blocks_left, self.host_blocks_left
         other.plan = self.plan.copy()
         other.admitted, other.preempted, other.taken = self.admitted[:], self.preempted.copy(), self.taken.copy()
         other._given, other._released = self._given.copy(), self._released.copy()

@@ -8,7 +8,8 @@ decodes, chunks. An item that cannot be done is refused with a reason and leaves
 from __future__ import annotations
 
 import operator
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from policies.block_pool import num_idle
 from policies.contract import Hit
@@ -150,9 +151,10 @@ class Enactment:
 
     # Admissions
 
-    def _whole(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+    def _whole(self, chunks: Sequence[tuple[Request, Any]]) -> list[tuple[Request, int]]:
         """The chunks without those of fractions; NumPy's integers are whole numbers too."""
-        whole, holds = [], self.plan.hold
+        whole: list[tuple[Request, int]] = []
+        holds: Mapping[int, Any] = self.plan.hold
         for request, num_tokens in chunks:
             hold = holds.get(request.id, 0)
             try:

@@ -27,7 +27,7 @@ class Recording:
         self._blocked: dict[int, str] = {}
         self._empty_rows: list[tuple[object, ...]] = []
         self._decode_steps = getattr(recorder, "decode_steps", self._decode_steps_by_rows)
-        self._plan_rows: dict[int, tuple[object, ...]] = {}
+        self._plan_rows: dict[int, tuple[Row, Row, Row]] = {}  # columns of a step's row, but for the report's
         self._num_dropped = 0  # blocks on their way to disk or from it, as far as that is recorded
 
     def submitted(self, request: Request, next_step: int) -> None:
@@ -86,10 +86,10 @@ class Recording:
             left,
             status,
             error,
-            request._token_steps,
-            runs,
-            request._keys,
-            moves,
+            request._token_steps[:],  # it may live on in a step in flight
+            runs[:],
+            request._keys[:],
+            moves[:],
             request.num_fetched_tokens,
             request.num_disk_tokens,
         ))  # fmt: skip
@@ -121,21 +121,24 @@ class Recording:
             decision((replica, index, request.id, "refused", 0, reason))
         if plan.blocked or self._blocked:
             self._passed_over({request.id: reason for request, reason in plan.blocked}, index)
-        state = self._state
+        state, shape = self._state, step.shape
         self._plan_rows[index] = (
-            len(step.admitted),
-            len(step.preempted),
-            state.pool.num_unused,
-            state.pool.num_idle,
-            len(state.running),
-            state.num_waiting,
-            len(state.paused),
-            step.wake_at,
-            len(state.swapped),
-            state.host.num_unused,
-            *_of_prefixes(step, state),
-            state.host.num_cached,
-            self._of_disk(step),
+            (*shape[:11], step.decode_clock, len(step.admitted), len(step.preempted)),  # from num_decodes on
+            (
+                state.pool.num_unused,
+                state.pool.num_idle,
+                len(state.running),
+                state.num_waiting,
+                len(state.paused),
+                step.wake_at,
+                shape.swapped_out,
+                shape.swapped_in,
+                len(state.swapped),
+                state.host.num_unused,
+                *(_of_prefixes(step, state) if step.copies else (0, 0)),
+                state.host.num_cached,
+            ),
+            (*self._of_disk(step), *shape[-3:]),  # the last columns
         )
         if not step.runs:
             row = self._step_row(step, step.plan_ns, step.plan_ns, 0, 0, NO_COPIES)
@@ -158,12 +161,13 @@ class Recording:
         first: StepShape,
         clock: int,
         unused: Sequence[int],
-        longest: Sequence[int],
+        longest: int,
         prefill: Request | None,
         is_open: bool,
     ) -> Row:
         """Steps that change nothing but counts (`policies.coasting`), from the one with this index, shape and decode
-        clock on: each one's times, the unused blocks after it and its longest context, and the prefill that goes on.
+        clock on: each one's times and the unused blocks after it, the longest decode in the first one, and the
+        prefill that goes on.
 
         `is_open`: the last one has not ended yet. Then its row is answered, for `ended_step`."""
         state = self._state
@@ -177,9 +181,9 @@ class Recording:
             self._decode_steps(steps)
             return row
         if len(times) > 1:
-            self._decode_steps(steps._replace(times=times[:-1], unused=unused[:-1], longest=longest[:-1]))
+            self._decode_steps(steps._replace(times=times[:-1], unused=unused[:-1]))
             steps = steps.without(len(times) - 1)
-        for decision in next(steps.decision_rows()):
+        for decision in steps.decision_rows():
             self._recorder.decision(decision)
         return steps.first
 
@@ -188,8 +192,8 @@ class Recording:
         self._recorder.step(row)
 
     def _decode_steps_by_rows(self, steps: DecodeSteps) -> None:
-        for decisions, step in zip(steps.decision_rows(), steps.step_rows(), strict=True):
-            for decision in decisions:
+        for later, step in enumerate(steps.step_rows()):
+            for decision in steps.decision_rows(later):
                 self._recorder.decision(decision)
             self._recorder.step(step)
 
@@ -218,34 +222,9 @@ class Recording:
     def _step_row(
         self, step: Step, launch_ns: int, end_ns: int, device_ns: int, num_finished: int, copies: CopyTimes
     ) -> tuple[object, ...]:
-        admitted, preempted, *after, swapped, free_host, kept, fetched, cached, of_disk = self._plan_rows.pop(
-            step.index
-        )
-        shape = step.shape
-        return (
-            self._replica,
-            step.index,
-            step.plan_ns,
-            launch_ns,
-            end_ns,
-            device_ns,
-            *shape[:11],  # the columns from num_decodes to graph
-            step.decode_clock,
-            admitted,
-            preempted,
-            num_finished,
-            *after,
-            shape.swapped_out,
-            shape.swapped_in,
-            swapped,
-            free_host,
-            kept,
-            fetched,
-            cached,
-            *copies,
-            *of_disk,  # type: ignore[misc]
-            *shape[-3:],  # the last columns
-        )
+        sizes, after, last = self._plan_rows.pop(step.index)
+        times = (step.plan_ns, launch_ns, end_ns, device_ns)
+        return (self._replica, step.index, *times, *sizes, num_finished, *after, *copies, *last)
 
     def _of_disk(self, step: Step | None) -> tuple[int, int, int, int]:
         """The columns about the disk."""

@@ -179,14 +179,14 @@ class DecodeSteps(NamedTuple):
     one prefill, as long in each of them.
 
     They are like `first`, the whole row of the first one, but each has one token more of every decode, the chunk goes
-    on, and times, unused blocks and the longest context are each one's own. A recorder that has a method `decode_steps`
-    is given them like this.
+    on, and times and unused blocks are each one's own. `longest`: the longest decode's context in the first one. A
+    recorder that has a method `decode_steps` is given them like this.
     """
 
     first: Row
     times: Sequence[Times]
     unused: Sequence[int]
-    longest: Sequence[int]
+    longest: int
     request_id: int  # of the chunk; -1 without
 
     def growth(self) -> list[tuple[int, int]]:
@@ -204,8 +204,9 @@ class DecodeSteps(NamedTuple):
         row: list[Any] = list(self.first)
         for column, more in self.growth():
             row[column] += count * more
-        times, unused, longest = self.times[count:], self.unused[count:], self.longest[count:]
-        row[_TIMES], row[_AT["free_blocks"]], row[_AT["max_context"]] = times[0], unused[0], longest[0]
+        times, unused, longest = self.times[count:], self.unused[count:], self.longest + count
+        row[_TIMES], row[_AT["free_blocks"]] = times[0], unused[0]
+        row[_AT["max_context"]] = max(longest, row[_AT["chunk_context"]])
         return DecodeSteps(tuple(row), times, unused, longest, self.request_id)
 
     def step_rows(self) -> Iterator[Row]:
@@ -213,17 +214,16 @@ class DecodeSteps(NamedTuple):
         for i in range(len(self.times)):
             yield self.without(i).first
 
-    def decision_rows(self) -> Iterator[list[Row]]:
-        """The rows of decisions.parquet, by step."""
-        replica, step, *_ = self.first
-        assert isinstance(step, int)
-        decodes, tokens = self.first[_AT["num_decodes"]], self.first[_AT["chunk_tokens"]]
-        for index in range(step, step + len(self.times)):
-            rows: list[Row] = [(replica, index, -1, "decode", decodes, "")]
-            if tokens:
-                rows.append((replica, index, self.request_id, "chunk", tokens, ""))
-            yield rows
+    def decision_rows(self, later: int = 0) -> list[Row]:
+        """The rows of decisions.parquet of the first step, or of one that comes so many steps later."""
+        first = self.first
+        step, decodes, tokens = first[_STEP] + later, first[_DECODES], first[_TOKENS]  # type: ignore[operator]
+        rows: list[Row] = [(first[0], step, -1, "decode", decodes, "")]
+        if tokens:
+            rows.append((first[0], step, self.request_id, "chunk", tokens, ""))
+        return rows
 
 
 _AT = {name: i for i, name in enumerate(STEPS)}
 _TIMES = slice(_AT["plan_ns"], _AT["device_ns"] + 1)
+_STEP, _DECODES, _TOKENS = _AT["step"], _AT["num_decodes"], _AT["chunk_tokens"]

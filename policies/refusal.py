@@ -1,4 +1,4 @@
-"""Requests that could never be served, told when they come."""
+"""Requests that could never be served, told when they come; and a policy that serves nobody."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from policies.request import Request
 
 class RequestRefused(ValueError):
     """This request can never be served here; the message says why, with both numbers."""
+
+
+class PolicyStalled(RuntimeError):
+    """The policy plans nothing although requests wait, nothing is in flight, and it did not ask to be woken."""
 
 
 def refusal(request: Request, limits: Limits) -> str | None:

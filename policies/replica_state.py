@@ -166,8 +166,9 @@ class ReplicaState:
         return Draft(self, self.stack.admission, self.stack.preemption)
 
     def decoding(self) -> Iterator[Request]:
-        loose = self.loose
-        return (r for r in self.running.values() if r._group is not None or r.id in loose)
+        for request in self.running.values():
+            if request._group is not None or request.id in self.loose:
+                yield request
 
     def decodes_that_need_a_block(self) -> list[Request]:
         size, clock = self.block_size, self.group.clock

@@ -25,8 +25,7 @@ class State(Enum):
     DROPPED = "dropped"  # shed by a policy
     REFUSED = "refused"  # could never be served
 
-    def __init__(self, name: str) -> None:
-        self.ended = name not in ("waiting", "running", "paused", "swapped", "moving")
+    ended: bool
 
 
 def found_directly(enumeration: type[Enum]) -> None:
@@ -37,6 +36,8 @@ def found_directly(enumeration: type[Enum]) -> None:
 
 
 found_directly(State)
+for _state in State:
+    _state.ended = _state.value not in ("waiting", "running", "paused", "swapped", "moving")
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,8 +112,9 @@ class SimulatedReplica:
         return self.plane.transfers.num_incoming_blocks
 
     def decoding(self) -> Iterator[Request]:
-        moving = self.movements
-        return (r for r in self.plane.view.decoding() if moving is None or not moving.is_moving(r))
+        for request in self.plane.view.decoding():
+            if self.movements is None or not self.movements.is_moving(request):
+                yield request
 
     # What comes in
 

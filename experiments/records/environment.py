@@ -14,9 +14,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from policies import control_plane
+
 KINDS = ("real", "sim", "replay", "client")
 """Who wrote a run: the runtime, the simulator, the simulator with a real run's arrivals and step times, or a client of
 a server, which sees requests and no steps."""
+
+
+REVISION = "REVISION"
+"""A file beside the packages that says which revision they are, where they are a compiled copy of a checkout."""
 
 
 def run_info(
@@ -65,6 +71,7 @@ def describe_environment(kind: str) -> dict[str, Any]:
         "kind": kind,
         "git": git_revision(),
         "software": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "compiled": is_compiled(),
         "hardware": {},
     }
     if kind in ("real", "client"):
@@ -73,10 +80,17 @@ def describe_environment(kind: str) -> dict[str, Any]:
     return described
 
 
+def is_compiled() -> bool:
+    """Whether this is code that `experiments.compiling` has compiled."""
+    return not str(control_plane.__file__).endswith(".py")
+
+
 @functools.cache
 def git_revision() -> str | None:
     """The commit this code was checked out from, with `-dirty` where files were changed; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
+    if (root / REVISION).exists():
+        return (root / REVISION).read_text(encoding="utf-8") or None
     if not (root / ".git").exists():  # installed somewhere inside another repository: that one's commit says nothing
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -89,9 +103,10 @@ def git_revision() -> str | None:
 def version_line() -> str:
     """What a report of an error begins with: version, revision, Python, PyTorch, and the device there is to run on."""
     gpus = ", ".join(gpu["name"] for gpu in _gpus()["gpus"])
+    compiled = ", compiled" if is_compiled() else ""
     return (
         f"diptych {_version('diptych') or 'not installed'}, revision {git_revision() or 'unknown'}, "
-        f"Python {platform.python_version()}, torch {_version('torch') or 'not installed'}, "
+        f"Python {platform.python_version()}{compiled}, torch {_version('torch') or 'not installed'}, "
         f"device {gpus or 'cpu: ' + _cpu_model()}"
     )
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
-from itertools import chain
 from operator import itemgetter
+from struct import Struct
+from struct import error as StructError
 
 import numpy as np
 import pyarrow as pa
@@ -76,10 +76,10 @@ def to_table(table: str, rows: Sequence[Sequence[object]]) -> pa.Table:
     if wrong is not None:
         raise RunError(f"a row of {table} has {wrong} values; the schema names {width} columns")
     numbers = _whole_numbers(table, rows)
-    arrays = []
+    arrays, columns = [], list(zip(*rows, strict=True)) or [()] * width
     for i, field in enumerate(schema):
         try:
-            column = numbers[i].cast(field.type) if i in numbers else pa.array([row[i] for row in rows], field.type)
+            column = numbers[i].cast(field.type) if i in numbers else pa.array(columns[i], field.type)
         except (pa.ArrowException, OverflowError, TypeError) as error:
             raise RunError(f"a value of {table}.{field.name} is no {field.type}: {error}") from error
         if column.null_count and not field.nullable:
@@ -96,16 +96,17 @@ _NUMBERS = {
 
 
 def _whole_numbers(table: str, rows: Sequence[Sequence[object]]) -> dict[int, pa.Array]:
-    """Those columns, in half the time that it takes column by column: each row is read once, as it lies in memory.
+    """Those columns, in a fraction of the time that it takes column by column: each row is read once, as it lies.
 
     None where a value is no such number.
     """
     columns = _NUMBERS[table]
     if len(columns) < 2:
         return {}
+    pack = Struct(f"{len(columns)}q").pack
     try:
-        flat = array("q", chain.from_iterable(map(itemgetter(*columns), rows)))
-    except (TypeError, OverflowError):
+        flat = b"".join([pack(*numbers) for numbers in map(itemgetter(*columns), rows)])
+    except StructError:
         return {}
     matrix = np.frombuffer(flat, np.int64).reshape(-1, len(columns)).T
     return {i: pa.array(np.ascontiguousarray(column)) for i, column in zip(columns, matrix, strict=True)}

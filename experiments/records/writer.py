@@ -1,6 +1,6 @@
 """Writing a run's records while it goes.
 
-Rows are collected in lists. By row count, and by age in a thread of its own, they go to disk as whole Parquet files
+Rows are collected in memory. By row count, and by age in a thread of its own, they go to disk as whole Parquet files
 in `parts/`, each under its name only once it is complete, so that a run that is killed keeps what it had. `close` joins
 the parts into one file a table. Those depend on the rows alone: row groups have a fixed size, each is written at once.
 """
@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from experiments.records.environment import KINDS
 from experiments.records.schema import SCHEMAS, RunError, tables_of, to_table
-from experiments.records.unfolding import decisions_table, steps_table
+from experiments.records.unfolding import Repeated, StepRows, decisions_table
 from policies.records import DecodeSteps
 
 Row = Sequence[object]
@@ -29,11 +29,11 @@ Row = Sequence[object]
 ROW_GROUP = {"requests": 4096, "steps": 65_536, "decisions": 131_072, "client": 4096, "replicas": 4096}
 """Rows of a row group in the final files. Requests carry their block keys: tens of kilobytes each for long prompts."""
 
-PART_ROWS = {"requests": 1024, "steps": 65_536, "decisions": 131_072}
+PART_ROWS = {"requests": 2048, "steps": 65_536, "decisions": 131_072}
 """Rows at which a table is flushed, whatever its age."""
 
 PACKED_AT = 2048
-"""Rows that wait as Python's objects, before they become Arrow's: as many as a processor's cache has room for."""
+"""Decisions that wait as Python's objects, before they become Arrow's: as many as a processor's cache has room for."""
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -78,18 +78,20 @@ class RunWriter:
         self._parts = self.folder / "parts"
         self._make_folder(text, overwrite)
         self._requests: list[Row] = []
-        self._steps: list[Row] = []
-        self._decisions: list[Row] | None = [] if "decisions" in self.tables else None
+        self._steps = StepRows()
+        self._decisions: list[Row | Repeated] = []
+        self.decision: Callable[[Row], None] = self._decisions.append if "decisions" in self.tables else _leave_out
         self._client: list[Row] = []
         self._replicas: list[Row] = []
-        self._packed: dict[str, list[pa.Table]] = {"steps": [], "decisions": []}
-        self._pack_steps_at, self._pack_decisions_at = (min(PACKED_AT, PART_ROWS[table]) for table in self._packed)
-        self._folded = 0  # steps that rows stand for which are no rows of their own yet, at most
+        self._packed: list[pa.Table] = []  # decisions
+        self._num_packed = 0
+        self._pack_at = min(PACKED_AT, PART_ROWS["decisions"])
         self._num_requests = 0  # rows so far
         self._settled = 0  # leading request rows whose last step's row is here too
         self._written = 0  # request rows on disk
         self._part_numbers = dict.fromkeys(self.tables, 0)
         self._lock = threading.Lock()  # held while rows go to disk
+        self._taking = threading.Lock()  # held while a step's row is taken
         self._failure: RunError | None = None
         self._closed = threading.Event()
         self._flusher: threading.Thread | None = None
@@ -99,13 +101,13 @@ class RunWriter:
 
     # The recorder
 
+    decision: Callable[[Row], None]
+    """A decision of a plan: kept, until the row of a step shows that many are."""
+
     def request(self, row: Row) -> None:
-        """A request has ended. Its lists are copied: the request may live on in a step in flight."""
+        """A request has ended."""
         self._check_open()
-        values = list(row)
-        for i in _LISTS:
-            values[i] = list(row[i])  # type: ignore[call-overload]
-        self._requests.append(values)
+        self._requests.append(row)
         self._num_requests += 1
         if self._settled == self._num_requests - 1 and row[_FIRST_TOKEN] is None:
             self._settled += 1  # no step is needed to read it
@@ -116,43 +118,34 @@ class RunWriter:
         """A step was reported, or a call of plan() planned nothing."""
         if self._closed.is_set():
             self._check_open()
-        rows = self._steps
-        rows.append(row)
-        self._settled = self._num_requests
-        if len(rows) >= self._pack_steps_at:
-            self._pack("steps", rows)
-
-    def decision(self, row: Row) -> None:
-        """A decision of a plan."""
-        rows = self._decisions
-        if rows is not None:
-            rows.append(row)
-            if len(rows) >= self._pack_decisions_at:
-                self._pack("decisions", rows)
+        with self._taking:
+            self._steps.add(row)
+        self._came()
 
     def decode_steps(self, steps: DecodeSteps) -> None:
         """The decisions of steps that change nothing but counts, and that they were reported."""
-        self.decision(steps)
-        self.step(steps)
-        self._folded += len(steps.times)
-        if self._folded >= PART_ROWS["steps"]:  # few rows, but each may stand for thousands
-            self._folded = 0
-            if self._decisions is not None:
-                self._pack("decisions", self._decisions)
-            self._pack("steps", self._steps)
+        if "decisions" in self.tables:
+            self._decisions.append(Repeated(steps.decision_rows(), len(steps.times)))
+        with self._taking:
+            self._steps.add_run(steps)
+        self._came()
 
-    def _pack(self, table: str, rows: list[Row]) -> None:
-        with self._lock:
-            self._pack_rows(table, rows)
-        if sum(map(len, self._packed[table])) >= PART_ROWS[table]:
+    def _came(self) -> None:
+        """Rows of steps have come, and the decisions before them."""
+        self._settled = self._num_requests
+        if len(self._decisions) >= self._pack_at:
+            with self._lock:
+                self._pack_decisions()
+        if self._steps.num_rows >= PART_ROWS["steps"] or self._num_packed >= PART_ROWS["decisions"]:
             self.flush()
 
-    def _pack_rows(self, table: str, rows: list[Row]) -> None:
-        """With the lock held: the rows so far become Arrow's."""
-        if count := len(rows):
-            packed = steps_table(rows[:count]) if table == "steps" else decisions_table(rows[:count])
-            self._packed[table].append(packed)
-            del rows[:count]  # not a new list: rows may be appended to this one meanwhile
+    def _pack_decisions(self) -> None:
+        """With the lock held: the decisions so far become Arrow's."""
+        if count := len(self._decisions):
+            packed = decisions_table(self._decisions[:count])
+            del self._decisions[:count]  # not a new list: rows may be appended to this one meanwhile
+            self._packed.append(packed)
+            self._num_packed += len(packed)
 
     def replica_changed(self, time_ns: int, replica: int, pool: str, event: str) -> None:
         """A replica starts, serves, drains, stops or has failed."""
@@ -183,11 +176,14 @@ class RunWriter:
             raise self._failure
         # Requests last: whoever reads the parts finds the steps that a request refers to. How many was read before the
         # steps are counted, so a step that comes in meanwhile makes no difference.
-        for table, rows in (("decisions", self._decisions or []), ("steps", self._steps)):
-            self._pack_rows(table, rows)
-            if self._packed[table]:
-                self._write_part(table, pa.concat_tables(self._packed[table]).combine_chunks())
-                self._packed[table].clear()
+        self._pack_decisions()
+        if self._packed:
+            self._write_part("decisions", pa.concat_tables(self._packed).combine_chunks())
+            self._packed, self._num_packed = [], 0
+        with self._taking:
+            steps, self._steps = self._steps, StepRows()
+        if steps.num_rows:
+            self._write_part("steps", steps.table())
         for table, rows, count in (
             ("replicas", self._replicas, len(self._replicas)),
             ("client", self._client, len(self._client)),
@@ -277,8 +273,11 @@ class RunWriter:
             raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
-_LISTS = [i for i, field in enumerate(SCHEMAS["requests"]) if pa.types.is_nested(field.type)]
 _FIRST_TOKEN = SCHEMAS["requests"].names.index("first_token_ns")
+
+
+def _leave_out(decision: Row) -> None:
+    """Of a run without decisions."""
 
 
 def _run_json(info: Mapping[str, Any], tables: list[str]) -> str:
@@ -307,7 +306,7 @@ def _regrouped(parts: list[Path], size: int) -> Iterator[pa.Table]:
     held: list[pa.Table] = []
     count = 0
     for part in parts:
-        held.append(pq.read_table(part.absolute()))
+        held.append(pq.ParquetFile(part.absolute()).read(use_threads=False))
         count += len(held[-1])
         while count >= size:
             rows = pa.concat_tables(held)

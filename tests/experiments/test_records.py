@@ -185,10 +185,8 @@ def test_a_run_without_decisions_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_a_row_that_does_not_fit_the_columns_is_refused(tmp_path: Path, values: Any, message: str) -> None:
-    writer = RunWriter(tmp_path / "run", fake_info(), flush_seconds=None)
-    writer.step(values)
-    with pytest.raises(RunError, match=message):
-        writer.close()
+    with pytest.raises(RunError, match=message), RunWriter(tmp_path / "run", fake_info(), flush_seconds=None) as writer:
+        writer.step(values)
 
 
 def test_single_columns_and_the_number_of_rows_are_read_without_the_rest(tmp_path: Path) -> None:
@@ -201,14 +199,6 @@ def test_single_columns_and_the_number_of_rows_are_read_without_the_rest(tmp_pat
         assert run.columns("steps", names).equals(read_run(folder).table("steps").select(names))
         assert run.num_rows("steps") == len(run.steps) > 0
         assert run.columns("steps", names).equals(run.table("steps").select(names))  # now that it is read whole
-
-
-def test_a_request_may_change_after_its_row_was_taken(tmp_path: Path) -> None:
-    keys = [b"a"]
-    with RunWriter(tmp_path / "run", fake_info(), flush_seconds=None) as writer:
-        writer.request(row("requests", block_keys=keys))
-        keys.append(b"b")
-    assert read_run(tmp_path / "run").table("requests")["block_keys"].to_pylist() == [[b"a"]]
 
 
 def test_rows_after_the_end_are_refused_and_closing_twice_is_not(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from policies.replica_state import Limits
 from policies.request import Request
 from policies.stack import StackSpec
 from tests.policies.byhand import Desk
-from tests.policies.harness import Drive, Job
+from tests.policies.harness import Drive, Job, Log
 
 SCHEDULERS = [
     "static,max_batch_size=3",
@@ -149,3 +149,18 @@ def test_the_first_token_comes_with_the_last_chunk_of_a_prompt_and_no_later_toke
     desk.run(Plan(decodes=[request]))
     assert request.first_token_ns == 30
     assert request.num_output_tokens == 3
+
+
+def test_what_is_recorded_of_a_request_stays_as_it_was_when_the_request_ended() -> None:
+    log = Log()
+    plane = ControlPlane(Limits(num_blocks=10), StackSpec().build(), recorder=log)
+    request = Request(0, 0, 32, 8)
+    plane.submit(request, 0, [b"a", b"b"])
+    plane.plan(0)
+    plane.cancel(0, 5)
+    plane.extend_keys(request, [b"c"])  # the step that fills this block is still in flight
+    request._token_steps.append(1)
+    (row,) = log.requests
+    recorded = dict(zip(REQUESTS, row, strict=True))
+    assert recorded["block_keys"] == [b"a", b"b"]
+    assert recorded["token_steps"] == [0]
