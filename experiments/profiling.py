@@ -33,6 +33,7 @@ from experiments.records.schema import to_table
 from experiments.refitting import DESIGN_SHARE
 from experiments.spec import ModelSpec, RunSpec
 from experiments.workloads import WorkloadSpec, make_workload, prompt_token_ids
+from policies.collecting import few_collections
 from policies.contract import Queue, Recorder, View
 from policies.plan import Mode, Plan
 from policies.queues.fcfs import Fcfs
@@ -128,6 +129,7 @@ class ProfileScheduler(Mixed):
         return draft.finish()
 
 
+@few_collections()
 def profile(
     spec: RunSpec,
     seconds: float,

@@ -28,6 +28,7 @@ from experiments.simulated import (
 from experiments.spec import LimitsSpec, ModelSpec, RunSpec, SpecError
 from experiments.timeline import check_books
 from experiments.workloads import Workload, make_workload, prompt_token_ids
+from policies.collecting import few_collections
 from policies.contract import Recorder
 from policies.control_plane import ControlPlane
 from policies.replica_state import Limits
@@ -350,7 +351,8 @@ def run_prepared(
     ):
         if on_start is not None:
             on_start({**prepared.seconds, **engine.startup_seconds})
-        send(engine, spec, workload, prompts, on_output or (lambda output: None), timeout_s)
+        with few_collections():
+            send(engine, spec, workload, prompts, on_output or (lambda output: None), timeout_s)
     if check:
         check_books(read_run(folder))
 

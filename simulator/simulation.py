@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import operator
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import simpy
 
+from policies.collecting import few_collections
 from policies.contract import LATER, RebalancingRouter, Recorder, Route, Router
 from policies.control_plane import ControlPlane
 from policies.plan import Step
@@ -22,9 +22,6 @@ from simulator.movements import Movements
 from simulator.network import Network
 from simulator.pace import ComputedPace, RecordedPace, Timing
 from simulator.replica import SimulatedReplica
-
-_FEW_COLLECTIONS = (100_000, 20, 100)
-"""Thresholds of the garbage collector. A simulation makes millions of small objects and next to no cycles."""
 
 
 class Simulation:
@@ -131,13 +128,11 @@ class Simulation:
         """
         for replica in self.replicas:
             replica.watched = self._watched or until_ns is not None
-        thresholds = gc.get_threshold()
-        gc.set_threshold(*_FEW_COLLECTIONS)
         try:
-            self.env.process(self._source(arrivals))
-            self.env.run(until=until_ns)
+            with few_collections():
+                self.env.process(self._source(arrivals))
+                self.env.run(until=until_ns)
         finally:
-            gc.set_threshold(*thresholds)
             self._before_close()
             for replica in self.replicas:
                 replica.plane.close()

@@ -17,6 +17,7 @@ from experiments.bench.spec import BenchSpec
 from experiments.records import RunWriter, run_info
 from experiments.spec import SpecError
 from experiments.workloads import Workload
+from policies.collecting import few_collections
 from runtime.client import APIError, AsyncClient, Client
 from runtime.event_loop import allow_many_connections, run
 
@@ -71,6 +72,7 @@ def prepare(spec: BenchSpec, workload: Workload, api_key: str | None = None) -> 
     return Target(spec, workload, prompts, made_of, api_key)
 
 
+@few_collections()
 def run_bench(
     target: Target, folder: Path, *, overwrite: bool = False, on_tick: Callable[[Counts], None] = lambda counts: None
 ) -> Outcome:

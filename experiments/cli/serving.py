@@ -13,6 +13,7 @@ from experiments.cli.app import app, console
 from experiments.cli.options import gather
 from experiments.cli.summary import startup_line
 from experiments.spec import RunSpec, SpecError
+from policies.collecting import settle
 from runtime.serving.heartbeat import MIN_TIMEOUT_SECONDS, TIMEOUT_SECONDS
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def _serve(specification: RunSpec, serving: ServeOptions) -> None:
     from runtime.event_loop import run
 
     def on_ready(address: str, info: EngineInfo) -> None:
+        settle()
         console.print(startup_line(info.startup_seconds))
         console.print(f"{info.model} in {info.dtype} on {info.device}, {info.limits.num_blocks} KV blocks", end="; ")
         console.print(", ".join(f"{role} {policy}" for role, policy in info.stack.items()))

@@ -19,6 +19,7 @@ from typing import Any
 
 import zmq
 
+from policies.collecting import settle
 from runtime.engine import Engine, EngineDead
 from runtime.sequence import Output
 from runtime.serving import messages
@@ -58,6 +59,7 @@ def _serve(inbound: zmq.Socket[bytes], outbox: Outbox, launch: Launch) -> None:
         engine = hosted.engine
         outbox.engine = engine
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may reach the whole group too; until now it ends the loading
+        settle()
         outbox.send(messages.Ready(hosted.info))
         stopped, stop = os.pipe()
         with ThreadPoolExecutor(1, thread_name_prefix="replies") as replies:

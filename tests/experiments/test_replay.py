@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -222,3 +223,12 @@ def test_a_killed_run_is_not_replayed(tiny: LoadedModel, tmp_path: Path) -> None
     run.steps.loc[run.steps.index[-1], "num_running"] = 2
     with pytest.raises(RunError, match="killed"):
         replay_run(run, tmp_path / "replay")
+
+
+def test_no_collection_goes_over_everything_while_requests_are_served(tiny: LoadedModel, tmp_path: Path) -> None:
+    """With PyTorch that takes longer than many steps."""
+    spec = check_spec(_spec("mixed", 0, False) | {"workload": {"name": "fixed", "n": 3}})
+    before, seen = gc.get_threshold(), []
+    run_real(spec, tmp_path / "run", loaded=tiny, on_output=lambda output: seen.append(gc.get_threshold()))
+    assert gc.get_threshold() == before
+    assert min(threshold[0] for threshold in seen) > before[0]
