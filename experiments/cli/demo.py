@@ -34,7 +34,7 @@ def demo(
 
     Example: diptych demo
     """
-    from experiments.demo import POLICIES, Demo  # torch and matplotlib are slow to import
+    from experiments.demo import LOAD, POLICIES, Demo  # torch and matplotlib are slow to import
     from experiments.plots import save_figures
     from experiments.profiling import profile
 
@@ -64,8 +64,8 @@ def demo(
 
     workload = show.make_workload(loaded, costs, seconds)
     console.print(
-        f"workload: {len(workload)} requests of Azure's chat lengths, scaled by 0.1, {workload.rate:.2f} a second "
-        f"(70% of what the simulator says this machine can bear)"
+        f"workload: {len(workload)} requests of Azure's chat lengths, scaled by 0.1, {show.spec.workload.rate:.2f} a "
+        f"second on average ({LOAD:.0%} of what the simulator says this machine can bear; as drawn {workload.rate:.2f})"
     )
     for number, policy in enumerate(POLICIES, 3):
         console.rule(f"{number}. policy: {policy}")
