@@ -48,9 +48,7 @@ def show(root: Path) -> None:
     st.html(theme.STEADY)
     watch = _attach(root)
     if watch is None:
-        note(
-            "Start a server, as with: diptych serve --admin; then give its address and the operator's key that it prints."
-        )
+        note("Start a server (diptych serve --admin), and give its address and the operator's key that it prints.")
         return
     _follow()
 
