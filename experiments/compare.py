@@ -148,7 +148,8 @@ class Comparison:
             )
         else:
             notes.append(f"steps that ran: {self.steps.a} and {self.steps.b}; {self.decisions_line()}")
-        notes += self._other_step_times()
+        other = self.other_step_times()
+        notes += [] if other is None else [other]
         if "slo_ms" in self.summary_a:
             limits = ", ".join(f"{TITLES[name]} {ms:,g} ms" for name, ms in self.summary_a["slo_ms"].items())
             notes.append(f"goodput within limits: requests a second that completed within {limits}")
@@ -160,10 +161,10 @@ class Comparison:
             notes.append(f"incomplete (as far as it was recorded): {', '.join(broken)}")
         return notes
 
-    def _other_step_times(self) -> list[str]:
-        """That a simulation beside a real run is of another model, or of a device's data sheet."""
+    def other_step_times(self) -> str | None:
+        """That a simulation beside a real run is of another model, or of a device's data sheet; None where not."""
         if {self.a.kind, self.b.kind} != {"real", "sim"}:
-            return []
+            return None
         real, simulated = (self.a, self.b) if self.a.kind == "real" else (self.b, self.a)
         cost = simulated.info.get("cost") or {}
         served = real.info.get("model")
@@ -172,11 +173,11 @@ class Comparison:
         else:
             what = cost.get("provenance", {}).get("model")
             if None in (served, what) or served == what:
-                return []
-        return [
-            f"{real.name} served {served}, {simulated.name} simulates {what}; "
+                return None
+        return (
+            f"what ran: {real.name} served {served}, {simulated.name} simulates {what}; "
             f"for a simulation of what was served: diptych profile, then diptych simulate --calibration"
-        ]
+        )
 
     def decisions_line(self) -> str:
         """Whether the runs decided alike, in one line."""

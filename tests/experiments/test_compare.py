@@ -249,7 +249,7 @@ def test_a_simulation_of_something_else_than_what_was_served_is_said_to_be_one(t
         notes = [note for note in compare(real, sim).notes() if "diptych profile" in note]
         assert notes == [note for note in compare(sim, real).notes() if "diptych profile" in note]
         assert not any("diptych profile" in note for note in compare(real, real).notes())
-        assert all(note.startswith(f"real served {served}, sim simulates big") for note in notes)
+        assert all(note.startswith(f"what ran: real served {served}, sim simulates big") for note in notes)
         for run in runs:
             shutil.rmtree(run.folder)
         return bool(notes)
