@@ -265,8 +265,8 @@ class ControlPlane:
         state, group = self._state, self._state.group
         if state.copies or not 0 < state.num_decoding <= self.limits.max_num_batched_tokens:
             return False
-        caps = group.next_cap()
-        for request in state.loose.values():
+        caps = group.next_cap()  # the clock at which the first of them has all of its tokens
+        for request in state.loose.values():  # who joins with the first of these steps
             if request.first_token_ns is None or request.hands_off:  # somebody wants to hear of its first token
                 return False
             caps = min(caps, group.clock + request.max_tokens - request.num_output_tokens)
