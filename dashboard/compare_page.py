@@ -85,6 +85,9 @@ def _floor(root: str, a: str, repeats: tuple[str, ...], fingerprints: object) ->
 
 def _draw(comparison: Comparison, noise: dict[str, float], repeats: int, a: str, b: str) -> None:
     _draw_tiles(comparison, noise, repeats)
+    other = comparison.other_step_times()
+    if other is not None:
+        verdict(f"{other[0].upper()}{other[1:]}.", False)
     _draw_decisions(comparison)
     frames = per_request(comparison.a), per_request(comparison.b)
     both = matched(*frames)

@@ -48,7 +48,7 @@ def show(root: Path) -> None:
     st.html(theme.STEADY)
     watch = _attach(root)
     if watch is None:
-        note("Start a server with `diptych serve --admin`, and give its address and the operator's key that it prints.")
+        note("Start a server (diptych serve --admin), and give its address and the operator's key that it prints.")
         return
     _follow()
 

@@ -121,6 +121,8 @@ def _draw_ranking(frame: pd.DataFrame, objective: str, workload: str) -> None:
     headings = ["policy", "rank, real", "rank, simulated", f"{of.label}, real", f"{of.label}, simulated"]
     table(headings, cells)
     downloads("ranking", None, lambda: pd.DataFrame(cells, columns=headings))
+    if frame.dropna(subset=[objective]).duplicated(["policy", "kind"]).any():
+        note("Where a policy ran several times in one panel, this is the mean of those runs.")
 
 
 def _draw_pareto(frame: pd.DataFrame) -> None:

@@ -147,7 +147,9 @@ class Comparison:
                 f"memory: {', '.join(outside)}"
             )
         else:
-            notes.append(f"steps: {self.steps.a} and {self.steps.b}; {self.decisions_line()}")
+            notes.append(f"steps that ran: {self.steps.a} and {self.steps.b}; {self.decisions_line()}")
+        other = self.other_step_times()
+        notes += [] if other is None else [other]
         if "slo_ms" in self.summary_a:
             limits = ", ".join(f"{TITLES[name]} {ms:,g} ms" for name, ms in self.summary_a["slo_ms"].items())
             notes.append(f"goodput within limits: requests a second that completed within {limits}")
@@ -158,6 +160,24 @@ class Comparison:
         if broken:
             notes.append(f"incomplete (as far as it was recorded): {', '.join(broken)}")
         return notes
+
+    def other_step_times(self) -> str | None:
+        """That a simulation beside a real run is of another model, or of a device's data sheet; None where not."""
+        if {self.a.kind, self.b.kind} != {"real", "sim"}:
+            return None
+        real, simulated = (self.a, self.b) if self.a.kind == "real" else (self.b, self.a)
+        cost = simulated.info.get("cost") or {}
+        served = real.info.get("model")
+        if cost.get("kind") == "roofline":
+            what = f"{cost['model']['name']} by the data sheet of {cost['device']['name']}"
+        else:
+            what = cost.get("provenance", {}).get("model")
+            if None in (served, what) or served == what:
+                return None
+        return (
+            f"what ran: {real.name} served {served}, {simulated.name} simulates {what}; "
+            f"for a simulation of what was served: diptych profile, then diptych simulate --calibration"
+        )
 
     def decisions_line(self) -> str:
         """Whether the runs decided alike, in one line."""

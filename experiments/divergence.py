@@ -37,7 +37,7 @@ class Divergence:
         where = f"step {self.step}" + (f" of replica {self.replica}" if self.replica else "")
         return (
             f"the decisions differ first in {where}, at {self.plan_ns / 1e9:.6f} s, "
-            f"and in {self.num_steps} of {self.num_compared} steps"
+            f"and in {self.num_steps} of the {self.num_compared} steps in which either decided something"
         )
 
 

@@ -206,12 +206,12 @@ class ControlPlane:
             step.disk = state.disk.take()
         for request, reason in step.dropped:
             self._end(request, State.DROPPED, request.num_output_tokens, now, error=reason)
-        for request in enactment.back_to_queue:
+        for request in enactment.back_to_queue:  # preempted, or refused for want of slots, tokens or blocks
             self.stack.scheduler.add(request, now)
         if not state.requests:
             step.wake_at = None  # there is nobody to be woken for
         if state.pins:
-            times = [until for until in state.pins.values() if until != FOREVER]
+            times = [until for until in state.pins.values() if until != FOREVER]  # memory comes free then: plan again
             if times:
                 step.wake_at = min([*times, *([] if step.wake_at is None else [step.wake_at])])
         if self._recording is not None:
@@ -261,8 +261,8 @@ class ControlPlane:
         state, group = self._state, self._state.group
         if state.copies or not 0 < state.num_decoding <= self.limits.max_num_batched_tokens:
             return False
-        caps = group.next_cap()
-        for request in state.loose.values():
+        caps = group.next_cap()  # the clock at which the first of them has all of its tokens
+        for request in state.loose.values():  # who joins with the first of these steps
             if request.first_token_ns is None or request.hands_off:  # somebody wants to hear of its first token
                 return False
             caps = min(caps, group.clock + request.max_tokens - request.num_output_tokens)
@@ -315,10 +315,11 @@ class ControlPlane:
         for request, _, _, samples in step.chunks:
             if samples:
                 self._got_a_token(request, report.end_ns)
+        # Of the decode group only who joined can have had no token before.
         for request in (*step.joined, *step.decodes) if step.decodes else step.joined:
             self._got_a_token(request, report.end_ns)
         for request, depth, block in step.filled:
-            held = request._blocks
+            held = request._blocks  # it may have lost the block while the step was in flight, and somebody else got it
             if depth < len(held) and held[depth] == block and depth < len(request._keys):
                 state.register(request, depth, report.end_ns)
                 self.repeating.filled(request._keys[depth], depth)
@@ -448,7 +449,7 @@ class ControlPlane:
         else:
             state.stop(request)
             self.stack.admission.on_release(request)
-            if request.id in state.pins:
+            if request.id in state.pins:  # its blocks stay when it has ended, for the next call of its session
                 state.pinned[request.id] = request
             else:
                 state.free(request, now)

@@ -238,7 +238,9 @@ def _role_of(entry_name: str) -> str:
 
 def _unknown(role: str, name: str) -> str:
     known = names(role)
-    return f"there is no {role} {name!r}; {nearest(name, known)}known: {', '.join(known)}, or package.module:Class"
+    played = [other for other in ROLES if name in names(other)]
+    hint = f"that is a policy for {played[0]}; " if played else nearest(name, known)
+    return f"there is no {role} {name!r}; {hint}known: {', '.join(known)}, or package.module:Class"
 
 
 def nearest(name: str, known: list[str]) -> str:

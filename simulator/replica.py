@@ -229,6 +229,12 @@ class SimulatedReplica:
     # The loop
 
     def _run(self) -> Generator[simpy.Event, Any, None]:
+        """Do what `step_loop` says, and answer it.
+
+        `Deliver` is answered with the time at which the control plane is to plan (None: never again), or with what was
+        taken here without the loop (`_take_together`); `Collect` with the report. `self.now` is the replica's time;
+        SimPy's catches up in the timeouts, which are left out where nothing else can happen before (`_has_to_wait`).
+        """
         env, pace = self._env, self._pace
         loop = step_loop(self.plane, self.plane.limits.lag)
         action: Action | None = next(loop)
@@ -236,6 +242,7 @@ class SimulatedReplica:
             answer: Answer = None
             if isinstance(action, Deliver):
                 answer = self._take_together() if self.together else None
+                # While a step of `_coast` is open, its end comes first; else the time of the plan does.
                 while self._is_open or (answer is None and self._has_to_wait(self._plan_at())):
                     until = self._open_end if self._is_open else self._plan_at()
                     yield env.timeout(until - env.now)

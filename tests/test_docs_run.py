@@ -45,6 +45,7 @@ SHORT = "--set workload.length_scale=0.05 --set workload.max_input=200"
 LESS = (
     (r"-n \d+", "-n 24"),
     (r"--seeds 3", "--seeds 1 --probes 4"),
+    (r"--seconds \d+", "--seconds 4"),
     (r"--host-memory [\d.]+", "--host-memory 0.01"),
     (r"--disk [\d.]+", "--disk 0.02"),
 )
@@ -73,6 +74,8 @@ def less(command: str) -> str:
             command = re.sub(pattern, by, command)
         command = re.sub(r"--model \S+|--set (model|limits)\.\S+|--set workload\.length_scale=\S+", "", command)
         command += f" {TINY} {SHORT}"
+    if command.startswith("diptych profile "):
+        command += f" {TINY}"
     return command.removesuffix("&").replace("$seed", "1").replace("/tmp/kv", "kv")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +13,7 @@ from rich.progress import TaskID
 
 from experiments.cli.app import app, console
 from experiments.cli.options import interruptible, progress
+from experiments.compare import TITLES, Comparison, Pair
 from experiments.render import comparison_table
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ def demo(
 
     Example: diptych demo
     """
-    from experiments.demo import POLICIES, Demo  # torch and matplotlib are slow to import
+    from experiments.demo import LOAD, POLICIES, Demo  # torch and matplotlib are slow to import
     from experiments.plots import save_figures
     from experiments.profiling import profile
 
@@ -64,9 +67,10 @@ def demo(
 
     workload = show.make_workload(loaded, costs, seconds)
     console.print(
-        f"workload: {len(workload)} requests of Azure's chat lengths, scaled by 0.1, {workload.rate:.2f} a second "
-        f"(70% of what the simulator says this machine can bear)"
+        f"workload: {len(workload)} requests of Azure's chat lengths, scaled by 0.1, {show.spec.workload.rate:.2f} a "
+        f"second on average ({LOAD:.0%} of what the simulator says this machine can bear; as drawn {workload.rate:.2f})"
     )
+    comparisons = []
     for number, policy in enumerate(POLICIES, 3):
         console.rule(f"{number}. policy: {policy}")
         again = policy == POLICIES[-1]
@@ -82,15 +86,31 @@ def demo(
 
             outcome = show.serve_and_simulate(policy, loaded, workload, costs, on_output, again)
         _report(outcome)
+        comparisons.append(outcome.comparison)
         save_figures(outcome.comparison, out / f"{policy}-plots")
 
     console.rule("done")
+    console.print(f"{POLICIES[-1]} in place of {POLICIES[0]}: {_what_the_policy_does(*comparisons)}")
     console.print(f"It took {time.monotonic() - started:.0f} s. Runs and plots: {out}")
     console.print(
         "Next, answer for hardware you do not have:  diptych simulate --workload chat -n 2000 --rate 8 "
         "--model llama-3.1-8b --device h100-sxm"
     )
-    console.print(f"See both panels at once:  diptych dashboard {out}")
+    command = "diptych" if shutil.which("diptych") else sys.argv[0]
+    console.print(f"See both panels at once:  {command} dashboard {out}")
+
+
+def _what_the_policy_does(first: Comparison, second: Comparison) -> str:
+    """By how much the second policy's medians are off the first's, served and simulated."""
+    panels = []
+    for panel, side in (("served", "a"), ("simulated", "b")):
+        pairs = {
+            name: Pair(getattr(first.latencies[name]["p50"], side), getattr(second.latencies[name]["p50"], side))
+            for name in ("ttft", "e2el")
+        }
+        shown = (f"{TITLES[name]} p50 {pair.error:+.0%}" for name, pair in pairs.items() if pair.error is not None)
+        panels.append(f"{panel}, {' and '.join(shown)}")
+    return "; ".join(panels)
 
 
 def _report(outcome: Outcome) -> None:

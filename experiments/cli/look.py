@@ -141,10 +141,13 @@ def _summary(role: str, name: str) -> str:
 
 
 def _markdown(role: str) -> str:
-    """One role as a table: names, first lines of the docstrings, knobs with their defaults."""
+    """One role as a table: names, first lines of the docstrings, knobs with their defaults. Of the library alone."""
     rows = [f"## {role}", "", "| name | what it does | knobs |", "| --- | --- | --- |"]
     for name in registry.names(role):
-        knobs = {k: p for k, p in registry.knobs(registry.find(role, name)).items() if k not in registry.CONTEXT}
+        policy = registry.find(role, name)
+        if not policy.__module__.startswith("policies."):
+            continue
+        knobs = {k: p for k, p in registry.knobs(policy).items() if k not in registry.CONTEXT}
         values = (k if p.default is p.empty else f"{k}={p.default}" for k, p in knobs.items())
         cells = [f"`{name}`", _summary(role, name).replace("|", "\\|"), ", ".join(f"`{value}`" for value in values)]
         rows.append(f"| {' | '.join(cells)} |")

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from experiments.records.earlier import with_squares, without_squares
 from experiments.records.environment import KINDS
 from experiments.records.schema import OPTIONAL, SCHEMAS, RunError, check_columns, filled, tables_of
+from policies.registry import nearest
 
 
 class Run:
@@ -141,7 +142,8 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunError(f"there is no folder {folder}")
+        beside = [path.parent.name for path in folder.parent.glob("*/run.json")]
+        raise RunError(f"there is no folder {folder}; {nearest(folder.name, beside)}".rstrip("; "))
     run = Run(folder, _read_info(folder / "run.json"))
     for table in run.info["tables"]:
         if run.complete and not (folder / f"{table}.parquet").is_file():

@@ -14,6 +14,7 @@ from experiments.workloads.generators.prefix_chat import prefix_chat
 from experiments.workloads.generators.processes import Process, Size, draw_times
 from experiments.workloads.loaders import load
 from experiments.workloads.request import Workload
+from policies.registry import nearest
 from policies.request import Slo
 
 GENERATORS = (
@@ -230,7 +231,8 @@ def _generate(spec: WorkloadSpec) -> Workload:
 
 def _from_trace(spec: WorkloadSpec) -> Workload:
     if not Path(spec.name).is_file():
-        raise ValueError(f"{spec.name!r} is neither a file nor a generator ({', '.join(GENERATORS)})")
+        near = nearest(spec.name, list(GENERATORS))
+        raise ValueError(f"{spec.name!r} is neither a file nor a generator; {near}known: {', '.join(GENERATORS)}")
     workload = load(Path(spec.name), spec.format, block_size=spec.block_size)
     if spec.closed:
         workload = by_turns(workload, spec.think_s, spec.seed)

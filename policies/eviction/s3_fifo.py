@@ -78,9 +78,9 @@ class S3Fifo:
     def _tail(self) -> tuple[int, CachedBlock]:
         first = SMALL if self._sizes[SMALL] >= self._small * sum(self._sizes) else MAIN
         for queue in (first, 1 - first):
-            popped = self._idle.pop(queue)
-            if popped is not None:
-                return queue, popped[1]
+            oldest = self._idle.pop(queue)  # with its position, the rank here
+            if oldest is not None:
+                return queue, oldest[1]
         raise AssertionError("asked for a victim where no block is idle")
 
     def _enter(self, block: CachedBlock, queue: int, hits: int) -> _Place:

@@ -27,8 +27,10 @@ class Mixed(QueuedScheduler):
 
     def plan(self, view: View, now: int) -> Plan:
         draft = self.start(view, now)
+        # All at once where tokens and blocks suffice for everybody who runs; else nothing is planned yet.
         if not draft.run_everyone(self._max_chunk):
             for request in list(view.running.values()):
+                # Its last token is in flight (under lag 1), or it gave its blocks to somebody before it.
                 if request.id in draft.preempted or request.num_output_tokens >= request.max_tokens:
                     continue
                 tokens = min(request.num_pending_tokens, draft.tokens_left)
@@ -38,4 +40,5 @@ class Mixed(QueuedScheduler):
                     draft.run_or_preempt(request, tokens, now)
         if not draft.preempted:
             self.admit_from_queue(draft, now, max_chunk=self._max_chunk)
+        # How often the plan may be repeated without asking; a subclass of Mixed, which may do more, is asked each time.
         return self.finish(draft, Mixed, chunk_budget=0 if self._max_chunk else view.max_num_batched_tokens)

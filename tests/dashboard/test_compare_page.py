@@ -50,6 +50,20 @@ def page(root: Path, monkeypatch: pytest.MonkeyPatch, **in_url: str) -> AppTest:
     return opened(AppTest.from_file(str(APP), default_timeout=60), **in_url)
 
 
+def test_a_simulation_of_another_model_is_said_to_be_one_above_the_figures(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "What ran: gpu served small, a model simulates big by the data sheet of l4"
+    assert not any(said in body for body in bodies(page(own, monkeypatch)))
+    cost = {"kind": "roofline", "model": {"name": "big"}, "device": {"name": "l4"}}
+    for name, more in (("gpu", {"model": "small"}), ("a model", {"cost": cost})):
+        about = own / name / "run.json"
+        about.write_text(json.dumps({**json.loads(about.read_text()), **more}))
+    shown = bodies(page(own, monkeypatch))
+    first = next(i for i, body in enumerate(shown) if said in body)
+    assert first < next(i for i, body in enumerate(shown) if "Policy: " in body)
+
+
 def test_a_real_and_a_simulated_run_are_chosen_at_first(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = page(root, monkeypatch)
     reference, other = app.selectbox

@@ -63,6 +63,13 @@ def test_policies_are_ranked_in_each_panel_and_it_is_said_whether_these_agree(ro
     assert any("both put the same policy first; Kendall" in body for body in bodies(app))
 
 
+def test_that_a_rank_is_by_a_mean_of_several_runs_is_said(root: Path, own: Path) -> None:
+    several = "ran several times in one panel"
+    assert not any(several in body for body in bodies(page(root)))
+    shutil.copytree(own / "quick-real", own / "quick-real-again")
+    assert any(several in body for body in bodies(page(own)))
+
+
 def test_all_runs_are_in_the_table_best_first_and_lead_to_their_timelines(root: Path) -> None:
     app = page(root, objective="output_throughput")
     _, cells = table(app, "run")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from experiments.cli.app import app
+from experiments.compare import compare
 from experiments.records import read_run
 from experiments.repeats import is_repeat
 from tests.experiments.command import SIMULATE, TINY, diptych
@@ -123,6 +124,11 @@ def test_the_demo_shows_both_panels_under_two_policies_and_replays_them(
     assert out.count("noise floor") == 2  # a column of the second policy's table, and what it says
     assert is_repeat(read_run("demo/mixed-real"), read_run("demo/mixed-real-again"))
     assert "diptych dashboard demo" in out
+    medians = [[read_run(f"demo/{p}-{panel}") for p in ("static", "mixed")] for panel in ("real", "sim")]
+    for panel, (static, mixed) in zip(("served", "simulated"), medians, strict=True):
+        change = compare(static, mixed).latencies["ttft"]["p50"].error
+        assert change is not None
+        assert f"{panel}, TTFT p50 {change:+.0%} and E2E p50 " in out
     for policy in ("static", "mixed"):
         for panel in ("real", "sim", "replay"):
             assert read_run(f"demo/{policy}-{panel}").complete

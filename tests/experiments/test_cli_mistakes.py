@@ -45,6 +45,8 @@ BROKEN_TRACE = (
         ([*SIMULATE, "--set", "limits.lagg=1"], ["limits.lagg"]),
         ([*SIMULATE, "--set", "limits"], ["FIELD=VALUE"]),
         ([*SIMULATE, "--device", "abacus"], ["abacus", "h100-sxm"]),
+        ([*SIMULATE, "--queue", "sarathi"], ["no queue 'sarathi'; that is a policy for scheduler", "fcfs"]),
+        (["simulate", "-w", "chta", "-n", "5"], ["'chta'", "did you mean 'chat'", "sharegpt"]),
         ([*SIMULATE, "--calibration", "missing.json"], ["missing.json"]),
         (["run", "-w", "fixed", "-n", "1", "--model", "missing.gguf"], ["missing.gguf"]),
         (["run", "-w", "fixed", "-n", "1", "--model", "broken.gguf"], ["broken.gguf"]),
@@ -91,7 +93,8 @@ def test_compare_makes_no_folder_before_it_has_read_both_runs(
     Path("a-file").touch()
     fake_run(Path("run"))
     for args, words in {
-        ("run", "missing", "--plots", "new", "--json", "new/c.json"): "missing",
+        ("run", "missing", "--plots", "new", "--json", "new/c.json"): "missing\n",
+        ("run", "rnu"): "there is no folder rnu; did you mean 'run'?\n",
         ("run", "run", "--json", "."): ". is a folder",
         ("run", "run", "--plots", "a-file"): "a-file cannot be used: File exists; give another path",
     }.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -237,3 +238,26 @@ def test_decisions_that_were_not_recorded_are_not_called_the_same(tmp_path: Path
     assert comparison.decisions_line() == "decisions were not recorded in both runs"
     with pytest.raises(RunError, match="without decisions"):
         diff_decisions(a, b)
+
+
+def test_a_simulation_of_something_else_than_what_was_served_is_said_to_be_one(tmp_path: Path) -> None:
+    def noted(served: str, cost: dict[str, Any]) -> bool:
+        runs = [fake_run(tmp_path / "real", kind="real"), fake_run(tmp_path / "sim")]
+        for run, more in zip(runs, ({"model": served}, {"cost": cost}), strict=True):
+            (run.folder / "run.json").write_text(json.dumps({**run.info, **more}))
+        real, sim = (read_run(run.folder) for run in runs)
+        notes = [note for note in compare(real, sim).notes() if "diptych profile" in note]
+        assert notes == [note for note in compare(sim, real).notes() if "diptych profile" in note]
+        assert not any("diptych profile" in note for note in compare(real, real).notes())
+        assert all(note.startswith(f"what ran: real served {served}, sim simulates big") for note in notes)
+        for run in runs:
+            shutil.rmtree(run.folder)
+        return bool(notes)
+
+    sheet = {"kind": "roofline", "model": {"name": "big"}, "device": {"name": "l4"}}
+    assert noted("small", sheet)
+    assert noted("big", sheet)
+    assert noted("small", {"kind": "fitted", "provenance": {"model": "big"}})
+    assert not noted("big", {"kind": "fitted", "provenance": {"model": "big"}})
+    assert not noted("big", {"kind": "fitted", "provenance": {}})
+    assert not noted("big", {"kind": "constant", "step_ns": 1})

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import pytest
 
 from policies import registry
+from policies.queues.fcfs import Fcfs
 from tests.experiments.command import diptych
+
+
+class PluggedIn(Fcfs):
+    """Of another package."""
+
 
 PAGE = Path(__file__).parents[2] / "docs" / "policies.md"
 
@@ -15,14 +22,19 @@ PAGE = Path(__file__).parents[2] / "docs" / "policies.md"
 def test_the_page_lists_every_policy_as_the_command_prints_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Else: write what `diptych policies --markdown` prints below the page's head."""
+    """Else: write what `diptych policies --markdown` prints below the page's head. Policies of other packages that are
+    installed are not in it."""
+    mine = EntryPoint("queue.plugged_in", f"{__name__}:PluggedIn", registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [*entry_points(group=group), mine])
+    assert "plugged_in" in registry.names("queue")
     status, out, _ = diptych(monkeypatch, capsys, "policies", "--markdown")
     assert status == 0
     page = PAGE.read_text()
     assert page.endswith(out)
     for role in registry.ROLES:
         for name in registry.names(role):
-            assert f"| `{name}` |" in out
+            ours = registry.find(role, name).__module__.startswith("policies.")
+            assert (f"| `{name}` |" in out) == ours, name
 
 
 @pytest.mark.parametrize("role", registry.ROLES)

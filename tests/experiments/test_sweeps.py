@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
+from experiments.cli.app import console
 from experiments.intervals import interval, paired
 from experiments.metrics import summarize
 from experiments.records import read_run
@@ -360,7 +361,7 @@ def test_the_table_on_a_terminal_has_means_over_seeds_and_what_there_is_room_for
     columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(console, "_width", columns)  # which COLUMNS, where it is set, had fixed at the import
     content = {
         "base": BASE,
         "variables": {"grid": {"policies.scheduler": ["mixed", "sarathi,chunk_size=64"]}, "seeds": 2},

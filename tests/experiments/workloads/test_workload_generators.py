@@ -257,7 +257,9 @@ def test_every_workload_can_be_written_with_its_provenance(tmp_path: Path) -> No
 
 
 def test_a_name_that_is_neither_file_nor_generator_lists_the_generators() -> None:
-    with pytest.raises(ValueError, match=r"'chatt' is neither a file nor a generator \(chat, code"):
+    with pytest.raises(
+        ValueError, match=r"'chatt' is neither a file nor a generator; did you mean 'chat'\? known: chat"
+    ):
         make("chatt", n=5)
 
 
