@@ -306,5 +306,7 @@ def format_figure(value: float | None) -> str:
     """Four significant digits, thousands apart, no exponent; a dash for what is missing."""
     if value is None:
         return "–"
+    if np.isinf(value):
+        return "∞" if value > 0 else "-∞"
     decimals = 0 if value == 0 else max(0, 3 - int(np.floor(np.log10(abs(value)))))
     return f"{value:,.{min(decimals, 6)}f}"

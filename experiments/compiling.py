@@ -36,15 +36,20 @@ setup(name="diptych-compiled", packages=[], ext_modules=modules, script_args=["-
 
 
 def compile_into(folder: Path) -> None:
-    """Copy the packages into a folder, anew, and compile `MODULES` there. Raises RuntimeError with what the compiler
-    said where it fails."""
+    """Copy the packages into a folder, anew, and compile `MODULES` there.
+
+    Raises RuntimeError where the folder holds anything else than an earlier copy, and with what the compiler said where
+    it fails.
+    """
     root = Path(__file__).resolve().parents[1]
+    if folder.resolve() == root or (folder.exists() and any(folder.iterdir()) and not (folder / REVISION).is_file()):
+        raise RuntimeError(f"{folder} holds other things, which would be overwritten; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / REVISION).write_text(git_revision() or "", encoding="utf-8")  # first: it says that all here is a copy
     for package in _PACKAGES:
         if (root / package).is_dir():
             shutil.rmtree(folder / package, ignore_errors=True)
             shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    (folder / REVISION).write_text(git_revision() or "", encoding="utf-8")
     command = [sys.executable, "-c", _BUILD, str(root / "pyproject.toml"), *MODULES]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:

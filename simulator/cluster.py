@@ -218,8 +218,14 @@ class Cluster(Simulation):
         for arrival in self._held:
             if arrival.request.id == request_id:
                 self._held.remove(arrival)
-                self.replicas[-1].receive(arrival)  # where its end is recorded
-                self.replicas[-1].cancel(request_id)
+                last, now = self.replicas[-1], int(self.env.now)  # where its end is recorded
+                if last.failed:
+                    with suppress(RequestRefused):
+                        last.plane.submit(arrival.request, now, arrival.keys)
+                        last.plane.cancel(request_id, now)
+                else:
+                    last.receive(arrival)
+                    last.cancel(request_id)
                 return
         super().cancel(request_id)
 

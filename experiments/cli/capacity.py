@@ -116,9 +116,12 @@ def capacity(
 
 
 def _first_guess(spec: RunSpec) -> float:
-    """Where a search begins that was not told."""
+    """Where a search begins that was not told; 1 where requests follow from each other, or none completes."""
     workload = make_workload(spec.workload)
-    return 1.0 if workload.parents is not None else rounded(throughput_at_once(spec, workload))
+    if workload.parents is not None:
+        return 1.0
+    with console.status("simulated: all at once, for a rate to begin with"):
+        return rounded(throughput_at_once(spec, workload)) or 1.0
 
 
 def _tell(

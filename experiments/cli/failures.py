@@ -24,7 +24,7 @@ def one_line(error: Exception) -> str:
     the user's, such as a policy, the line is named too. Of anything else the place is always named.
     """
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+    if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError) and error.filename:
         text = f"{error.filename} cannot be used: {error.strerror}; give another path"
     if not isinstance(error, (ValueError, OSError, RuntimeError)) or not text:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,25 +119,37 @@ def _show(asked: Sweep, table: pd.DataFrame) -> None:
             near = nearest(metric, [str(name) for name in table])
             complain(f"metrics: runs have no figure {metric}; {near}results.csv has all of them")
     fields = [*asked.spec.variables.fields, *(["panel"] if table["panel"].nunique() > 1 else [])]
-    rows = means(table, asked.spec, metrics)
-    texts = [
-        [
-            *(str(values[field]) for field in fields),
-            *(format_figure(None if f is None else f.mean) for f in figures.values()),
-        ]
-        for values, figures in rows[:SHOWN]
+    found = means(table, asked.spec, metrics)
+    rows = [
+        [*(str(values[field]) for field in fields), *(format_figure(f.mean if f else None) for f in figures.values())]
+        for values, figures in found
     ]
+    whole = {tuple(row[: len(fields)]) for row in rows}
+    tried = dict.fromkeys(tuple(str(row[field]) for field in fields) for row in table.to_dict("records"))
+    rows += [[*values, *("failed" for _ in metrics)] for values in tried if values not in whole]
+    console.print(_fitting(fields, metrics, rows[:SHOWN]))
+    counts = {figure.count for _, figures in found for figure in figures.values() if figure is not None}
+    if counts and max(counts) > 1:
+        fewer = f"{min(counts)} to " if min(counts) < max(counts) else ""
+        console.print(f"Means over {fewer}{max(counts)} seeds")
+    if len(rows) > SHOWN:
+        console.print(f"{len(rows) - SHOWN} more rows")
+
+
+def _fitting(fields: Sequence[str], metrics: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Fields folded where they are long, and as many figures as there is room for, at least one; the caption names the
+    others."""
     titles = [*(field.rsplit(".", 1)[-1] for field in fields), *(metric.replace("_", " ") for metric in metrics)]
-    widths = [max(len(text) for text in (*title.split(), *(row[i] for row in texts))) for i, title in enumerate(titles)]
-    room = sum(3 + width <= console.width - 1 for width in accumulate(widths, lambda a, b: a + 3 + b))
-    shown = Table()
-    for i, title in enumerate(titles[:room]):
-        shown.add_column(title, justify="left" if i < len(fields) else "right", width=widths[i])
-    for row in texts:
-        shown.add_row(*row[:room])
-    console.print(shown)
-    notes = [f"means over {table['seed'].nunique()} seeds"] if "seed" in table and table["seed"].nunique() > 1 else []
-    notes += [f"{len(rows) - SHOWN} more rows"] if len(rows) > SHOWN else []
-    notes += [f"no room for {', '.join(titles[room:])}"] if room < len(titles) else []
-    if notes:
-        console.print("; ".join(notes).capitalize())
+    widths = [max(len(text) for text in (*title.split(), *(row[i] for row in rows))) for i, title in enumerate(titles)]
+    for i, _ in enumerate(fields):
+        widths[i] = min(widths[i], max(8, (console.width - 30) // len(fields)))
+    ends = list(accumulate(3 + width for width in widths))
+    shown = max(len(fields) + 1, sum(end < console.width for end in ends))
+    table = Table()
+    for i, title in enumerate(titles[:shown]):
+        table.add_column(title, justify="left" if i < len(fields) else "right", width=widths[i], overflow="fold")
+    for row in rows:
+        table.add_row(*row[:shown])
+    if shown < len(titles):
+        table.caption, table.caption_justify = f"no room for {', '.join(titles[shown:])}", "left"
+    return table

@@ -50,8 +50,8 @@ class StepRows:
 
     def add_run(self, steps: DecodeSteps) -> None:
         """A row for each of these steps."""
-        self._runs.append(len(self._wakes))
         self.add(steps.first)
+        self._runs.append(len(self._wakes) - 1)
         self._lengths.append(len(steps.times))
         self._longest.append(steps.longest)
         for times in steps.times:
@@ -62,7 +62,10 @@ class StepRows:
     def table(self) -> pa.Table:
         """All of them. Raises RunError where a value does not fit its column."""
         numbers = np.ascontiguousarray(np.frombuffer(self._rows, np.int64).reshape(-1, len(STEPS)).T)
-        wakes = pa.array(self._wakes, SCHEMAS["steps"].field(_WAKE).type)
+        try:
+            wakes = pa.array(self._wakes, SCHEMAS["steps"].field(_WAKE).type)
+        except (pa.ArrowException, OverflowError, TypeError) as error:
+            raise RunError(f"a value of steps.{_WAKE} is no int64: {error}") from error
         if self._runs:
             lengths = np.ones(len(self._wakes), np.int64)
             lengths[self._runs] = self._lengths

@@ -79,8 +79,9 @@ class RunWriter:
         self._make_folder(text, overwrite)
         self._requests: list[Row] = []
         self._steps = StepRows()
+        self._step_tables: list[pa.Table] = []  # more than none for a moment, or where a write has failed
         self._decisions: list[Row | Repeated] = []
-        self.decision: Callable[[Row], None] = self._decisions.append if "decisions" in self.tables else _leave_out
+        self.decision = self._decisions.append if "decisions" in self.tables else _leave_out
         self._client: list[Row] = []
         self._replicas: list[Row] = []
         self._packed: list[pa.Table] = []  # decisions
@@ -116,14 +117,14 @@ class RunWriter:
 
     def step(self, row: Row) -> None:
         """A step was reported, or a call of plan() planned nothing."""
-        if self._closed.is_set():
-            self._check_open()
+        self._check_open()
         with self._taking:
             self._steps.add(row)
         self._came()
 
     def decode_steps(self, steps: DecodeSteps) -> None:
         """The decisions of steps that change nothing but counts, and that they were reported."""
+        self._check_open()
         if "decisions" in self.tables:
             self._decisions.append(Repeated(steps.decision_rows(), len(steps.times)))
         with self._taking:
@@ -183,7 +184,10 @@ class RunWriter:
         with self._taking:
             steps, self._steps = self._steps, StepRows()
         if steps.num_rows:
-            self._write_part("steps", steps.table())
+            self._step_tables.append(steps.table())
+        if self._step_tables:
+            self._write_part("steps", pa.concat_tables(self._step_tables))
+            self._step_tables = []
         for table, rows, count in (
             ("replicas", self._replicas, len(self._replicas)),
             ("client", self._client, len(self._client)),
@@ -206,8 +210,8 @@ class RunWriter:
         while not self._closed.wait(seconds):
             try:
                 self.flush()
-            except RunError as error:
-                self._failure = error  # raised in the thread that feeds us, with its next flush or on closing
+            except Exception as error:  # raised in the thread that feeds us, with its next flush or on closing
+                self._failure = error if isinstance(error, RunError) else RunError(f"{type(error).__name__}: {error}")
                 return
 
     def _check_open(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.spec import RunSpec
+from experiments.spec import RunSpec, SpecError
 from experiments.sweeps.plug_ins import files_of, modules_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +71,8 @@ def code_key(panel: str, spec: RunSpec) -> str:
     """Of this project's code for a panel, and of a user's own policies."""
     stacks = [spec.policies, *(spec.of_pool(i).policies for i in range(len(spec.pools)))]
     modules = sorted({module for stack in stacks for module in modules_of(stack)})
+    if "__main__" in modules:
+        raise SpecError("a sweep's policies are imported by its processes: put them into a module, not into the script")
     own = [[path.name, _content(path, path.stat().st_mtime_ns)] for module in modules for path in files_of(module)]
     return digest([_project(panel), own])
 

@@ -154,8 +154,9 @@ def _one_thread(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """A process that is started within does not run the script again from which a sweep was called: it needs nothing
-    of that, and a script without `if __name__ == "__main__":` would begin the sweep once more."""
+    """A process that is started within does not run the script again from which a sweep was called. It needs nothing of
+    that (`code_key` refuses policies that are in a script), and a script without `if __name__ == "__main__":` would
+    begin the sweep once more."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:

@@ -82,7 +82,7 @@ def _after(run: Run, frame: pd.DataFrame, window: Window) -> int:
     _, last = bounds(len(frame), window)
     if last < len(frame):
         return round(1e9 * in_order(frame)["arrival_s"].iloc[last])
-    return int(run.requests["finish_ns"].dropna().max()) + 1
+    return int(run.requests[["finish_ns", "arrival_ns"]].max().max()) + 1
 
 
 def _within(run: Run, frame: pd.DataFrame, begin: int, end: int, measure: Measure) -> dict[str, Any]:

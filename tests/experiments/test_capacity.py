@@ -229,3 +229,15 @@ def test_limits_are_shares_of_a_figure() -> None:
 def test_limits_that_mean_nothing_are_refused(text: str, what: str) -> None:
     with pytest.raises(SpecError, match=what):
         parse_objectives([text])
+
+
+def test_a_search_begins_at_one_where_nothing_completes_and_says_that_no_rate_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = ["--set", "limits.max_model_len=16", "--probes", "2"]
+    status, out, err = diptych(
+        monkeypatch, capsys, "capacity", "-w", "chat", "-n", "20", "--slo", "p99_ttft:500", *short
+    )
+    assert status == 1, err
+    assert out.splitlines()[0].split()[1] == "1"

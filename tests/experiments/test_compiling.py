@@ -99,3 +99,13 @@ def test_compiled_code_writes_the_same_records_byte_by_byte_under_a_users_own_po
         assert was == is_now
         assert len(ours) == 3
         assert ours == theirs
+
+
+def test_a_folder_with_anything_but_an_earlier_copy_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "mine.py").touch()
+    for folder in (tmp_path, ROOT):
+        with pytest.raises(RuntimeError, match="holds other things"):
+            compile_into(folder)
+    assert (tmp_path / "policies" / "mine.py").exists()
+    assert (ROOT / "policies").exists()

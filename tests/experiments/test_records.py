@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -136,6 +137,32 @@ def test_a_killed_run_keeps_what_it_had(tmp_path: Path) -> None:
     assert found.equals(known.slice(0, len(found)))
     # Every step that these requests need is there too, so that their metrics can be computed.
     assert summarize(run)["completed"] == len(found)
+
+
+def test_rows_whose_write_fails_go_to_disk_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = RunWriter(tmp_path / "run", fake_info(), flush_seconds=None)
+    for step in range(5):
+        writer.step(row("steps", step=step))
+    with monkeypatch.context() as full:
+
+        def no_room(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        full.setattr(writer_module, "_write", no_room)
+        with pytest.raises(RunError, match="No space left"):
+            writer.flush()
+    writer.step(row("steps", step=5))
+    writer.abort()
+    assert list(read_run(tmp_path / "run").steps["step"]) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_value_that_no_column_can_hold_is_said_also_where_rows_go_to_disk_by_age(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", fake_info(), flush_seconds=0.001)
+    writer.step(row("steps", step=0, wake_ns=2**63))
+    assert writer._flusher is not None
+    writer._flusher.join(60)
+    with pytest.raises(RunError, match="wake_ns is no int64"):
+        writer.close()
 
 
 def test_a_run_left_by_an_exception_stays_readable_and_incomplete(tmp_path: Path) -> None:

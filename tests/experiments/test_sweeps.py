@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from experiments.sweeps.identity import code_key
 from experiments.sweeps.measuring import measured
 from experiments.sweeps.plug_ins import files_of
 from experiments.sweeps.table import differences
+from policies.queues.fcfs import Fcfs
 from tests.experiments.command import diptych
 from tests.experiments.test_fidelity_simulated import LIMITS, MEASURED
 
@@ -373,5 +375,33 @@ def test_the_table_on_a_terminal_has_means_over_seeds_and_what_there_is_room_for
     assert max(map(len, table)) <= columns
     assert sum(line.startswith("│ sarathi,chunk_size=64 │") for line in table) == 1
     assert "…" not in "".join(table)
-    assert "eans over 2 seeds" in out
-    assert ("no room for" in out) == (columns < 200)
+    assert "Means over 2 seeds" in out
+    assert ("no room for" in " ".join(out.split())) == (columns < 200)
+
+
+def test_the_table_tells_long_values_apart_and_says_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(console, "_width", 60)
+    Path("breaking.py").write_text(PLUG_IN)
+    schedulers = [f"mixed,long_prefill_threshold={tokens}" for tokens in (1_000_000_000, 1_000_000_001)]
+    grid = {"policies.scheduler": schedulers, "policies.queue": ["fcfs", "breaking:Mine,break_off=1"]}
+    Path("sweep.yaml").write_text(json.dumps({"base": BASE, "variables": {"grid": grid}}), encoding="utf-8")
+    status, out, _ = diptych(monkeypatch, capsys, "sweep", "sweep.yaml", "--processes", "1")
+    assert status == 1
+    table = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
+    assert max(map(len, table)) <= 60
+    cells = [[part.strip() for part in line.split("│")[1:-1]] for line in table if line[:1] == "│"]
+    assert {"000000000", "000000001"} <= {text[-9:] for text in ("".join(c[0] for c in cells),)} | {
+        "".join(c[0] for c in cells)[i : i + 9] for i in range(200)
+    }
+    assert sum(cell[2] == "failed" for cell in cells) == 2
+
+
+def test_a_policy_in_the_script_that_sweeps_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = type("Mine", (Fcfs,), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "Mine", mine, raising=False)
+    with pytest.raises(SpecError, match="put them into a module"):
+        run_sweep(read_sweep({"base": {**BASE, "policies": {"queue": "__main__:Mine"}}}), "sweeps", runner=Here())

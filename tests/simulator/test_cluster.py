@@ -183,6 +183,18 @@ def test_who_waits_for_a_replica_may_go_away_or_be_there_at_the_end() -> None:
     assert [row["status"] for row in rows] == ["cancelled", "cancelled", "unfinished"]
 
 
+def test_who_goes_away_while_no_replica_is_left_was_not_lost_by_one() -> None:
+    def plan(cluster: Cluster) -> None:
+        cluster.at(5 * MS, lambda: cluster.fail(0))
+        cluster.at(8 * MS, lambda: cluster.cancel(1))  # before the autoscaler is asked
+
+    _, rows, _ = run([pool(ConstantCost(MS), autoscaler=Wants(1))], [(0, 4, 50), (7, 4, 3)], plan=plan)
+    assert [(row["status"], row["error"]) for row in rows] == [
+        ("cancelled", "the replica has failed"),
+        ("cancelled", ""),
+    ]
+
+
 def test_without_an_autoscaler_nobody_waits_for_what_will_not_come() -> None:
     _, rows, _ = run([pool(ConstantCost(MS))], [(9, 4, 3)], plan=lambda c: c.at(5 * MS, lambda: c.fail(0)))
     assert [(row["status"], row["error"]) for row in rows] == [("refused", "every replica has failed")]
