@@ -138,7 +138,15 @@ def test_the_distance_of_distributions_is_that_of_scipy(a: list[int], b: list[in
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.01234, "0.01234"), (1.5, "1.500"), (123.456, "123.5"), (12345.6, "12,346"), (None, "–")],
+    [
+        (0, "0"),
+        (0.01234, "0.01234"),
+        (1.5, "1.500"),
+        (123.456, "123.5"),
+        (12345.6, "12,346"),
+        (None, "–"),
+        (np.inf, "∞"),
+    ],
 )
 def test_figures_have_four_digits(value: float | None, text: str) -> None:
     assert format_figure(value) == text

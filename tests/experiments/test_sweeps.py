@@ -394,14 +394,15 @@ def test_the_table_tells_long_values_apart_and_says_what_failed(
     table = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
     assert max(map(len, table)) <= 60
     cells = [[part.strip() for part in line.split("│")[1:-1]] for line in table if line[:1] == "│"]
-    assert {"000000000", "000000001"} <= {text[-9:] for text in ("".join(c[0] for c in cells),)} | {
-        "".join(c[0] for c in cells)[i : i + 9] for i in range(200)
-    }
+    unfolded = "".join(cell[0] for cell in cells)
+    assert all(scheduler in unfolded for scheduler in schedulers)
     assert sum(cell[2] == "failed" for cell in cells) == 2
 
 
-def test_a_policy_in_the_script_that_sweeps_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_in_the_script_that_sweeps_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = type("Mine", (Fcfs,), {"__module__": "__main__"})
     monkeypatch.setattr(sys.modules["__main__"], "Mine", mine, raising=False)
     with pytest.raises(SpecError, match="put them into a module"):
-        run_sweep(read_sweep({"base": {**BASE, "policies": {"queue": "__main__:Mine"}}}), "sweeps", runner=Here())
+        run_sweep(read_sweep({"base": {**BASE, "policies": {"queue": "__main__:Mine"}}}), tmp_path, runner=Here())
