@@ -146,10 +146,11 @@ class _Point:
 
 
 def _points(samples: Sequence[StepSample]) -> list[_Point]:
-    """One point a distinct shape, in order of size."""
+    """One point a distinct shape, in order of size; what was looked up for a step makes no difference to the device."""
     groups: dict[StepShape, list[StepSample]] = {}
     for sample in samples:
-        groups.setdefault(sample.shape, []).append(sample)
+        shape = sample.shape._replace(num_named=0, named_blocks=0, looked_up_blocks=0)
+        groups.setdefault(shape, []).append(sample)
     points = []
     for shape in sorted(groups, key=_by_size):
         group = tuple(groups[shape])
@@ -206,7 +207,8 @@ def _mode(points: Sequence[_Point], corrections: Corrections, name: str) -> Mode
         [len(point.timed) for point in timed],
     )
     samples = [sample for point in points for sample in point.samples]
-    prepared = [sample for sample in samples if not looks_up(sample.shape)]  # the others have prices of their own
+    # Those that look up have prices of their own.
+    prepared = [sample for sample in samples if not looks_up(sample.shape)] or samples
     finished = [sample for sample in samples if sample.finish_ns is not None]
     slowdown, usual = corrections.modes.get(name, (0.0, 0.0))
     return ModeFit(
