@@ -154,7 +154,7 @@ class ControlPlane:
         if self._recording is not None:
             self._recording.submitted(request, self._next_index)
         request.max_tokens = min(request.max_tokens, self.limits.max_model_len - request.num_prompt_tokens)
-        if hands_off:
+        if hands_off:  # one token here, the others where its KV is taken then
             request.max_tokens, request._tokens_elsewhere = 1, request.max_tokens - 1
         self._state.requests[request.id] = request
         self._state.waiting_tokens += request.num_pending_tokens
@@ -255,8 +255,10 @@ class ControlPlane:
     def coast(self, until_clock: int, time: Timed) -> bool:
         """With `lag=0` and no step in flight: what `repeat`, launch and `report` come to, as long as steps change
         nothing but counts, and with the first one the decode group (`regrouping`), the group's clock stays below
-        `until_clock`, and `time` has times for their shapes.
-        Whether the last one's end is still to come; `end_coast` is to be called then.
+        `until_clock`, and `time` has times for their shapes: called with shapes of steps in a row, how many there are
+        at most, and whether the last may end later than it is known what else happens, it answers the times (planned,
+        launched, ended, the device's) of as many as it can, and whether the last one's end is still to come.
+        So does this; `end_coast` is to be called then.
         """
         state, group = self._state, self._state.group
         if state.copies or not 0 < state.num_decoding <= self.limits.max_num_batched_tokens:

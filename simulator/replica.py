@@ -351,8 +351,11 @@ class SimulatedReplica:
         return self._in_flight[:] if taken and self._in_flight else None
 
     def _coast(self, pace: ComputedPace, horizon: float) -> bool:
-        """The same for steps that change nothing but counts. Whether the last one is to be waited for."""
+        """The same for steps that change nothing but counts. Whether the last one is to be waited for.
 
+        The control plane asks `time` how long steps of these shapes take; the pace answers for those that end before
+        the horizon. A last one that ends after it is open: planned and running, to be seen so until `_open_end`.
+        """
         left, joining, clock = self.plane.regrouping()
 
         def time(shapes: Iterator[StepShape], most: int, may_be_open: bool) -> tuple[list[Times], bool]:
