@@ -59,7 +59,7 @@ LOOKUP_SHARE = 0.1
 
 
 @dataclass
-class StepRows:
+class KeptSteps:
     """Keeps the steps' rows, and hands all on to another recorder."""
 
     other: Recorder
@@ -175,7 +175,7 @@ def profile(
     requests = _trace(uncached, loaded.config.vocab_size, spec.seed)
     about = _about(spec, uncached)
     with tempfile.TemporaryDirectory() as scratch, RunWriter(Path(scratch) / "profile", about) as writer:
-        recorder = StepRows(writer)
+        recorder = KeptSteps(writer)
         with start_engine(loaded, uncached, stack, spec.model, recorder=recorder, runner=runner) as engine:
             later = time.monotonic_ns() - engine.now() - started
             stream = _Stream(engine, left * seconds, lambda share: progress(part + left * share))
@@ -216,7 +216,7 @@ def _lookups(
     limits = replace(uncached, prefix_caching=True, num_host_blocks=0)
     stack = StackSpec().build(block_size=limits.block_size)
     with tempfile.TemporaryDirectory() as scratch, RunWriter(Path(scratch) / "profile", _about(spec, limits)) as writer:
-        recorder = StepRows(writer)
+        recorder = KeptSteps(writer)
         with start_engine(loaded, limits, stack, spec.model, recorder=recorder, runner=runner) as engine:
             _Stream(engine, seconds, on_progress).rounds(Design(limits, spec.seed).lookups(), 1)
     return [(1, *row[1:]) for row in recorder.rows]

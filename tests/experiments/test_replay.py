@@ -225,7 +225,7 @@ def test_a_killed_run_is_not_replayed(tiny: LoadedModel, tmp_path: Path) -> None
         replay_run(run, tmp_path / "replay")
 
 
-def test_no_collection_goes_over_everything_while_requests_are_served(tiny: LoadedModel, tmp_path: Path) -> None:
+def test_collections_are_rare_while_requests_are_served(tiny: LoadedModel, tmp_path: Path) -> None:
     """With PyTorch that takes longer than many steps."""
     spec = check_spec(_spec("mixed", 0, False) | {"workload": {"name": "fixed", "n": 3}})
     before, seen = gc.get_threshold(), []
