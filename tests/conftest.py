@@ -24,24 +24,52 @@ SLOW = (
     "experiments/test_cli_interrupts.py",
     "experiments/test_cli_mistakes.py",
     "experiments/test_cli_own_policies.py",
+    "experiments/test_composition.py",
     "experiments/test_fidelity_command.py",  # real runs
+    "experiments/test_fidelity_simulated.py",
+    "experiments/test_future.py",
+    "experiments/test_host_memory.py",
     "experiments/test_library_replay.py",
+    "experiments/test_life.py",
+    "experiments/test_paper.py",
+    "experiments/test_plots.py",
+    "experiments/test_profiling.py",  # real profiles
     "experiments/test_published.py",  # several simulations each
     "experiments/test_replay.py",  # real runs
+    "experiments/test_sweeps.py",
     "experiments/test_write_a_policy.py",
     "experiments/workloads/test_describing.py",  # whole traces
     "experiments/workloads/test_workload_traces.py",
+    "policies/test_continuum.py",
+    "policies/test_fairness.py",
     "policies/test_library.py",  # every policy through every property
+    "policies/test_live_change.py",
+    "policies/test_memory_admission.py",
+    "policies/test_plan_time.py",
+    "policies/test_program_queues.py",
+    "policies/test_router_library.py",
+    "policies/test_schedulers.py",  # beside their papers' algorithms, in random schedules
+    "policies/test_size_queues.py",
+    "policies/test_step_formers.py",
     "runtime/kernels",  # Triton's interpreter
     "runtime/serving",  # servers and their engine processes
     "runtime/test_client.py",
     "runtime/test_default_model.py",  # the real model, and transformers beside it
+    "runtime/test_engine_life.py",
     "runtime/test_engine_sampling.py",
     "runtime/test_engine_tokens.py",
     "runtime/test_llama_matches_transformers.py",
+    "runtime/test_sampling.py",
+    "runtime/test_tensor_parallel.py",  # processes for each rank
     "runtime/test_tokenizer.py",
+    "runtime/test_torchrun.py",
+    "simulator/test_qoe.py",
+    "simulator/test_queueing_laws.py",
+    "simulator/test_routing.py",
+    "simulator/test_together.py",  # every policy, with and without
     "test_docs_run.py",
     "test_gpu_bench.py",
+    "test_tiers_bench.py",
 )
 """Files and folders that `make check` leaves out whole; single tests elsewhere are marked where they stand."""
 
