@@ -24,6 +24,7 @@ from benchmarks.gpu.online import online
 from benchmarks.gpu.profiling import idle
 from benchmarks.gpu.results import Result, result_path, revision, save
 from benchmarks.gpu.works import FULL, SMALL, Details, Figures, Sizes, azure, decode, offline, prefill
+from policies.collecting import few_collections
 
 LIMITS_S = {"startup": 240, "decode": 120, "prefill": 60, "idle": 120, "offline": 120, "azure": 180, "online": 400}
 CLOSE_S = 30
@@ -179,6 +180,7 @@ def software() -> dict[str, str | None]:
     }
 
 
+@few_collections()
 def main() -> None:
     imported_ns = time.monotonic_ns()
     parser = argparse.ArgumentParser(description=__doc__)

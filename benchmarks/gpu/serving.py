@@ -27,7 +27,6 @@ from pathlib import Path
 from benchmarks.gpu import lengths
 from benchmarks.gpu.reference import MODELS, ONLINE_MODELS
 from benchmarks.gpu.results import out_folder, read, result_path, save, text_table
-from policies.collecting import few_collections
 
 PARTS = ("startup", "decode", "prefill", "idle", "offline", "azure", "online")
 
@@ -63,7 +62,6 @@ def measure(model: str, options: argparse.Namespace) -> bool:
     return code == 0
 
 
-@few_collections()
 def main() -> None:
     if sys.argv[1:2] == ["lengths"]:
         return main_lengths(sys.argv[2:])
