@@ -17,7 +17,7 @@ import queue
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -148,28 +148,33 @@ def profile(
     were measured. The result's provenance has the device, its clocks, the software, the model and the limits; its
     held-out error is in its description.
     """
-    if loaded is None:
-        with closing(load(spec.model)) as loaded:
-            return profile(
-                spec, seconds, loaded=loaded, prepared=prepared, runner=runner, on_progress=on_progress,
-                on_start=on_start, steps_to=steps_to,
-            )  # fmt: skip
-    prepared = prepared or prepare(spec, loaded)
-    spec, limits = prepared.spec, prepared.limits
-    # Prompts repeat here, and each is to be computed; and a host that waits would look like a busy one.
-    uncached = replace(limits, prefix_caching=False, plan_lead_ns=None, num_disk_blocks=0)
-    if runner is None:
-        with closing(start_runner(loaded, uncached, spec.model)) as runner:
-            return profile(
-                spec, seconds, loaded=loaded, prepared=prepared, runner=runner, on_progress=on_progress,
-                on_start=on_start, steps_to=steps_to,
-            )  # fmt: skip
-    if on_start is not None:
-        on_start({**prepared.seconds, **runner.startup_seconds})
-    progress, before, started = on_progress or (lambda share: None), gpu_state(), time.monotonic_ns()
+    with ExitStack() as opened:
+        if loaded is None:
+            loaded = opened.enter_context(closing(load(spec.model)))
+        prepared = prepared or prepare(spec, loaded)
+        # Prompts repeat here, and each is to be computed; and a host that waits would look like a busy one.
+        uncached = replace(prepared.limits, prefix_caching=False, plan_lead_ns=None, num_disk_blocks=0)
+        if runner is None:
+            runner = opened.enter_context(closing(start_runner(loaded, uncached, prepared.spec.model)))
+        if on_start is not None:
+            on_start({**prepared.seconds, **runner.startup_seconds})
+        return _measured(prepared, uncached, seconds, loaded, runner, on_progress or (lambda share: None), steps_to)
+
+
+def _measured(
+    prepared: Prepared,
+    uncached: Limits,
+    seconds: float,
+    loaded: LoadedModel,
+    runner: ModelRunner,
+    progress: Callable[[float], None],
+    steps_to: Path | None,
+) -> FittedCost:
+    """What is fitted to the steps of this runner: a tenth of the time with prefix caching, the rest without."""
+    spec, limits, before, started = prepared.spec, prepared.limits, gpu_state(), time.monotonic_ns()
     part, left = LOOKUP_SHARE, 1 - LOOKUP_SHARE
     looked_up = _lookups(spec, uncached, part * seconds, loaded, runner, lambda share: progress(part * share))
-    stack = StackSpec().build(block_size=limits.block_size)
+    stack = StackSpec().build(block_size=uncached.block_size)
     scheduler = ProfileScheduler(Fcfs(), spec.seed, swaps=limits.num_host_blocks > 0)
     stack.scheduler = scheduler
     requests = _trace(uncached, loaded.config.vocab_size, spec.seed)
