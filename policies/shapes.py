@@ -32,6 +32,11 @@ class StepShape(NamedTuple):
     looked_up_blocks: int = 0  # those of who is admitted: looked up, and hit or entered in the prefix index
 
     @property
+    def looks_up(self) -> bool:
+        """Whether prompts are named or looked up for it."""
+        return bool(self.num_named or self.looked_up_blocks)
+
+    @property
     def num_tokens(self) -> int:
         return self.num_decodes + self.chunk_tokens
 

@@ -123,7 +123,7 @@ class FittedCost:
             swap = self._swap
             device += swap.copies * ((shape.swapped_out > 0) + (shape.swapped_in > 0))
             device += swap.swapped_out * shape.swapped_out + swap.swapped_in * shape.swapped_in
-        if self._lookups is not None and (shape.num_named or shape.looked_up_blocks):
+        if self._lookups is not None and shape.looks_up:
             lookups = self._lookups
             prepare += lookups.num_named * shape.num_named + lookups.named_blocks * shape.named_blocks
             prepare += lookups.looked_up_blocks * shape.looked_up_blocks

@@ -32,7 +32,7 @@ from simulator.costs.features import DeviceFeatures, term
 from simulator.costs.fitted import FittedCost
 from simulator.costs.history_fit import Corrections, delays, fit_load
 from simulator.costs.least_squares import FLOOR_NS, Array, robust_nnls
-from simulator.costs.lookup_fit import looks_up, lookups
+from simulator.costs.lookup_fit import lookups
 from simulator.costs.samples import StepSample
 
 MIN_SHAPES = 10
@@ -208,7 +208,7 @@ def _mode(points: Sequence[_Point], corrections: Corrections, name: str) -> Mode
     )
     samples = [sample for point in points for sample in point.samples]
     # Those that look up have prices of their own.
-    prepared = [sample for sample in samples if not looks_up(sample.shape)] or samples
+    prepared = [sample for sample in samples if not sample.shape.looks_up] or samples
     finished = [sample for sample in samples if sample.finish_ns is not None]
     slowdown, usual = corrections.modes.get(name, (0.0, 0.0))
     return ModeFit(
@@ -288,7 +288,7 @@ def _compare(
         device_ns = cost.device_ns * corrections.factor(sample)
         if sample.waited:
             pairs.setdefault((kind, "device"), []).append((device_ns, sample.device_ns))
-        if sample.finish_ns is not None and not looks_up(point.shape):
+        if sample.finish_ns is not None and not point.shape.looks_up:
             total = sample.prepare_ns + sample.device_ns + sample.finish_ns
             pairs.setdefault((kind, "step"), []).append((cost.prepare_ns + device_ns + cost.finish_ns, total))
 

@@ -7,7 +7,6 @@ from statistics import median
 
 import numpy as np
 
-from policies.shapes import StepShape
 from simulator.costs.calibration import LOOKUP_TERMS, LookupFit
 from simulator.costs.fitted import FittedCost
 from simulator.costs.least_squares import FLOOR_NS, Array, robust_nnls
@@ -18,14 +17,10 @@ MIN_LOOKUPS = 20
 _FOLDS = 5
 
 
-def looks_up(shape: StepShape) -> bool:
-    return bool(shape.num_named or shape.looked_up_blocks)
-
-
 def lookups(model: FittedCost, samples: Sequence[StepSample]) -> LookupFit | None:
     """Prices of names and look-ups: what prepare took beyond the model's time for the same steps without. None where
     fewer than MIN_LOOKUPS steps had any."""
-    found = [sample for sample in samples if looks_up(sample.shape)]
+    found = [sample for sample in samples if sample.shape.looks_up]
     if len(found) < MIN_LOOKUPS:
         return None
     sizes = np.array([[getattr(sample.shape, name) for name in LOOKUP_TERMS] for sample in found], np.float64)
@@ -46,7 +41,7 @@ def lookups(model: FittedCost, samples: Sequence[StepSample]) -> LookupFit | Non
 
 def _typical(model: FittedCost, samples: Sequence[StepSample]) -> float:
     """What prepare usually takes of the model's time for it, which has the rare long delays of a server in its mean."""
-    others = [sample for sample in samples if sample.shape.num_chunks and not looks_up(sample.shape)]
+    others = [sample for sample in samples if sample.shape.num_chunks and not sample.shape.looks_up]
     return median(sample.prepare_ns / max(1, model.cost(sample.shape).prepare_ns) for sample in others) if others else 1
 
 
